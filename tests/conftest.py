@@ -1,0 +1,24 @@
+"""Shared fixtures: golden data beside the project, where it is present."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Path]:
+    """A function: path inside the golden data -> Path, or skip the test where it is absent."""
+
+    def find(name: str) -> Path:
+        path = GOLDEN_DATA / name
+        if not path.exists():
+            pytest.skip(f"golden data {name} is not at {GOLDEN_DATA}")
+        return path
+
+    return find
