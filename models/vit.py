@@ -155,8 +155,8 @@ class ViT(nn.Module):
         prefix, patches = self.pos_embed.tensor_split([self.position_prefix], dim=1)
         return prefix, resize_positions(patches, self.grid_size, grid)
 
-    def translate_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors under the names of any release known here, in this model's names."""
+    def translate_weights(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """A known release in this model's names and shapes, and the names left out."""
         from .vit_names import to_vit_names
 
         return to_vit_names(state, self)

