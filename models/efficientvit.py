@@ -215,16 +215,12 @@ class EfficientViT(nn.Module):
         self.head = BNLinear(widths[-1], num_classes) if num_classes else nn.Identity()
         self.head_dist = BNLinear(widths[-1], num_classes) if distillation else None
 
-    def forward_map(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map [batch, width, h, w]."""
         return self.blocks3(self.blocks2(self.blocks1(self.patch_embed(x))))
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last feature map as tokens [batch, h * w, width]."""
-        return self.forward_map(x).flatten(2).transpose(1, 2)
-
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        pooled = self.forward_map(x).mean((2, 3))
+        pooled = self.forward_features(x).mean((2, 3))
         if self.head_dist is None:
             return self.head(pooled)
         logits, distilled = self.head(pooled), self.head_dist(pooled)

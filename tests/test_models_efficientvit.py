@@ -147,7 +147,7 @@ def test_fused_model_gives_the_same_logits():
 def test_two_heads_are_averaged_in_evaluation_and_both_given_in_training():
     model = randomised(MODELS["efficientvit_m0"](image_size=64, distillation=True, num_classes=10))
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
-    pooled = model.forward_features(x).mean(1)
+    pooled = model.forward_features(x).mean((2, 3))
     mean = (model.head(pooled) + model.head_dist(pooled)) / 2
     torch.testing.assert_close(model(x), mean)
     assert [tuple(t.shape) for t in model.train()(x)] == [(2, 10), (2, 10)]
