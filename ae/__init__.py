@@ -1,0 +1,27 @@
+"""Auto-encoders over the heads of Q and K: less to move, a little more to compute.
+
+Floor plan: the module (`codec`) -> its closed-form weights and the free turn of the heads
+(`closed_form`) -> into a model and back (`adapt`) -> training (`train`) -> the turn moved
+into the projections (`fold`).
+"""
+
+from .adapt import FittedCodecs, attach_codec, fit_codecs, head_moments
+from .closed_form import ExplainedVariance, HeadMoments, fit_closed_form
+from .codec import HeadLinear, QKCodec, latent_heads_for
+from .fold import fold
+from .train import train_codec
+
+__all__ = [
+    "ExplainedVariance",
+    "FittedCodecs",
+    "HeadLinear",
+    "HeadMoments",
+    "QKCodec",
+    "attach_codec",
+    "fit_closed_form",
+    "fit_codecs",
+    "fold",
+    "head_moments",
+    "latent_heads_for",
+    "train_codec",
+]

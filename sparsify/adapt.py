@@ -1,0 +1,77 @@
+"""Put a fixed mask into a model, and take it out again.
+
+The model's source, parameters and state-dict keys do not change: each call of softmax
+attention is intercepted (`sievit.models.intercept`) and pruned entries get no weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..masks import AttentionMask
+from ..models import AttentionCall, AttentionHook, Handle, find_attention, intercept
+
+BACKENDS = ("auto", "dense")
+
+
+class _Masked(AttentionHook):
+    """Keeps only the mask's entries of one call."""
+
+    def __init__(self, layer: int, keep: Tensor) -> None:
+        self.layer = layer
+        self.keep = keep
+
+    def transform(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        got = (q.shape[1], q.shape[2], k.shape[2])
+        if got != tuple(self.keep.shape):
+            raise ValueError(
+                f"attention layer {self.layer} has (heads, queries, keys) = {got}, "
+                f"the mask is for {tuple(self.keep.shape)}: was it learned at another image size?"
+            )
+        self.keep = self.keep.to(q.device)
+        return q, k
+
+
+def attach(
+    model: nn.Module,
+    mask: AttentionMask,
+    backend: str = "auto",
+    image_size: int | None = None,
+) -> Handle:
+    """Make ``model`` compute only the entries that ``mask`` keeps, in every forward.
+
+    backend     "dense": dense attention with the pruned entries set to -inf before
+                softmax, differentiable; "auto": the fastest one there is for the device,
+                today always "dense"
+    image_size  the size the mask was learned at, where the model itself does not say
+
+    Returns a handle; ``handle.remove()`` (or leaving a ``with``) restores the model.
+    Raises ValueError where layers, heads or tokens do not fit.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    calls = find_attention(model, image_size or _image_size(model))
+    if len(calls) != len(mask.keep):
+        raise ValueError(
+            f"the model makes {len(calls)} calls of attention, the mask has {len(mask.keep)} layers"
+        )
+    for layer, (call, keep) in enumerate(zip(calls, mask.keep, strict=True)):
+        _check_fit(layer, call, keep.shape, exact=image_size is not None)
+    hooks = [_Masked(i, torch.from_numpy(keep.copy())) for i, keep in enumerate(mask.keep)]
+    return intercept(model, hooks, calls)
+
+
+def _image_size(model: nn.Module) -> int:
+    size = getattr(model, "image_size", None) or 224
+    return size if isinstance(size, int) else size[0]
+
+
+def _check_fit(layer: int, call: AttentionCall, shape: tuple[int, ...], exact: bool) -> None:
+    """Heads must fit now; tokens are known only where the image size is (else in forward)."""
+    wanted = (call.heads, call.queries, call.keys)
+    if wanted != shape if exact else call.heads != shape[0]:
+        raise ValueError(
+            f"attention layer {layer} has (heads, queries, keys) = {wanted}, "
+            f"the mask is for {shape}"
+        )

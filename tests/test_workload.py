@@ -1,0 +1,100 @@
+"""The waist: what operations and workloads count."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sievit.workload import (
+    Attention,
+    AttentionMask,
+    Conv,
+    Elementwise,
+    Gemm,
+    HeadCodec,
+    Workload,
+    polarize_head,
+)
+
+
+@pytest.mark.parametrize(("heads", "latent", "total"), [(3, 2, 408), (6, 3, 1080), (12, 6, 3888)])
+def test_codec_parameters_of_deit(heads, latent, total):
+    assert 12 * 2 * HeadCodec(heads, latent).params_per_side == total
+
+
+def test_a_grouped_codec_drops_the_weights_between_blocks():
+    whole, blocks = HeadCodec(12, 6), HeadCodec(12, 6, groups=3)
+    assert whole.params_per_side - blocks.params_per_side == 2 * 12 * 6 * 2 // 3
+    assert blocks.macs(10, 64) * 3 == whole.macs(10, 64) == 10 * 64 * 72
+
+
+@pytest.mark.parametrize("arguments", [(6, 0), (6, 7), (6, 3, 2), (6, 4, 4), (6, 3, 0)])
+def test_codec_shapes_that_cannot_be(arguments):
+    with pytest.raises(ValueError, match=str(arguments[-1])):
+        HeadCodec(*arguments)
+
+
+def test_gemm_counts():
+    linear = Gemm("fc", rows=5, inner=3, cols=7, bias=True)
+    assert (linear.macs, linear.params) == (105, 28)
+    assert (linear.elements_read, linear.elements_written) == (15 + 28, 35)
+    product = Gemm("mm", rows=5, inner=3, cols=7, batch=2, weight=False)
+    assert (product.macs, product.params, product.elements_read) == (210, 0, 2 * (15 + 21))
+
+
+def test_conv_counts():
+    patch = Conv("patch", 3, 8, (28, 28), (2, 2), (14, 14), (14, 14), bias=True)
+    assert patch.params == 8 * (3 * 196 + 1)
+    assert patch.macs == 8 * 4 * 3 * 196
+    depthwise = Conv("dw", 6, 6, (5, 5), (5, 5), (3, 3), groups=6)
+    assert (depthwise.macs, depthwise.params) == (6 * 25 * 9, 54)
+
+
+def attention(**changes) -> Attention:
+    fields = {"heads": 2, "queries": 6, "keys": 6, "key_dim": 4, "value_dim": 8}
+    return Attention("attn", **(fields | changes))
+
+
+def test_attention_macs_follow_the_kept_entries():
+    assert attention().macs == 2 * 36 * 12
+    keep = np.random.default_rng(0).random((2, 6, 6)) < 0.4
+    masks = tuple(polarize_head(head, 2) for head in keep)
+    assert attention(masks=masks).macs == keep.sum() * 12
+    assert attention(masks=masks, windows=3).macs == 3 * keep.sum() * 12
+
+
+def test_a_codec_halves_q_and_k_and_adds_products():
+    plain, coded = attention(), attention(codec=HeadCodec(2, 1))
+    assert plain.elements_read - coded.elements_read == 6 * 2 * 4 - coded.params
+    assert coded.macs - plain.macs == 2 * 2 * 6 * 4 * 2 * 1
+
+
+@pytest.mark.parametrize("bad", [{"codec": HeadCodec(3, 2)}, {"masks": ()}])
+def test_attention_refuses_what_does_not_fit(bad):
+    with pytest.raises(ValueError, match="attn"):
+        attention(**bad)
+
+
+def network() -> Workload:
+    ops = (Gemm("in", 6, 4, 4), attention(), Elementwise("add", "add", 96, 48), attention())
+    return Workload("net", ops)
+
+
+def test_masks_go_to_the_calls_in_order():
+    keep = tuple(np.random.default_rng(i).random((2, 6, 6)) < 0.5 for i in range(2))
+    masked = network().with_attention(AttentionMask(keep), HeadCodec(2, 1), min_kept=3)
+    assert [type(op) for op in masked.ops] == [type(op) for op in network().ops]
+    for op, layer in zip(masked.attention, keep, strict=True):
+        assert np.array_equal(np.stack([m.dense() for m in op.masks]), layer)
+        assert op.codec == HeadCodec(2, 1)
+    assert network().with_attention() == network()
+
+
+def test_misfits_are_named():
+    one = np.ones((2, 6, 6), bool)
+    with pytest.raises(ValueError, match="has 2 attention layers, the mask has 1"):
+        network().with_attention(AttentionMask((one,)))
+    with pytest.raises(ValueError, match=r"layer 1 of net .*\(2, 6, 5\)"):
+        network().with_attention(AttentionMask((one, one[:, :, :5])))
+    with pytest.raises(ValueError, match="1 codecs"):
+        network().with_attention(codec=[HeadCodec(2, 1)])
