@@ -1,15 +1,22 @@
 """Vision models, their weights, where their attention is, and what they cost."""
 
+from .attention import AttentionCall, find_attention
 from .features import features, prefix_tokens
+from .intercept import AttentionHook, Handle, intercept
 from .registry import create, names
 from .saliency import SaliencyDecoder
 from .weights import LoadReport, load_weights
 
 __all__ = [
+    "AttentionCall",
+    "AttentionHook",
+    "Handle",
     "LoadReport",
     "SaliencyDecoder",
     "create",
     "features",
+    "find_attention",
+    "intercept",
     "load_weights",
     "names",
     "prefix_tokens",
