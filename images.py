@@ -50,9 +50,7 @@ class Photos:
 
     def take(self, indices: list[int]) -> Photos:
         """The photos at ``indices``, in that order."""
-        return Photos(
-            tuple(self.names[i] for i in indices), tuple(self.arrays[i] for i in indices)
-        )
+        return Photos(tuple(self.names[i] for i in indices), tuple(self.arrays[i] for i in indices))
 
 
 def image_paths(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
@@ -185,9 +183,7 @@ def batches(crops: np.ndarray, batch_size: int) -> Iterator[torch.Tensor]:
         yield normalize(crops[start : start + batch_size])
 
 
-def endless_crops(
-    photos: Photos, size: int, batch_size: int, seed: int
-) -> Iterator[torch.Tensor]:
+def endless_crops(photos: Photos, size: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
     """Normalised random crops without end: each pass takes the photos in a new order."""
     generator = np.random.default_rng(seed)
     queue: list[int] = []

@@ -66,9 +66,12 @@ def distill(
                 reconstruction)
     progress    called with (share done, loss) after each step
 
-    Raises ValueError for a budget that is not exactly one of the two or not positive, and
+    Raises ValueError for a budget that is not exactly one of the two or not positive or a
+    teacher that is the student, and
     FloatingPointError with step and rate when the loss is not finite.
     """
+    if student is teacher:
+        raise ValueError("the teacher must be a separate copy of the model, not the student itself")
     _check_budget(steps, seconds)
     trained = list(parameters)
     optimizer = torch.optim.AdamW(

@@ -104,7 +104,7 @@ def test_sparsity_is_close_on_smooth_maps(sparsity):
 
 
 def test_an_unreachable_sparsity_warns_with_the_value():
-    with pytest.warns(UserWarning, match=r"0\.9900 cannot be reached; the nearest is 0\.8"):
+    with pytest.warns(UserWarning, match=r"0\.9900 cannot be reached; the nearest is 0\.7200"):
         threshold(softmax_maps(0, (1, 10, 10)), sparsity=0.99)
 
 
