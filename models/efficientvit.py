@@ -7,7 +7,7 @@ State-dict names are those of the released weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conv_layers import BNLinear, ConvBN, Residual, grid, offset_index
+from .timm_names import by_position
 
 STRIDE = 16  # of the stem
 WINDOW = 7  # tokens a side of a local window, all stages
@@ -213,7 +214,8 @@ class EfficientViT(nn.Module):
             layers += [Block(dim, heads[stage], resolution, kernels) for _ in range(depth)]
             self.add_module(f"blocks{stage + 1}", nn.Sequential(*layers))
         self.head = BNLinear(widths[-1], num_classes) if num_classes else nn.Identity()
-        self.head_dist = BNLinear(widths[-1], num_classes) if distillation else None
+        two = distillation and num_classes
+        self.head_dist = BNLinear(widths[-1], num_classes) if two else None
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map [batch, width, h, w]."""
@@ -225,6 +227,12 @@ class EfficientViT(nn.Module):
             return self.head(pooled)
         logits, distilled = self.head(pooled), self.head_dist(pooled)
         return (logits, distilled) if self.training else (logits + distilled) / 2
+
+    def translate_weights(
+        self, stored: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Also timm's names, for `load_weights`."""
+        return by_position(self, stored)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that training leaves out of weight decay."""

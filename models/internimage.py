@@ -7,7 +7,7 @@ Four stages of deformable blocks at 1/4, 1/8, 1/16 and 1/32 of the image, channe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -311,6 +311,12 @@ class InternImage(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map [batch, channels, h, w]."""
         return self.forward_stages(x)[-1].permute(0, 3, 1, 2)
+
+    def translate_weights(
+        self, stored: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Also the names in the Hugging Face release, all below ``model``."""
+        return {name.removeprefix("model."): tensor for name, tensor in stored.items()}, []
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.clip_head:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sievit.models.dcn import DCNv3, DCNv4, deform_core, kernel_points, split_offset_mask
 
 CASES = ("a_base", "b_nonsquare", "c_removecenter", "d_stride2")

@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from sievit.models.conv_layers import ConvBN, fuse
 from sievit.models.efficientvit import (
     FFN,
@@ -18,7 +20,6 @@ from sievit.models.efficientvit import (
     cut_windows,
     join_windows,
 )
-from torch import nn
 
 PARAMS = {  # plain, fused, with two heads; stem, three stages, head
     "m0": (2349436, 2334916, 2542820, (24648, 44548, 496392, 1590464, 193384)),

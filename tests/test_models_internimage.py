@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from sievit.models.dcn import DeformSampling, deform_core
 from sievit.models.internimage import MODELS, Block, BlockStyle, InternImage
-from torch import nn
 
 FLASH = BlockStyle("dcnv4", bias=False)
 COUNTS = {  # parameters, image size, multiply-accumulates with 5 n K c for a sampling
