@@ -16,12 +16,14 @@ __all__ = [
     "Attention",
     "AttentionMask",
     "Conv",
+    "Deform",
     "Elementwise",
     "Gemm",
     "HeadCodec",
     "Op",
     "PolarizedMask",
     "Unknown",
+    "Unused",
     "Workload",
     "polarize_head",
 ]
@@ -126,7 +128,12 @@ class Gemm(Op):
 
 @dataclass(frozen=True)
 class Conv(Op):
-    """A 2-d convolution; sizes are (height, width), the output's as the module gave it."""
+    """A 2-d convolution; sizes are (height, width), the output's as the module gave it.
+
+    ``transposed``: each input is multiplied with the whole kernel, ``stride`` apart in the
+    output. ``weight``: the kernel is a parameter; otherwise it was computed from the image
+    or already counted by an earlier use.
+    """
 
     name: str
     in_channels: int
@@ -137,19 +144,34 @@ class Conv(Op):
     stride: tuple[int, int] = (1, 1)
     groups: int = 1
     bias: bool = False
+    transposed: bool = False
+    weight: bool = True
 
     @property
     def macs(self) -> int:
+        if self.transposed:
+            pixels = self.in_size[0] * self.in_size[1]
+            return pixels * self._kernel_elements
         return self.elements_written * self.inner
 
     @property
     def inner(self) -> int:
-        """Products summed for one output: the inner size of the product it becomes."""
-        return self.kernel[0] * self.kernel[1] * self.in_channels // self.groups
+        """Products summed for one output (transposed: at most): the inner size of the
+        product it becomes."""
+        taps = self.kernel
+        if self.transposed:
+            taps = tuple(-(-k // s) for k, s in zip(self.kernel, self.stride, strict=True))
+        return taps[0] * taps[1] * self.in_channels // self.groups
+
+    @property
+    def _kernel_elements(self) -> int:
+        taps = self.kernel[0] * self.kernel[1]
+        return self.out_channels * taps * self.in_channels // self.groups
 
     @property
     def params(self) -> int:
-        return self.out_channels * (self.inner + int(self.bias))
+        weights = self._kernel_elements if self.weight else 0
+        return weights + (self.out_channels if self.bias else 0)
 
     @property
     def activations(self) -> int:
@@ -157,11 +179,42 @@ class Conv(Op):
 
     @property
     def elements_read(self) -> int:
-        return self.in_channels * self.in_size[0] * self.in_size[1] + self.params
+        kernel = 0 if self.weight else self._kernel_elements
+        return self.in_channels * self.in_size[0] * self.in_size[1] + kernel + self.params
 
     @property
     def elements_written(self) -> int:
         return self.out_channels * self.out_size[0] * self.out_size[1]
+
+
+@dataclass(frozen=True)
+class Deform(Op):
+    """A deformable sampling operator (DCNv3, DCNv4): ``points`` output positions, each the
+    weighted sum of ``samples`` bilinear samples, offsets and weights shared in a group.
+
+    MACs by the InternImage authors' rule, 5 a sample, point and channel. Elements as with
+    an unlimited cache: the map once, two offsets and a weight a sample and group.
+    """
+
+    name: str
+    channels: int
+    groups: int
+    samples: int
+    in_size: tuple[int, int]
+    points: int
+
+    @property
+    def macs(self) -> int:
+        return 5 * self.points * self.samples * self.channels
+
+    @property
+    def elements_read(self) -> int:
+        sampled = self.channels * self.in_size[0] * self.in_size[1]
+        return sampled + 3 * self.points * self.samples * self.groups
+
+    @property
+    def elements_written(self) -> int:
+        return self.points * self.channels
 
 
 @dataclass(frozen=True)
@@ -207,6 +260,14 @@ class Unknown(Op):
     @property
     def elements_written(self) -> int:
         return self.outputs
+
+
+@dataclass(frozen=True)
+class Unused(Op):
+    """A parameter, or the part of one, that a forward never reads."""
+
+    name: str
+    params: int
 
 
 @dataclass(frozen=True)
