@@ -5,6 +5,7 @@ from .features import features, prefix_tokens
 from .intercept import AttentionHook, Handle, intercept
 from .registry import create, names
 from .saliency import SaliencyDecoder
+from .trace import trace
 from .weights import LoadReport, load_weights
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "load_weights",
     "names",
     "prefix_tokens",
+    "trace",
 ]

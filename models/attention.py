@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -50,14 +50,22 @@ def find_attention(model: nn.Module, inputs: Inputs | None = None) -> tuple[Atte
     dimensional its heads are the module's ``num_heads`` if that is its only call, else 1.
     """
     stack = ModuleStack()
-    finder = _Finder(stack)
+    finder = AttentionFinder(stack)
     images = inputs if inputs is not None else getattr(model, "image_size", 224)
     shadow_run(model, images, stack, finder)
-    return _calls(finder.seen, model, _batch(images))
+    return tuple(call for _, call in attention_calls(finder.seen, model, images_in(images)))
 
 
 @dataclass(eq=False)
-class _Seen:
+class Trail:
+    """Where a product of scores was made; ``steps`` is for what a subclass notes of it."""
+
+    path: tuple[Visit, ...]
+    steps: list = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class SeenCall:
     """A call as it goes by. ``path`` are the visits inside which all of it happens."""
 
     path: tuple[Visit, ...]
@@ -70,40 +78,43 @@ class _Seen:
     value_dim: int = 0  # stays 0 where the probabilities met no values
 
 
-class _Finder(AttentionForms):
+class AttentionFinder(AttentionForms):
     """Notes every softmax of scores and what it met."""
 
     def __init__(self, stack: ModuleStack) -> None:
         super().__init__()
         self.stack = stack
-        self.seen: list[_Seen] = []
+        self.seen: list[SeenCall] = []
 
-    def origin(self) -> tuple[Visit, ...]:
-        return self.stack.now
+    def origin(self) -> Trail:
+        return Trail(self.stack.now)
 
     def fused(self, call: Fused) -> Tensor:
-        *batch, queries, key_dim = call.query.shape
-        self.seen.append(
-            _Seen(
-                path=self.stack.now,
-                form="mha" if self.multi_head else "sdpa",
-                heads=call.heads,
-                queries=queries,
-                keys=call.key.shape[-2],
-                key_dim=key_dim,
-                batch=math.prod(batch) // (call.heads or 1),
-                value_dim=call.value.shape[-1],
-            )
-        )
+        self.note_fused(call)
         return call.run()
+
+    def note_fused(self, call: Fused) -> SeenCall:
+        *batch, queries, key_dim = call.query.shape
+        seen = SeenCall(
+            path=self.stack.now,
+            form="mha" if self.multi_head else "sdpa",
+            heads=call.heads,
+            queries=queries,
+            keys=call.key.shape[-2],
+            key_dim=key_dim,
+            batch=math.prod(batch) // (call.heads or 1),
+            value_dim=call.value.shape[-1],
+        )
+        self.seen.append(seen)
+        return seen
 
     def softmax(
         self, scores: Scores, present: Tensor, run: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, _Seen]:
+    ) -> tuple[Tensor, SeenCall]:
         *batch, first, second = present.shape
         queries, keys = (first, second) if scores.key_axis == -1 else (second, first)
-        event = _Seen(
-            path=_shared(scores.origin, self.stack.now),
+        event = SeenCall(
+            path=shared_visits(scores.origin.path, self.stack.now),
             form="mha" if self.multi_head else "softmax",
             heads=scores.heads,
             queries=queries,
@@ -116,42 +127,48 @@ class _Finder(AttentionForms):
 
     def weighted(self, scores: Scores, value_dim: int) -> None:
         scores.event.value_dim += value_dim
-        scores.event.path = _shared(scores.event.path, self.stack.now)
+        scores.event.path = shared_visits(scores.event.path, self.stack.now)
 
 
-def _shared(one: tuple[Visit, ...], other: tuple[Visit, ...]) -> tuple[Visit, ...]:
+def shared_visits(one: tuple[Visit, ...], other: tuple[Visit, ...]) -> tuple[Visit, ...]:
     """The visits that both paths have in common, from the outermost on."""
     return tuple(a for a, b in zip(one, other, strict=False) if a == b)
 
 
-def _calls(seen: list[_Seen], model: nn.Module, images: int) -> tuple[AttentionCall, ...]:
-    inside: dict[Visit, list[_Seen]] = defaultdict(list)
+def attention_calls(
+    seen: list[SeenCall], model: nn.Module, images: int
+) -> list[tuple[SeenCall, AttentionCall]]:
+    """The calls among ``seen`` that met values, described."""
+    inside: dict[Visit, list[SeenCall]] = defaultdict(list)
     for event in seen:
         inside[event.path[-1]].append(event)
-    calls = []
-    for event in seen:
-        if not event.value_dim:
-            continue
-        visit = event.path[-1]
-        heads, batch = event.heads, event.batch
-        if heads is None:
-            alone = len(inside[visit]) == 1
-            heads = _stated_heads(model.get_submodule(visit.module), batch) if alone else 1
-            batch //= heads
-        calls.append(
-            AttentionCall(
-                module=visit.module,
-                index=inside[visit].index(event),
-                form=event.form,
-                heads=heads,
-                queries=event.queries,
-                keys=event.keys,
-                key_dim=event.key_dim,
-                value_dim=event.value_dim,
-                windows=max(1, batch // images),
-            )
-        )
-    return tuple(calls)
+    return [
+        (event, _described(event, inside[event.path[-1]], model, images))
+        for event in seen
+        if event.value_dim
+    ]
+
+
+def _described(
+    event: SeenCall, same_visit: list[SeenCall], model: nn.Module, images: int
+) -> AttentionCall:
+    module = event.path[-1].module
+    heads, batch = event.heads, event.batch
+    if heads is None:
+        alone = len(same_visit) == 1
+        heads = _stated_heads(model.get_submodule(module), batch) if alone else 1
+        batch //= heads
+    return AttentionCall(
+        module=module,
+        index=same_visit.index(event),
+        form=event.form,
+        heads=heads,
+        queries=event.queries,
+        keys=event.keys,
+        key_dim=event.key_dim,
+        value_dim=event.value_dim,
+        windows=max(1, batch // images),
+    )
 
 
 def _stated_heads(module: nn.Module, batch: int) -> int:
@@ -163,7 +180,7 @@ def _stated_heads(module: nn.Module, batch: int) -> int:
     return 1
 
 
-def _batch(inputs: Inputs) -> int:
+def images_in(inputs: Inputs) -> int:
     """Images in one shadow run: 1, or the first size of the first of several inputs."""
     if isinstance(inputs, tuple):
         first = next((value for value in inputs if isinstance(value, Tensor)), None)

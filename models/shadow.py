@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +48,10 @@ def in_shadow() -> bool:
 
 
 class ModuleStack:
-    """Which submodules are being run, outermost first, as a list of `Visit`."""
+    """Which submodules are being run, outermost first, as a list of `Visit`.
+
+    A subclass may act in `entered` and `left`.
+    """
 
     def __init__(self) -> None:
         self.visits: list[Visit] = []
@@ -64,39 +67,54 @@ class ModuleStack:
         handles = []
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(self._entering(name), prepend=True))
-            handles.append(module.register_forward_hook(self._leave, always_call=True))
+            handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
+    def entered(self, module: nn.Module) -> None:
+        """``module`` is about to run; it is the last of ``visits``."""
+
+    def left(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """``module`` has run; it is still the last of ``visits``."""
+
     def _entering(self, name: str):
         def enter(module: nn.Module, args: tuple) -> None:
             self._count += 1
             self.visits.append(Visit(name, self._count))
+            self.entered(module)
 
         return enter
 
-    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self.left(module, args, kwargs, output)
         self.visits.pop()
 
 
 def shadow_run(
-    model: nn.Module, inputs: Inputs, stack: ModuleStack, *modes: AbstractContextManager
-) -> dict[str, Tensor]:
+    model: nn.Module,
+    inputs: Inputs,
+    stack: ModuleStack,
+    *modes: AbstractContextManager,
+    prepare: Callable[[Mapping[str, Tensor]], None] | None = None,
+) -> None:
     """One forward of ``model`` in eval mode for one image, under ``modes``.
 
     An example tensor gives shape and type only, of its first image; a tuple of inputs is
-    taken whole. Returns the fake parameters and buffers by name. The model is as it was
-    afterwards. Raises whatever the forward raises, such as for an image size that it
-    cannot take, and ``ValueError`` where the forward looks at the values of its tensors.
+    taken whole. ``prepare`` is given the fake parameters and buffers by name before the
+    run. The model is as it was afterwards. Raises whatever the forward raises, such as for
+    an image size that it cannot take, and ``ValueError`` where the forward looks at the
+    values of its tensors.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, torch.no_grad():
         tensors = [*model.named_parameters(), *model.named_buffers()]
         state = {name: _like(tensor) for name, tensor in tensors}
         args = _arguments(inputs, model)
+    if prepare is not None:
+        prepare(state)
     surroundings = (
         _evaluating(model),
         stack.following(model),
@@ -109,7 +127,6 @@ def shadow_run(
         for context in surroundings:
             entered.enter_context(context)
         _call(model, state, args)
-    return state
 
 
 def _call(model: nn.Module, state: dict[str, Tensor], args: tuple) -> None:
