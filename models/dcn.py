@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..workload import Deform
+
 Core = Callable[..., Tensor]
 """``core(value, offset, weight, *, kernel, stride, padding, dilation, groups, offset_scale,
 remove_center)``, as `deform_core`: a compiled kernel may stand in its place."""
@@ -173,6 +175,17 @@ class DeformSampling(nn.Module):
             groups=self.groups,
             offset_scale=self.offset_scale,
             remove_center=self.remove_center,
+        )
+
+    def as_op(self, name: str, value: Tensor, offset: Tensor, weight: Tensor) -> Deform:
+        """This operator for one image, as `trace` counts it whatever the core."""
+        return Deform(
+            name,
+            channels=value.shape[-1],
+            groups=self.groups,
+            samples=self.samples,
+            in_size=tuple(value.shape[1:3]),
+            points=offset.shape[1] * offset.shape[2],
         )
 
     def extra_repr(self) -> str:
