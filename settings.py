@@ -1,0 +1,66 @@
+"""Everything that decides the figures of a co-design run, besides model and photos."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .masks import PUBLISHED_MIN_KEPT
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of `sievit.pipeline.codesign`; checks itself.
+
+    image_size         side of the crops, pixels
+    sparsity, theta    of the mask rule "information": exactly one of them
+    min_kept           a key is global when more queries keep it (ViTCoD: 50)
+    codec              compress Q and K over the heads
+    latent_heads       heads after compression; None is half, rounded up (ViTCoD)
+    groups             blocks of a block-diagonal codec
+    turn               make the free change of basis before the codec is fitted
+    learn_crops        crops for the averaged attention and the codec's closed form
+    judge_crops        crops that fidelity is judged on
+    codec_steps        training steps of the codec; 0 keeps the closed form
+    recovery_steps     training steps of the recovery; 0 for none
+    recovery_seconds   replaces the steps; how many fit then depends on the machine
+    batch_size         crops in a batch, for training, judging and measuring
+    measure            time dense attention on this machine
+    """
+
+    image_size: int = 224
+    sparsity: float | None = 0.9
+    theta: float | None = None
+    min_kept: int | float = PUBLISHED_MIN_KEPT
+    codec: bool = True
+    latent_heads: int | None = None
+    groups: int = 1
+    turn: bool = True
+    learn_crops: int = 64
+    judge_crops: int = 32
+    codec_steps: int = 8
+    recovery_steps: int = 40
+    recovery_seconds: float | None = None
+    batch_size: int = 8
+    seed: int = 0
+    measure: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "learn_crops", "judge_crops", "batch_size", "groups"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("codec_steps", "recovery_steps", "seed"):
+            _at_least(name, getattr(self, name), 0)
+        if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
+            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        if self.theta is not None and not 0.0 < self.theta <= 1.0:
+            raise ValueError(f"theta must be in (0, 1], got {self.theta}")
+        if (self.sparsity is None) == (self.theta is None):
+            raise ValueError(
+                f"give either sparsity or theta, got sparsity={self.sparsity}, theta={self.theta}"
+            )
+        if self.recovery_seconds is not None and self.recovery_seconds <= 0:
+            raise ValueError(f"recovery_seconds must be above 0, got {self.recovery_seconds}")
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
