@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from sievit.models import find_attention
 from sievit.models.conv_layers import ConvBN, fuse
 from sievit.models.efficientvit import (
     FFN,
@@ -28,6 +29,14 @@ PARAMS = {  # plain, fused, with two heads; stem, three stages, head
     "m3": (6900722, 6875890, 7222362, (97680, 162692, 1741526, 4577184, 321640)),
     "m4": (8804228, 8776340, 9189996, (97680, 162564, 1922056, 6236160, 385768)),
     "m5": (12473772, 12436260, 12859540, (219096, 359267, 3550665, 7958976, 385768)),
+}
+COSTS = {  # MACs with both attention products; of convolutions, one window each; activations
+    "m0": (79193600, 75364800, 192000, 768768),
+    "m1": (167051840, 159828064, 192000, 1192032),
+    "m2": (201035712, 193789600, 224000, 1293280),
+    "m3": (262662208, 254972480, 320000, 1432576),
+    "m4": (299308544, 291370816, 384000, 1500096),
+    "m5": (521583104, 507691456, 384000, 2167680),
 }
 PARTS = ("patch_embed", "blocks1", "blocks2", "blocks3", "head")
 
@@ -57,6 +66,29 @@ def test_parameters_are_the_published_ones(name):
     assert params(fuse(model)) == fused
     assert params(distilled) == two_heads
     assert tuple(params(getattr(model, part)) for part in PARTS) == parts
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_costs_are_the_published_ones(name):
+    """The published columns for convolutions count the windows of stage 1 as one."""
+    with torch.device("meta"):
+        model = MODELS[f"efficientvit_{name}"]().eval()
+    seen = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(lambda layer, _, out: seen.append((layer, out)))
+    model(torch.empty(1, 3, 224, 224, device="meta"))
+    convs = [(layer.weight[0].numel(), out) for layer, out in seen if isinstance(layer, nn.Conv2d)]
+    (linear,) = [layer.weight.numel() for layer, _ in seen if isinstance(layer, nn.Linear)]
+    products = sum(
+        call.windows * call.heads * call.queries * call.keys * (call.key_dim + call.value_dim)
+        for call in find_attention(model)
+    )
+    everything, one_window, classifier, activations = COSTS[name]
+    assert sum(macs * out.numel() for macs, out in convs) + linear + products == everything
+    assert sum(macs * out[0].numel() for macs, out in convs) == one_window
+    assert linear == classifier
+    assert sum(out[0].numel() for _, out in convs) == activations
 
 
 def test_parameters_of_the_parts():
