@@ -48,6 +48,12 @@ KINDS = {
     "pixel_unshuffle": "pixel_unshuffle",
     "channel_shuffle": "channel_shuffle",
     "native_channel_shuffle": "channel_shuffle",
+    "hardswish": "hardswish",
+    "glu": "glu",
+    "prelu": "prelu",
+    "_prelu_kernel": "prelu",
+    "log_sigmoid_forward": "log_sigmoid",
+    "floor_divide": "floor_divide",
     "linalg_vector_norm": "norm",
     "native_dropout": "dropout",
 }
@@ -61,18 +67,19 @@ REDUCTIONS = frozenset(
 
 MOVES = {
     **dict.fromkeys(["clone", "_to_copy", "copy", "contiguous", "_reshape_copy"], "copy"),
-    **dict.fromkeys(["cat", "stack", "repeat", "roll", "flip", "gather", "take", "im2col"]),
+    **dict.fromkeys(["cat", "stack", "repeat", "roll", "flip", "gather", "take", "rot90"]),
     **dict.fromkeys(["index", "index_select", "_unsafe_index"], "gather"),
     **dict.fromkeys(["constant_pad_nd", "reflection_pad2d", "replication_pad2d"], "pad"),
     **dict.fromkeys(["select_scatter", "slice_scatter", "scatter", "index_put"], "scatter"),
-    **dict.fromkeys(["col2im", "masked_select", "tril", "triu", "embedding"]),
+    **dict.fromkeys(["im2col", "col2im", "masked_select", "tril", "triu", "embedding"]),
 }
 """Movement of data without arithmetic; a copy into place (``copy_``) among it."""
 
 FREE = frozenset(
     ["empty", "empty_like", "empty_strided", "new_empty", "empty_permuted", "new_empty_strided"]
     + ["_unsafe_view", "detach", "alias", "lift_fresh", "lift", "_local_scalar_dense"]
-    + ["resize_", "set_", "is_same_size", "sym_size", "sym_stride", "sym_numel"]
+    + ["resize_", "set_", "as_strided_", "unsqueeze_", "squeeze_", "transpose_", "t_"]
+    + ["is_same_size", "sym_size", "sym_stride", "sym_numel"]
 )
 """What touches no element."""
 
@@ -104,7 +111,8 @@ class AtenCosts:
             return []
         product = PRODUCTS.get(kind)
         if product is not None:
-            return [product(self, name, args, kwargs, written)]
+            op = product(self, name, args, kwargs, written)
+            return [*self._rest(name, read), op]
         return [self._elementwise(name, func, kind, read, written)]
 
     def _elementwise(
@@ -144,10 +152,16 @@ class AtenCosts:
 
     # ------------------------------------------------------------------- products
 
-    def linear(self, name: str, rows: int, weight: Tensor, bias: Tensor | None) -> Op:
+    def linear(self, name: str, rows: int, weight: Tensor, bias: Tensor | None) -> list[Op]:
         """[rows, inner] x ``weight`` [cols, inner], a linear layer."""
         cols, inner = weight.shape
-        return self._gemm(name, 1, rows, inner, cols, weight, bias)
+        op = self._gemm(name, 1, rows, inner, cols, weight, bias)
+        return [*self._rest(name, [weight] if bias is None else [weight, bias]), op]
+
+    def _rest(self, name: str, operands: list[Tensor]) -> list[Op]:
+        """Parameters of a product that are not just its weight: gathered ones, say."""
+        params = self.use.charge(operands)
+        return [Elementwise(name, "parameters", 0, 0, params)] if params else []
 
     def _gemm(
         self,
@@ -199,8 +213,8 @@ class AtenCosts:
             name,
             in_channels=image.shape[1],
             out_channels=written.shape[1],
-            in_size=_two(image.shape[2:]),
-            out_size=_two(written.shape[2:]),
+            in_size=_folded(image),
+            out_size=_folded(written),
             kernel=_two(weight.shape[2:]),
             stride=_two(list(stride) * (image.ndim - 2) if len(stride) == 1 else stride),
             groups=groups,
@@ -227,6 +241,12 @@ def _two(sizes: Any) -> tuple[int, int]:
     """One, two or three sizes as (height, width): a line has height 1, a volume is folded."""
     sizes = [int(size) for size in sizes]
     return (math.prod(sizes[:-1]), sizes[-1])
+
+
+def _folded(images: Tensor) -> tuple[int, int]:
+    """(height, width) of all that lies in the batch of one image, its windows, as one map."""
+    height, width = _two(images.shape[2:])
+    return images.shape[0] * height, width
 
 
 def _is_view(func: Any) -> bool:

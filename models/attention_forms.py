@@ -46,6 +46,8 @@ class Scores:
     swapped        the last two axes were exchanged since the product
     key_axis       the axis of the present tensor that the softmax ran over, -1 or -2;
                    None before the softmax
+    version        how often the present tensor had been changed in place after the last
+                   step; None where that is not recorded
     heads          as seen in a shape [..., heads, queries, keys], None where none was seen
     origin, event  a subclass's own notes: where the product was made, what came of it
     """
@@ -55,6 +57,7 @@ class Scores:
     steps: tuple[Step, ...] = ()
     swapped: bool = False
     key_axis: int | None = None
+    version: int | None = None
     heads: int | None = None
     origin: Any = None
     event: Any = None
@@ -62,6 +65,10 @@ class Scores:
     @property
     def key_dim(self) -> int:
         return self.rows.shape[-1]
+
+    def repeatable(self, present: Tensor) -> bool:
+        """Whether ``steps`` are all that happened to ``present`` since its product."""
+        return _version(present) == self.version
 
     def recomputed(self, rows: Tensor, columns: Tensor) -> Tensor:
         """The present tensor with other operands (before the softmax)."""
@@ -174,7 +181,7 @@ class AttentionForms(TorchFunctionMode):
         scores = Scores(rows, columns, operands.steps, heads=self.multi_head, origin=self.origin())
         product = self.step(scores, func, args, kwargs)
         heads = scores.heads or (product.shape[-3] if product.ndim >= 4 else None)
-        self._known[product] = replace(scores, heads=heads)
+        self._known[product] = replace(scores, heads=heads, version=_version(product))
         return product
 
     def _weigh(self, func, args, kwargs, operands: Operands, tensor: Tensor, scores: Scores) -> Any:
@@ -213,6 +220,8 @@ class AttentionForms(TorchFunctionMode):
             return func(*args, **kwargs)
         before = args[positions[0]]
         scores = self._known[before]
+        if func is Tensor.__setitem__:
+            self._known[before] = replace(scores, version=-1)
         turned = _last_two_turned(func, args, kwargs, before)
         if turned is None:
             return func(*args, **kwargs)
@@ -238,8 +247,13 @@ def _after(scores: Scores, step: Step, turned: bool, after: Tensor) -> Scores:
         steps=steps,
         swapped=scores.swapped != turned,
         key_axis=-3 - axis if turned and axis is not None else axis,
+        version=_version(after),
         heads=scores.heads or (after.shape[-3] if after.ndim >= 4 else None),
     )
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def _last_two_turned(func: Callable, args: tuple, kwargs: Mapping, before: Tensor) -> bool | None:

@@ -208,6 +208,11 @@ class _Interceptor(AttentionForms):
         heads, hooks = frame.next_call()
         name = frame.intercepted.name
         changing = [hook for hook in hooks if _transforms(hook)]
+        if changing and not scores.repeatable(present):
+            raise ValueError(
+                f"the scores in {name!r} are changed in place between product and softmax; "
+                "q and k cannot be transformed there"
+            )
         if changing:
             present = _with_transforms(scores, present, heads, changing)
         turned = scores.key_axis == -2

@@ -178,7 +178,8 @@ class _Attention(AttentionFinder):
         finally:
             self.tracer.silent -= 1
         rows = input.numel() // weight.shape[-1]
-        self.tracer.add(self.tracer.costs.linear("", rows, weight, bias))
+        for op in self.tracer.costs.linear("", rows, weight, bias):
+            self.tracer.add(op)
         return result
 
     def fused(self, call: Fused) -> Tensor:

@@ -407,6 +407,29 @@ def test_windows_share_the_mask():
     assert seen[0].shape == (9, HEADS, 4, 4)
 
 
+class Overwritten(Projected):
+    """A bias written into a part of the scores, as models with a class token do."""
+
+    def core(self, q, k, v):
+        attn = q @ k.mT * q.shape[-1] ** -0.5
+        attn[..., 1:, 1:] = attn[..., 1:, 1:] + 0.5
+        return attn.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_scores_changed_in_place_are_masked_but_not_recomputed(mode):
+    model, x, keep = Overwritten().eval(), tokens(), random_keep(HEADS, 7, 7)
+    calls = find_attention(model, x)
+    bias = F.pad(torch.full((6, 6), 0.5), (1, 0, 1, 0))
+    with mode():
+        q, k, v = model.heads(x)
+        expected = model.merged(reference(q, k, v, keep, bias))
+        with intercept(model, [AttentionHook(keep=keep)], calls):
+            torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+        with intercept(model, [Mix()], calls), pytest.raises(ValueError, match="in place"):
+            model(x)
+
+
 class Causal(Projected):
     def core(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25)
