@@ -189,5 +189,5 @@ CONFIGS: dict[str, EfficientNetConfig] = {  # width, depth, image size (the auth
 }
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    name: partial(EfficientNet, config) for name, config in CONFIGS.items()
+    name: partial(EfficientNet, config=config) for name, config in CONFIGS.items()
 }

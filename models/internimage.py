@@ -253,6 +253,10 @@ class InternImage(nn.Module):
             raise ValueError(
                 f"channels {channels} are not divisible by group_channels {group_channels}"
             )
+        if len(depths) > 2 and max(normed_blocks, default=0) >= depths[2]:
+            raise ValueError(
+                f"normed_blocks {tuple(normed_blocks)} go beyond the {depths[2]} blocks of stage 3"
+            )
         self.image_size = image_size
         self.patch_embed = Stem(in_channels, channels)
         drops = torch.linspace(0, drop_path, sum(depths), device="cpu").split(list(depths))

@@ -267,9 +267,14 @@ def _stage(config: RegNetConfig, index: int, inputs: int) -> nn.Sequential:
 
 @torch.no_grad()
 def init_weights(module: nn.Module) -> None:
-    """The authors' first values: convolutions by their fan-out, the classifier small."""
+    """First values: convolutions by their fan-out, the classifier small.
+
+    A group's own outputs count, not all outputs as in the authors' code: there depthwise
+    networks vanish until batch norm has seen data.
+    """
     if isinstance(module, nn.Conv2d):
-        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+        outputs = module.out_channels // module.groups
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * outputs
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
     elif isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.01)
@@ -329,5 +334,5 @@ CONFIGS: dict[str, RegNetConfig] = {
 }
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    name: partial(RegNet, config) for name, config in CONFIGS.items()
+    name: partial(RegNet, config=config) for name, config in CONFIGS.items()
 }

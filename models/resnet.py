@@ -109,5 +109,5 @@ CONFIGS: dict[str, RegNetConfig] = {
 }
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    name: partial(ResNet, config) for name, config in CONFIGS.items()
+    name: partial(ResNet, config=config) for name, config in CONFIGS.items()
 }

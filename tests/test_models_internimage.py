@@ -31,9 +31,10 @@ def params(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def on_meta(name: str, **overrides) -> nn.Module:
+def on_meta(name: str) -> nn.Module:
+    """The model without data; its sampling gives a tensor of the right shape at no cost."""
     with torch.device("meta"):
-        return MODELS[name](**overrides).eval()
+        return MODELS[name](core=lambda value, offset, weight, **geometry: value).eval()
 
 
 @torch.no_grad()
@@ -199,6 +200,8 @@ def test_drop_path_rises_linearly_over_the_blocks():
 def test_what_cannot_be_built_is_named():
     with pytest.raises(ValueError, match="channels 48 are not divisible by group_channels 32"):
         InternImage(48, (1, 1, 1, 1), BlockStyle(), group_channels=32)
+    with pytest.raises(ValueError, match=r"normed_blocks \(5,\) go beyond the 2 blocks"):
+        InternImage(16, (1, 1, 2, 1), BlockStyle(), normed_blocks=(5,))
     with pytest.raises(ValueError, match="norm must be one of"):
         BlockStyle(norm="middle")
     with pytest.raises(ValueError, match="operator must be one of"):

@@ -1,0 +1,210 @@
+"""One set of checks for every registered model, and for a small one of each family."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from sievit.models import create, load_weights, names, prefix_tokens, trace
+from sievit.models.resnet import CONFIGS as RESNETS
+
+SMALL = {  # family: name, overrides, two image sizes
+    "vit": ("deit_tiny", {"depth": 2, "image_size": 64}, (64, 96)),
+    "dinov2": ("dinov2_small_registers", {"depth": 2, "image_size": 70}, (70, 98)),
+    "levit": ("levit_128s", {"depths": (1, 1, 1), "image_size": 64}, (64, 64)),
+    "efficientvit": ("efficientvit_m0", {"image_size": 112, "depths": (1, 1, 1)}, (112, 112)),
+    "internimage": ("internimage_t", {"channels": 16, "depths": (1, 1, 2, 1)}, (64, 96)),
+    "internimage post": ("internimage_s", {"channels": 16, "depths": (1, 1, 2, 1)}, (64, 96)),
+    "internimage clip": (
+        "internimage_h",
+        {"channels": 32, "depths": (1, 1, 2, 1), "normed_blocks": (0,)},
+        (64, 96),
+    ),
+    "flash_internimage": (
+        "flash_internimage_b",
+        {"channels": 16, "depths": (1, 1, 2, 1)},
+        (64, 96),
+    ),
+    "convnext": ("convnext_tiny", {"depths": (1, 1, 2, 1)}, (64, 96)),
+    "regnetx": ("regnetx_002", {}, (64, 96)),
+    "regnety": ("regnety_002", {}, (64, 96)),
+    "regnetz": ("regnetz_005", {}, (64, 96)),
+    "efficientnet": ("efficientnet_b0", {}, (64, 96)),
+    "resnet": ("resnet50", {"config": replace(RESNETS["resnet50"], depths=(1,) * 4)}, (64, 96)),
+}
+
+
+def small(family: str, **more) -> nn.Module:
+    name, overrides, _ = SMALL[family]
+    torch.manual_seed(0)
+    return create(name, **overrides, **more)
+
+
+def images(family: str, count: int = 2, which: int = 0) -> torch.Tensor:
+    size = SMALL[family][2][which]
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def first(output: torch.Tensor | tuple) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_model_builds_and_says_what_it_is(name):
+    with torch.device("meta"):
+        model = create(name)
+    assert model.registered_name == name
+    assert model.training
+    assert isinstance(model.image_size, int)
+    assert prefix_tokens(model) == model.num_prefix_tokens
+    parameters = list(model.parameters())
+    assert all(p.is_meta and p.requires_grad for p in parameters)
+    assert sum(p.numel() for p in parameters) > 2e6
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_forward_at_two_sizes_and_evaluation_repeats(family):
+    model = small(family).eval()
+    with torch.no_grad():
+        for which in (0, 1):
+            x = images(family, which=which)
+            out = model(x)
+            assert out.shape[0] == 2
+            assert out.ndim == 2
+            assert torch.isfinite(out).all()
+            assert torch.equal(model(x), out)
+            alone = model(x[:1])
+            torch.testing.assert_close(alone, out[:1], rtol=1e-3, atol=1e-4)
+        assert model.forward_features(x).shape[0] == 2
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_backward_reaches_every_parameter(family):
+    model = small(family)
+    output = model(images(family))
+    outputs = output if isinstance(output, tuple) else (output,)
+    sum(out.square().sum() for out in outputs).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_state_dict_round_trip(family, tmp_path):
+    model = small(family).eval()
+    path = tmp_path / "weights.pth"
+    torch.save({"model": model.state_dict()}, path)
+    other = small(family).eval()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    report = load_weights(other, path)
+    assert report.loaded == tuple(model.state_dict())
+    assert report.left_out == ()
+    with torch.no_grad():
+        assert torch.equal(other(images(family)), model(images(family)))
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_other_numbers_of_classes(family):
+    with torch.device("meta"):
+        model = small(family, num_classes=7)
+    x = images(family).to("meta")
+    assert first(model(x)).shape == (2, 7)
+    with torch.device("meta"):
+        bare = small(family, num_classes=0)
+    assert first(bare(x)).ndim == 2
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_half_precision(family):
+    """bfloat16 and float16 forwards stay near float32, in units of the largest logit."""
+    model = small(family).eval()
+    x = images(family)
+    with torch.no_grad():
+        exact = model(x)
+        for dtype, tolerance in ((torch.bfloat16, 0.1), (torch.float16, 0.02)):
+            low = copy.deepcopy(model).to(dtype)(x.to(dtype))
+            assert low.dtype == dtype
+            assert (low.float() - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_traced_parameters_are_the_models(family):
+    model = small(family)
+    workload = trace(model, SMALL[family][2][0])
+    assert workload.params == sum(p.numel() for p in model.parameters())
+    assert workload.macs > 0
+
+
+@pytest.mark.parametrize("family", ["efficientvit", "levit", "flash_internimage"])
+def test_export_gives_the_same_logits(family):
+    model = small(family).eval()
+    x = images(family)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(model, (x,)).module()
+        torch.testing.assert_close(exported(x), model(x))
+
+
+TRACED = {  # MACs as published or as the reference libraries count them: all, without attention
+    "levit_128": (405321728, 364390400),
+    "levit_256": (1127257344, 1048133632),
+    "efficientnet_b0": (385814752, 385814752),
+    "regnety_004": (401842848, 401842848),
+    "regnetz_005": (507203840, 507203840),
+    "flash_internimage_t": (4868442112, 4868442112),
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_traced_macs_are_the_published_ones(name):
+    with torch.device("meta"):
+        workload = trace(create(name))
+    attention = sum(op.macs for op in workload.attention)
+    assert (workload.macs, workload.macs - attention) == TRACED[name]
+
+
+@pytest.fixture(scope="module")
+def timm():
+    """timm as an oracle, where it is installed; beside a CPU build of torch its import of
+    torchvision needs the two operators declared."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, operator):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    yield pytest.importorskip("timm")
+    del library
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("levit_128s", 224),
+        ("efficientvit_m0", 224),
+        ("convnext_tiny", 64),
+        ("regnetx_002", 64),
+        ("regnety_004", 64),
+        ("regnetz_040_h", 64),
+        ("efficientnet_b0", 64),
+        ("resnet50", 64),
+    ],
+)
+def test_the_same_weights_give_timms_logits(timm, name, size):
+    theirs = timm.create_model(name)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in theirs.state_dict().values():
+            if tensor.is_floating_point():
+                noise = torch.rand(tensor.shape, generator=generator)
+                tensor.copy_(noise + 0.5 if tensor.ndim < 2 else tensor + 0.02 * (noise - 0.5))
+    ours = create(name).eval()
+    load_weights(ours, theirs.eval().state_dict())
+    x = torch.randn(2, 3, size, size, generator=generator)
+    with torch.no_grad():
+        expected = theirs(x)
+        assert (ours(x) - expected).abs().max() <= 1e-6 * expected.abs().max()
