@@ -102,7 +102,7 @@ def agreeing_turn(q: HeadMoments, k: HeadMoments, shape: HeadCodec) -> np.ndarra
         projectors = [_projector(_energy(block, turn), shape) for block in blocks]
         for head in range(heads):
             pull = sum(
-                np.einsum("g,gij,gjk->ik", _without(p[head], head), block[head], turn)
+                np.hstack(_without(p[head], head)[:, None, None] * block[head]) @ np.vstack(turn)
                 for p, block in zip(projectors, blocks, strict=True)
             )
             left, _, right = np.linalg.svd(pull)
@@ -112,8 +112,7 @@ def agreeing_turn(q: HeadMoments, k: HeadMoments, shape: HeadCodec) -> np.ndarra
 
 def _energy(blocks: np.ndarray, turn: np.ndarray) -> np.ndarray:
     """tr(A_h^T S_hg A_g), [heads, heads]."""
-    turned = np.einsum("hgij,gjk->hgik", blocks, turn)
-    return np.einsum("hij,hgij->hg", turn, turned)
+    return np.einsum("hij,hgij->hg", turn, blocks @ turn)
 
 
 def _projector(energy: np.ndarray, shape: HeadCodec) -> np.ndarray:
