@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..workload import Conv, Elementwise, Gemm
 from .efficientnet import CONFIGS as EFFICIENTNETS
 from .efficientnet import EfficientNet, EfficientNetConfig
 from .regnet import CONFIGS as REGNETS
 from .regnet import RegNet, RegNetConfig, compatible
 from .resnet import CONFIGS as RESNETS
 from .resnet import ResNet
+from .trace import trace
 
 Config = RegNetConfig | EfficientNetConfig
 C = TypeVar("C", RegNetConfig, EfficientNetConfig)
@@ -163,32 +165,22 @@ def build(config: Config, num_classes: int = 1000) -> nn.Module:
     return (ResNet if config.pooled_stem else RegNet)(config, num_classes)
 
 
-@torch.no_grad()
 def count(config: Config) -> Counts:
     """flops, parameters and activations for one image, by the authors' counter.
 
-    The network is built and run without data; activations are the outputs of its
-    convolutions, linear layers and max pools.
+    Traced from the built network. Activations are the outputs of its convolutions, linear
+    layers and max pools.
     """
     with torch.device("meta"):
-        model = build(config).eval()
-        image = torch.empty(1, 3, config.image_size, config.image_size)
-    seen: list[tuple[nn.Module, int]] = []  # (layer, elements it gave)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear | nn.MaxPool2d):
-            module.register_forward_hook(lambda layer, _, out: seen.append((layer, out.numel())))
-    model(image)
+        model = build(config)
+    workload = trace(model, config.image_size)
+    pools = [op for op in workload.ops if isinstance(op, Elementwise) and op.kind == "max_pool"]
+    biased = [op for op in workload.ops if isinstance(op, Gemm | Conv) and op.bias]
     return Counts(
-        flops=sum(outputs * _flops_an_output(layer) for layer, outputs in seen),
-        params=sum(parameter.numel() for parameter in model.parameters()),
-        activations=sum(outputs for _, outputs in seen),
+        flops=workload.macs + sum(op.elements_written for op in biased),
+        params=workload.params,
+        activations=workload.activations + sum(op.outputs for op in pools),
     )
-
-
-def _flops_an_output(layer: nn.Module) -> int:
-    if isinstance(layer, nn.MaxPool2d):
-        return 0
-    return layer.weight[0].numel() + (layer.bias is not None)
 
 
 @dataclass(frozen=True)

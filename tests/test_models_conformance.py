@@ -152,6 +152,8 @@ def test_export_gives_the_same_logits(family):
 
 
 TRACED = {  # MACs as published or as the reference libraries count them: all, without attention
+    "efficientvit_m0": (79193600, 76845696),
+    "efficientvit_m5": (521583104, 516399184),
     "levit_128": (405321728, 364390400),
     "levit_256": (1127257344, 1048133632),
     "efficientnet_b0": (385814752, 385814752),
