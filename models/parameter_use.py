@@ -66,8 +66,11 @@ class ParameterUse:
         """Parameters among ``tensors`` that no operation was charged for yet."""
         charged = 0
         for tensor in tensors:
-            for name, elements in self._carried.get(tensor, {}).items():
+            carried = self._carried.get(tensor, {})
+            for name, elements in carried.items():
                 now = min(elements, self.uncharged[name])
                 self.uncharged[name] -= now
                 charged += now
+            if carried:
+                self._carried[tensor] = dict.fromkeys(carried, 0)
         return charged
