@@ -77,6 +77,7 @@ class CascadedGroupAttention(nn.Module):
         if len(kernels) < heads:
             raise ValueError(f"{heads} heads need {heads} query kernels, got {tuple(kernels)}")
         self.resolution = resolution
+        self.key_dims = [KEY_DIM] * heads  # a pruned head has fewer; the scale stays
         self.value_dim = dim // heads
         head_dim = 2 * KEY_DIM + self.value_dim
         self.qkvs = nn.ModuleList(ConvBN(dim // heads, head_dim) for _ in range(heads))
@@ -97,10 +98,12 @@ class CascadedGroupAttention(nn.Module):
 
     def head(self, index: int, x: Tensor, bias: Tensor) -> Tensor:
         """One head on [batch, dim / heads, h, w] -> [batch, value_dim, h, w]."""
-        q, k, v = self.qkvs[index](x).split([KEY_DIM, KEY_DIM, self.value_dim], dim=1)
+        key_dim = self.key_dims[index]
+        q, k, v = self.qkvs[index](x).split([key_dim, key_dim, self.value_dim], dim=1)
         q = self.dws[index](q)
         q, k, v = (t.flatten(2).transpose(1, 2).unsqueeze(1) for t in (q, k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (batch, 1, tokens, d)
+        # mixed: (batch, 1, tokens, value_dim)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=KEY_DIM**-0.5)
         return mixed.squeeze(1).transpose(1, 2).reshape(*x.shape[:1], -1, *x.shape[2:])
 
 
