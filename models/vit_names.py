@@ -1,10 +1,10 @@
 """Names of a plain vision transformer's tensors, from every release known to our own.
 
 Ours are timm's. Known: the official DeiT and DINOv2 releases (timm's names but for the
-registers), Hugging Face ViT, DeiT and DINOv2 with or without the model's prefix, ONNX
-graphs exported from those, and short names with q, k and v apart. The vocabularies do not
-collide, so one table serves them all; a name that it does not know stays as it is and is
-then reported as unexpected.
+registers), Hugging Face ViT, DeiT and DINOv2 of transformers 4 and 5 with or without the
+model's prefix, ONNX graphs exported from those, and short names with q, k and v apart. The
+vocabularies do not collide, so one table serves them all; a name that it does not know
+stays as it is and is then reported as unexpected.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ RENAMES = tuple(
         (r"^embeddings\.Concat_\d+$", "pos_cls"),
         (r"^embeddings\.Reshape_\d+$", "pos_patch"),
         (r"^(?:embeddings\.patch_embeddings\.projection|patch)\.(\w+)$", r"patch_embed.proj.\1"),
-        (r"^encoder\.layer\.", "blocks."),
+        (r"^(?:encoder\.layer|layers)\.", "blocks."),
         (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # blocks stored in chunks
         (r"^(blocks\.\d+)\.attention\.attention\.([qkv])(?:uery|ey|alue)\.", r"\1.\2."),
-        (r"^(blocks\.\d+)\.(?:attention\.output\.dense|o)\.", r"\1.attn.proj."),
+        (r"^(blocks\.\d+)\.attention\.([qkv])_proj\.", r"\1.\2."),
+        (r"^(blocks\.\d+)\.(?:attention\.output\.dense|attention\.o_proj|o)\.", r"\1.attn.proj."),
         (r"^(blocks\.\d+)\.(?:layernorm_before|n1)\.", r"\1.norm1."),
         (r"^(blocks\.\d+)\.(?:layernorm_after|n2)\.", r"\1.norm2."),
         (r"^(blocks\.\d+)\.(?:intermediate\.dense|fc1)\.", r"\1.mlp.fc1."),

@@ -7,6 +7,7 @@ Nothing is ever unpickled beyond plain tensors. Each reader takes a path and giv
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -65,7 +66,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
-    stored = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError("no file of plain tensors; nothing else is unpickled") from None
     if not isinstance(stored, Mapping):
         raise ValueError(f"a state dict was expected, found {type(stored).__name__}")
     return unwrapped(stored)
