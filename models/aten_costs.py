@@ -237,6 +237,13 @@ PRODUCTS: dict[str, Callable[..., Op]] = {
 }
 
 
+def op_kind(op: Op) -> str:
+    """The plain name of what an operation does: "linear", "conv", "layer_norm", ..."""
+    if isinstance(op, Gemm):
+        return "linear" if op.weight else "matmul"
+    return getattr(op, "kind", type(op).__name__.lower())
+
+
 def _two(sizes: Any) -> tuple[int, int]:
     """One, two or three sizes as (height, width): a line has height 1, a volume is folded."""
     sizes = [int(size) for size in sizes]

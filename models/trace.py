@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..workload import Attention, Gemm, Op, Unused, Workload
-from .aten_costs import AtenCosts
+from ..workload import Attention, Op, Unused, Workload
+from .aten_costs import AtenCosts, op_kind
 from .attention import AttentionCall, AttentionFinder, SeenCall, attention_calls, images_in
 from .attention_forms import Fused, Scores
 from .parameter_use import ParameterUse
@@ -131,17 +131,11 @@ class _Names:
         if name in self.leaves and name and visit not in self.named:
             self.named.add(visit)
             return self.unique(name)
-        return self.unique(f"{name}.{_kind(op)}".lstrip("."))
+        return self.unique(f"{name}.{op_kind(op)}".lstrip("."))
 
     def unique(self, name: str) -> str:
         self.taken[name] += 1
         return name if self.taken[name] == 1 else f"{name}_{self.taken[name]}"
-
-
-def _kind(op: Op) -> str:
-    if isinstance(op, Gemm):
-        return "linear" if op.weight else "matmul"
-    return getattr(op, "kind", type(op).__name__.lower())
 
 
 class _Operations(TorchDispatchMode):
