@@ -58,13 +58,7 @@ def create(
 def _builders() -> dict[str, Callable[..., nn.Module]]:
     builders: dict[str, Callable[..., nn.Module]] = {}
     for family in FAMILIES:
-        module = f"{__package__}.{family}"
-        try:
-            models = import_module(module).MODELS
-        except ModuleNotFoundError as error:
-            if error.name != module:
-                raise
-            continue
+        models = import_module(f"{__package__}.{family}").MODELS
         twice = builders.keys() & models.keys()
         assert not twice, f"{family} registers {sorted(twice)} a second time"
         builders |= models
