@@ -1,0 +1,133 @@
+"""The machine that is simulated: sizes, rates and policies (ViTCoD, HPCA 2023, section V).
+
+Each default is the figure that ViTCoD gives, where it gives one; where it gives none, the
+comment says "choice" and the field is there to be swept. Variation is by
+`dataclasses.replace`. Bytes are bytes (1 KB = 1024 B in buffer sizes, as the released
+script has it), rates are per second or per cycle, gigabytes of bandwidth are decimal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+
+__all__ = ["ASSIGNMENTS", "DATAFLOWS", "FILLS", "Hardware", "presets"]
+
+ASSIGNMENTS = ("balanced", "round_robin", "lockstep")
+"""How columns (rows) of the sparser part reach the lines; see `sievit.accel.assign`."""
+
+DATAFLOWS = ("os", "ws", "is")
+"""Dense products: output-, weight- or input-stationary; see `sievit.accel.dense`."""
+
+FILLS = ("back_to_back", "per_tile")
+"""Tiles of a dense product follow each other, or each pays the array's skew."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A ViTCoD-style accelerator; the defaults are the published machine.
+
+    Raises ValueError, naming the field, for a size that is not positive or an unknown policy.
+    """
+
+    name: str = "vitcod"
+
+    # Compute. ViTCoD: 512 MACs at 500 MHz, int8; its script's flags say 64 x 8.
+    clock_hz: int = 500_000_000
+    lines: int = 64
+    macs_per_line: int = 8
+    pipeline_cycles: int = 4  # choice: SRAM read, multiply, adder tree, accumulate
+    reconfigure_cycles: int = 4  # choice: to change the denser/sparser split
+
+    # Buffers. ViTCoD's script: Q, K, V 53 KB, index 20 KB, output 108 KB, of 320 KB in all.
+    q_buffer_bytes: int = 53 * 1024
+    k_buffer_bytes: int = 53 * 1024
+    v_buffer_bytes: int = 53 * 1024
+    index_buffer_bytes: int = 20 * 1024
+    output_buffer_bytes: int = 108 * 1024  # scores and output accumulators
+    other_buffer_bytes: int = 33 * 1024  # the rest: codec weights, latent tokens in decoding
+
+    # Ports. A bank is one word (macs_per_line operands) wide, one read and one write a cycle.
+    q_banks: int = 32  # choice
+    k_banks: int = 32  # choice
+    v_banks: int = 32  # choice
+    output_banks: int = 32  # choice: of macs_per_line accumulators, one add a cycle
+    index_entries_per_cycle: int = 8  # choice: what 64 lines use at 64 dimensions a head
+
+    # Units beside the lines. The paper gives no counts: all choices.
+    softmax_lanes: int = 8
+    softmax_latency_cycles: int = 16
+    encoder_macs: int = 64
+    decoder_macs: int = 256
+    vector_lanes: int = 64  # norms, activations, residual adds
+
+    # DRAM. ViTCoD: DDR4-2400, 76.8 GB/s. Latency is a choice: 50 ns, about an ACT and a read.
+    dram_bytes_per_s: int = 76_800_000_000
+    dram_latency_cycles: int = 25
+
+    # Widths. ViTCoD: int8. Scores 16 bits and accumulators 32 bits are choices.
+    operand_bytes: int = 1
+    score_bytes: int = 2
+    accumulator_bytes: int = 4
+
+    # Policies.
+    assignment: str = "balanced"
+    dense_dataflow: str = "os"
+    dense_fill: str = "back_to_back"
+
+    def __post_init__(self) -> None:
+        may_be_zero = {
+            "pipeline_cycles",
+            "reconfigure_cycles",
+            "softmax_latency_cycles",
+            "dram_latency_cycles",
+        }
+        for name, value in asdict(self).items():
+            if isinstance(value, str):
+                continue
+            least = 0 if name in may_be_zero else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        _one_of("assignment", self.assignment, ASSIGNMENTS)
+        _one_of("dense_dataflow", self.dense_dataflow, DATAFLOWS)
+        _one_of("dense_fill", self.dense_fill, FILLS)
+
+    @property
+    def macs(self) -> int:
+        """MACs that can run in one cycle."""
+        return self.lines * self.macs_per_line
+
+    @property
+    def word_bytes(self) -> int:
+        """Bytes that a bank gives, and a line takes, in one cycle."""
+        return self.macs_per_line * self.operand_bytes
+
+    @property
+    def sram_bytes(self) -> int:
+        """All buffers together."""
+        sizes = asdict(self)
+        return sum(value for name, value in sizes.items() if name.endswith("_buffer_bytes"))
+
+    @property
+    def dram_bytes_per_cycle(self) -> Fraction:
+        """Exact: 768/5 bytes for the published machine."""
+        return Fraction(self.dram_bytes_per_s, self.clock_hz)
+
+    def seconds(self, cycles: int) -> float:
+        """Time of ``cycles`` at this clock."""
+        return cycles / self.clock_hz
+
+    def dram_cycles(self, size_bytes: int) -> int:
+        """Cycles that ``size_bytes`` occupy the DRAM at its full bandwidth, rounded up."""
+        rate = self.dram_bytes_per_cycle
+        return -(-size_bytes * rate.denominator // rate.numerator)
+
+
+def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+presets: dict[str, Hardware] = {"vitcod": Hardware()}
+"""Named machines. 'vitcod' (the default of `simulate`) is the only one whose sizes a source
+at hand gives; others are made with `dataclasses.replace`."""
