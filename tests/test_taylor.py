@@ -25,7 +25,8 @@ def vit(**changes) -> nn.Module:
 
 def efficientvit() -> nn.Module:
     torch.manual_seed(0)
-    return spread(create("efficientvit_m0", image_size=64, depths=(1, 1, 1), num_classes=3))
+    model = create("efficientvit_m0", image_size=112, depths=(1, 1, 1), num_classes=3)
+    return calibrated(spread(model))
 
 
 def spread(model: nn.Module) -> nn.Module:
@@ -34,10 +35,21 @@ def spread(model: nn.Module) -> nn.Module:
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point() and tensor.ndim < 2:
                 noise = torch.rand(tensor.shape, dtype=tensor.dtype)
-                tensor.copy_(noise + 0.5 if "var" in name else noise - 0.3)
+                tensor.copy_(noise - 0.3 if name.endswith("bias") else noise + 0.5)
             elif tensor.is_floating_point():
                 tensor.copy_(tensor * 3)
     return model.double().eval()
+
+
+def calibrated(model: nn.Module) -> nn.Module:
+    """Batch norms that know the data, so that no layer is dead and none explodes."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    with torch.no_grad():
+        model.train()(batch(model)[0])
+    return model.eval()
 
 
 def batch(model: nn.Module, count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,14 +129,14 @@ def test_channels_that_join_change_nothing_and_can_be_trained(build):
     torch.testing.assert_close(wider(data[0]), model(data[0]), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(wider.train()(data[0]), model.train()(data[0]), rtol=1e-9, atol=1e-9)
     wider.eval()
-    optimizer = torch.optim.SGD(wider.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(wider.parameters(), lr=1e-4)
     for _ in range(2):
         optimizer.zero_grad()
         loss(wider, data).backward()
         optimizer.step()
     for channels in find_channels(wider):
         joined = gate_gradient(wider, channels)[:, -3:]
-        assert (joined != 0).any(), channels.name
+        assert (joined != 0).all(), channels.name
 
 
 def test_surgery_can_be_repeated():
@@ -180,7 +192,7 @@ def test_pruning_reaches_its_target_and_the_result_runs(build, target):
     assert pruned.macs_after == trace(pruned.model).macs
     assert target * 0.93 < pruned.macs_after / pruned.macs_before <= target
     assert pruned.counts == {c.name: c.units for c in find_channels(pruned.model)}
-    optimizer = torch.optim.SGD(pruned.model.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(pruned.model.parameters(), lr=1e-5)
     value = loss(pruned.model, data)
     value.backward()
     optimizer.step()
