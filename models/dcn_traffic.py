@@ -1,0 +1,41 @@
+"""What one sampling operator computes and moves, with threads as the kernels share them
+out: the analysis of the DCNv4 paper (arXiv 2401.06197, section 3.3).
+
+In DCNv3's kernel a thread makes one channel of one output point, so that every channel
+reads the group's offsets and weights again; DCNv4's thread makes several channels of a
+group with one reading. Elements, nothing kept in a cache between threads; the limit of a
+cache without end is `sievit.models.accesses.unlimited_cache`.
+"""
+
+from __future__ import annotations
+
+from ..workload import Deform
+
+CORNERS = 4
+"""Values that one bilinear sample reads."""
+
+DCNV4_CHANNELS = 8
+"""Channels a thread of DCNv4's released forward kernel makes."""
+
+
+def sampling_flops(op: Deform) -> int:
+    """Operations of the sampling by the paper's count: one a value read."""
+    return CORNERS * op.samples * op.points * op.channels
+
+
+def thread_accesses(op: Deform, channels_per_thread: int = 1) -> int:
+    """Elements read and written when each thread makes ``channels_per_thread`` channels.
+
+    1 is DCNv3's kernel, `DCNV4_CHANNELS` DCNv4's. Raises ValueError where the threads do
+    not share out a group's channels evenly.
+    """
+    group_channels = op.channels // op.groups
+    if channels_per_thread < 1 or group_channels % channels_per_thread:
+        raise ValueError(
+            f"channels_per_thread must divide the {group_channels} channels of a group, "
+            f"got {channels_per_thread}"
+        )
+    outputs = op.points * op.channels
+    values = CORNERS * op.samples * outputs
+    offsets_and_weights = 3 * op.samples * outputs // channels_per_thread
+    return values + offsets_and_weights + outputs
