@@ -1,0 +1,102 @@
+"""A dense systolic array of the same MACs: attention without masks, codec or sparsity.
+
+Each head is two products in closed form (`dense.array_cycles`) with the softmax unit
+between them; the scores of one head run while the softmax of the one before does. Scores
+stay on chip, tiled by queries where they do not fit; K and V are loaded again for each
+tile where they do not fit their buffers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ...workload import Attention, Workload
+from ..dense import array_cycles, op_cost
+from ..hardware import Hardware
+from ..report import OpCost, Report, Traffic
+
+
+def simulate_systolic(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
+    """The whole network in the hardware's own dataflow and fill policy."""
+    return _report("systolic", workload, hardware, batch)
+
+
+def simulate_output_stationary(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
+    """Output-stationary."""
+    return _report("systolic_os", workload, replace(hardware, dense_dataflow="os"), batch)
+
+
+def simulate_weight_stationary(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
+    """Weight-stationary; of two activations the second operand is held."""
+    return _report("systolic_ws", workload, replace(hardware, dense_dataflow="ws"), batch)
+
+
+def simulate_input_stationary(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
+    """Input-stationary."""
+    return _report("systolic_is", workload, replace(hardware, dense_dataflow="is"), batch)
+
+
+def _report(name: str, workload: Workload, hardware: Hardware, batch: int) -> Report:
+    costs = (
+        _attention_cost(op, hardware, batch)
+        if isinstance(op, Attention)
+        else op_cost(op, hardware, batch)
+        for op in workload.ops
+    )
+    made = tuple(cost for cost in costs if cost is not None)
+    unknown = tuple(op.name for op in workload.unknown)
+    return Report(name, workload.name, hardware, batch, made, unknown)
+
+
+def _attention_cost(op: Attention, hardware: Hardware, batch: int) -> OpCost:
+    heads = op.heads * op.windows * batch
+    scores = array_cycles(op.queries, op.keys, op.key_dim, hardware)
+    values = array_cycles(op.queries, op.value_dim, op.keys, hardware)
+    softmax = -(-op.queries * op.keys // hardware.softmax_lanes)
+    size = hardware.operand_bytes
+    tiles = _query_tiles(op, hardware)
+    keys, kept = op.keys * op.key_dim * size, op.keys * op.value_dim * size
+    loads = {
+        "Q": heads * op.queries * op.key_dim * size,
+        "K": heads * keys * (tiles if keys > hardware.k_buffer_bytes else 1),
+        "V": heads * kept * (tiles if kept > hardware.v_buffer_bytes else 1),
+    }
+    stored = heads * op.queries * op.value_dim * size
+    dram = hardware.dram_cycles(sum(loads.values()) + stored)
+    products = heads * (scores + values)
+    # The last head's softmax has no other head to hide behind; its three passes and the
+    # first head's loads are waited for.
+    exposed = softmax + hardware.softmax_latency_cycles
+    first = hardware.dram_cycles(sum(loads.values()) // heads) + hardware.dram_latency_cycles
+    phases = {"sddmm": heads * scores, "spmm": heads * values, "softmax": exposed, "load": first}
+    beyond = max(heads * softmax, dram) - products
+    if beyond > 0:
+        waited = "softmax" if heads * softmax >= dram else "load"
+        phases[waited] += beyond
+    macs = op.entries * batch * (op.key_dim + op.value_dim)
+    traffic = [Traffic(name, "dram", loaded, 0) for name, loaded in loads.items()]
+    traffic.append(Traffic("output", "dram", 0, stored))
+    on_chip = op.entries * batch * hardware.score_bytes
+    traffic.append(Traffic("scores", "buffer", 3 * on_chip, 2 * on_chip))
+    return OpCost(
+        op.name,
+        "attention",
+        sum(phases.values()),
+        phases,
+        macs=macs,
+        kept_macs=op.kept * batch * (op.key_dim + op.value_dim),
+        traffic=tuple(traffic),
+        busy={"array": products, "DRAM": dram, "softmax": heads * softmax},
+    )
+
+
+def _query_tiles(op: Attention, hardware: Hardware) -> int:
+    """Tiles of queries whose scores fit the output buffer, two tiles at a time."""
+    row = op.keys * hardware.score_bytes
+    rows = hardware.output_buffer_bytes // 2 // row
+    if rows == 0:
+        raise ValueError(
+            f"{op.name}: one row of {op.keys} scores takes {2 * row} bytes twice, "
+            f"output_buffer_bytes is {hardware.output_buffer_bytes}"
+        )
+    return -(-op.queries // rows)

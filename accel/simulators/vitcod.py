@@ -1,0 +1,207 @@
+"""The ViTCoD-style machine: every attention call stepped by the compiled engine, dense
+products on the same MAC lines, and the variants that leave a part of the idea out.
+
+ViTCoD, HPCA 2023, section V. What is modelled stands in `engine`, `mapping` and `dense`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ...masks import polarize_head
+from ...workload import Attention, Gemm, HeadCodec, Op, Workload
+from .. import engine
+from ..dense import op_cost, product_cost
+from ..hardware import Hardware
+from ..mapping import Mapping, choose, codec_side_bytes
+from ..program import CODEC, INDEX, STORE, Counts, K, Program, Q, V, build
+from ..report import OpCost, Report, Traffic
+
+CHANNELS = {Q: "Q", K: "K", V: "V", INDEX: "index", CODEC: "codec weights", STORE: "output"}
+
+
+def simulate_vitcod(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
+    """The workload as it is: masks polarized, codec used where it has one."""
+    return _report("vitcod", workload, hardware, batch)
+
+
+def simulate_no_codec(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
+    """Masks polarized, Q and K uncompressed."""
+    return _report("vitcod_no_codec", _changed(workload, codec=False), hardware, batch)
+
+
+def simulate_no_reorder(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
+    """The codec, but no global keys: every kept entry goes through the sparser engine."""
+    return _report("vitcod_no_reorder", _changed(workload, reorder=False), hardware, batch)
+
+
+def simulate_plain(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
+    """Neither reordering nor codec: sparse attention alone."""
+    changed = _changed(workload, codec=False, reorder=False)
+    return _report("vitcod_plain", changed, hardware, batch)
+
+
+def simulate_dense(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
+    """The same machine with nothing pruned and nothing compressed."""
+    return _report("vitcod_dense", _changed(workload, masks=False, codec=False), hardware, batch)
+
+
+def _changed(
+    workload: Workload, *, masks: bool = True, codec: bool = True, reorder: bool = True
+) -> Workload:
+    """``workload`` with parts of its attention taken away."""
+
+    def change(op: Op) -> Op:
+        if not isinstance(op, Attention):
+            return op
+        kept = op.masks if masks else None
+        if kept is not None and not reorder:
+            made = {id(m): polarize_head(m.dense(), m.queries) for m in kept}
+            kept = tuple(made[id(m)] for m in kept)
+        return replace(op, masks=kept, codec=op.codec if codec else None)
+
+    return replace(workload, ops=tuple(change(op) for op in workload.ops))
+
+
+def _report(name: str, workload: Workload, hardware: Hardware, batch: int) -> Report:
+    costs, repeated = [], {}
+    for index, op in enumerate(workload.ops):
+        if isinstance(op, Attention):
+            key = replace(op, name="")
+            if op.masks is None and key in repeated:  # equal dense layers take equal time
+                costs.append(replace(repeated[key], name=op.name))
+                continue
+            costs.append(attention_cost(op, hardware, batch))
+            if op.masks is None:
+                repeated[key] = costs[-1]
+        else:
+            encoded = _encoded_by(workload.ops, index)
+            costs.append(
+                op_cost(op, hardware, batch)
+                if encoded is None
+                else _projection_cost(op, encoded, hardware, batch)
+            )
+    made = tuple(cost for cost in costs if cost is not None)
+    return Report(name, workload.name, hardware, batch, made, _names(workload))
+
+
+def _names(workload: Workload) -> tuple[str, ...]:
+    return tuple(op.name for op in workload.unknown)
+
+
+def _encoded_by(ops: Sequence[Op], index: int) -> Attention | None:
+    """The attention whose Q and K this product makes, where that attention has a codec:
+    the last product before it."""
+    if not isinstance(ops[index], Gemm):
+        return None
+    for op in ops[index + 1 :]:
+        if isinstance(op, Gemm):
+            return None
+        if isinstance(op, Attention):
+            return op if op.codec is not None else None
+    return None
+
+
+def _projection_cost(op: Gemm, attention: Attention, hardware: Hardware, batch: int) -> OpCost:
+    """A Q/K projection with the encoder behind it: Q and K leave the chip compressed."""
+    codec: HeadCodec = attention.codec
+    vectors = attention.windows * (attention.queries + attention.keys) * batch
+    saved = vectors * attention.key_dim * (codec.heads - codec.latent_heads)
+    macs = codec.macs(vectors, attention.key_dim)
+    cycles = -(-macs // hardware.encoder_macs)
+    saved = min(saved, op.elements_written * batch)
+    cost = product_cost(op, hardware, batch, saved, cycles)
+    weights = 2 * codec_side_bytes(attention, hardware, decoder=False)
+    traffic = (*cost.traffic, Traffic("codec weights", "dram", weights, 0))
+    macs += cost.macs
+    return replace(cost, macs=macs, kept_macs=macs, traffic=traffic)
+
+
+def attention_cost(op: Attention, hardware: Hardware, batch: int = 1) -> OpCost:
+    """One attention call, all its windows and images, stepped cycle by cycle."""
+    mapping = choose(op, hardware)
+    instances = op.windows * batch
+    program, counts = build(op, hardware, mapping, instances)
+    trace = engine.run(program, hardware, mapping)
+    got = dict(zip(engine.COUNTS, (int(x) for x in trace.counts), strict=True))
+    stalls = trace.stage_stalls.sum(axis=0)
+    stalled = dict(zip(engine.STALLS, map(int, stalls), strict=True))
+    phases = dict(zip(engine.PHASES, map(int, trace.phases), strict=True))
+    rate = hardware.dram_bytes_per_cycle
+    computed = counts.scores * (op.key_dim + op.value_dim)
+    decoded = got["decoder_macs"]
+    kept = op.kept * batch * (op.key_dim + op.value_dim)
+    return OpCost(
+        op.name,
+        "attention",
+        got["cycles"],
+        {name: cycles for name, cycles in phases.items() if cycles},
+        macs=computed + decoded,
+        kept_macs=kept + decoded,
+        traffic=_traffic(op, hardware, mapping, program, counts, got),
+        stalls={name: cycles for name, cycles in stalled.items() if cycles},
+        busy={
+            "MAC lines": stalled["busy"] // hardware.lines,
+            "DRAM": -(-got["dram_units"] // rate.numerator),
+            "softmax": got["softmax_cycles"],
+            "decoder": -(-decoded // hardware.decoder_macs),
+        },
+        details={
+            "heads_a_pass": mapping.group,
+            "queries_a_tile": mapping.query_tile,
+            "keys_a_tile": mapping.key_tile,
+            "forwarded_queries": got["forwarded"],
+            "awaited_queries": got["waited"],
+            "scores_computed": counts.scores,
+            "scores_kept": op.kept * batch,
+        },
+    )
+
+
+def _traffic(
+    op: Attention,
+    hardware: Hardware,
+    mapping: Mapping,
+    program: Program,
+    counts: Counts,
+    got: dict[str, int],
+) -> tuple[Traffic, ...]:
+    """Bytes by tensor: DRAM from the transfers, buffers and lines from what was granted."""
+    moved = _dram_bytes(program)
+    word = hardware.word_bytes
+    rows = [
+        Traffic(name, "dram", 0, moved[channel])
+        if channel == STORE
+        else Traffic(name, "dram", moved[channel], 0)
+        for channel, name in CHANNELS.items()
+        if moved[channel]
+    ]
+    expand = mapping.group / mapping.latent_heads if op.codec else 1.0
+    sides = (("Q", Q, "query"), ("K", K, "key"), ("V", V, "value"))
+    for name, channel, side in sides:
+        filled = moved[channel] if channel == V else round(moved[channel] * expand)
+        rows.append(Traffic(name, "buffer", got[f"{side}_reads"] * word, filled))
+        rows.append(Traffic(name, "lines", got[f"{side}_words"] * word, 0))
+    if op.codec:
+        latents = moved[Q] + moved[K]
+        rows.append(Traffic("latent Q and K", "buffer", latents, latents))
+    index = got["index_reads"] * mapping.entry_bytes
+    # Scores: written once, read for the maximum and again for the exponential, written as
+    # probabilities after the division and read once by SpMM.
+    scores = counts.scores * hardware.score_bytes
+    sums = got["drained_words"] * hardware.macs_per_line * hardware.accumulator_bytes
+    rows += [
+        Traffic("index", "buffer", index, moved[INDEX]),
+        Traffic("scores", "buffer", 3 * scores, 2 * scores),
+        Traffic("output", "buffer", sums + moved[STORE], sums),
+    ]
+    return tuple(rows)
+
+
+def _dram_bytes(program: Program) -> dict[int, int]:
+    first = program.channel_first
+    return {
+        channel: int(program.transfer_bytes[first[channel] : first[channel + 1]].sum())
+        for channel in CHANNELS
+    }
