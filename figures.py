@@ -1,0 +1,52 @@
+"""The pictures of a co-design run, one PNG each, beside its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .accel.plots import plot_phases, plot_traffic
+from .result import CodesignResult
+from .sparsify.plots import plot_fidelity, plot_head, plot_sparsity
+
+
+def draw(result: CodesignResult, folder: Path) -> list[Path]:
+    """Draw every picture of ``result`` into ``folder``; returns their paths."""
+    paths = [
+        folder / name
+        for name in (
+            "mask_head.png",
+            "sparsity_by_head.png",
+            "fidelity.png",
+            "cycles_by_phase.png",
+            "bytes_by_tensor.png",
+        )
+    ]
+    layer, head = telling_head(result)
+    plot_head(result.polarized[layer][head], f"layer {layer}, head {head}", paths[0])
+    plot_sparsity(result.mask, result.polarized, paths[1])
+    plot_fidelity(
+        result.fidelity,
+        paths[2],
+        f"{result.workload.name}, {result.mask.sparsity:.0%} of attention pruned, "
+        f"{result.settings.judge_crops} crops of {len(result.judged_on)} photos",
+    )
+    plot_phases(result.reports, paths[3])
+    coded = ("vitcod_no_codec", "vitcod") if result.codecs is not None else ("vitcod",)
+    plot_traffic({name: result.reports[name] for name in coded}, paths[4])
+    return paths
+
+
+def telling_head(result: CodesignResult) -> tuple[int, int]:
+    """The head whose number of global keys is nearest a tenth of its keys: both parts of
+    a polarized mask can then be seen."""
+    return min(
+        (
+            (layer, index)
+            for layer, heads in enumerate(result.polarized)
+            for index in range(len(heads))
+        ),
+        key=lambda place: abs(
+            result.polarized[place[0]][place[1]].num_global
+            - 0.1 * result.polarized[place[0]][place[1]].keys
+        ),
+    )

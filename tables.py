@@ -1,0 +1,190 @@
+"""Results as tables for a terminal: what `cli` prints. Returns renderables, prints nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .accel import Report
+from .masks import AttentionMask
+from .result import CodesignResult
+from .sparsify import Fidelity
+
+FEW_PHOTOS = 100
+
+
+def codesign_tables(result: CodesignResult) -> RenderableType:
+    """The whole report: model, mask, fidelity, machines, this machine."""
+    parts: list[RenderableType] = [
+        Text(),
+        _headline(result),
+        Text(),
+        fidelity_table(result.fidelity),
+        Text(),
+        simulation_table(result.reports),
+    ]
+    if result.measured:
+        parts += [Text(), measured_table(result)]
+    return Group(*parts, Text())
+
+
+def _headline(result: CodesignResult) -> RenderableType:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column()
+    for label, text in _facts(result):
+        grid.add_row(label, text)
+    return grid
+
+
+def _facts(result: CodesignResult) -> list[tuple[str, str]]:
+    settings, first = result.settings, result.workload.attention[0]
+    heads = [head for layer in result.polarized for head in layer]
+    by_head = [float(x) for layer in result.mask.sparsity_by_head() for x in layer]
+    learned, judged = len(result.learned_from), len(result.judged_on)
+    few = " - too few to judge a model by" if judged < FEW_PHOTOS else ""
+    facts = [
+        (
+            "model",
+            f"{result.workload.name}: {len(result.workload.attention)} attention layers x "
+            f"{first.heads} heads, {first.queries} tokens at {settings.image_size} px",
+        ),
+        (
+            "photos",
+            f"learned from {settings.learn_crops} crops of {learned}, "
+            f"judged on {settings.judge_crops} crops of {judged}{few}",
+        ),
+        (
+            "mask",
+            f"{result.mask.sparsity:.1%} of the entries pruned (heads {min(by_head):.0%} to "
+            f"{max(by_head):.0%}), {result.kept_mass:.1%} of the attention mass kept",
+        ),
+        (
+            "polarized",
+            f"{sum(h.num_global for h in heads) / len(heads):.1f} global keys a head (kept by "
+            f"more than {settings.min_kept} queries), "
+            f"{sum(h.kept - h.sparser_kept for h in heads) / sum(h.kept for h in heads):.0%} "
+            "of the kept entries in the dense blocks",
+        ),
+    ]
+    if result.codec_summary is not None:
+        facts.append(("codec", _codec_fact(result)))
+    if result.recovery_log is not None:
+        log = result.recovery_log
+        facts.append(
+            (
+                "recovery",
+                f"{log.steps} steps of {settings.batch_size} crops, token loss "
+                f"{log.losses[0]:.3f} -> {log.losses[-1]:.3f}",
+            )
+        )
+    return facts
+
+
+def _codec_fact(result: CodesignResult) -> str:
+    summary = result.codec_summary
+    shape, plain = summary.shapes[0], summary.mean(turned=False)
+    text = (
+        f"Q and K over {shape.heads} -> {shape.latent_heads} heads, {summary.parameters} "
+        f"parameters; explained variance Q {plain.q:.2f}, K {plain.k:.2f}"
+    )
+    if result.settings.turn:
+        turned = summary.mean(turned=True)
+        text += f", with heads turned to agree Q {turned.q:.2f}, K {turned.k:.2f}"
+    return text
+
+
+def fidelity_table(rows: Mapping[str, Fidelity]) -> Table:
+    """Variant by variant, against the dense model's tokens."""
+    table = Table(title="Fidelity to the dense model (1 = the same)", title_justify="left")
+    table.add_column("variant")
+    saliency = any(row.saliency_iou is not None for row in rows.values())
+    for heading in ("patch cosine", "CLS cosine", "relative L2"):
+        table.add_column(heading, justify="right")
+    if saliency:
+        table.add_column("saliency IoU", justify="right")
+    for name, row in rows.items():
+        cells = [f"{row.patch_cosine:.3f}", _optional(row.cls_cosine), f"{row.relative_l2:.3f}"]
+        table.add_row(name, *cells, *([_optional(row.saliency_iou)] if saliency else []))
+    return table
+
+
+def _optional(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def mask_table(mask: AttentionMask) -> Table:
+    """Sparsity of each layer and of its sparsest and densest head."""
+    table = Table(title=f"Mask: {mask.sparsity:.1%} pruned", title_justify="left")
+    for heading in ("layer", "heads", "queries", "keys", "pruned", "least", "most"):
+        table.add_column(heading, justify="right")
+    for layer, (shape, heads) in enumerate(zip(mask.shapes, mask.sparsity_by_head(), strict=True)):
+        shares = (heads.mean(), heads.min(), heads.max())
+        table.add_row(str(layer), *map(str, shape), *(f"{share:.1%}" for share in shares))
+    return table
+
+
+def simulation_table(reports: Mapping[str, Report]) -> RenderableType:
+    """Machine by machine: attention alone, then the whole network."""
+    first = next(iter(reports.values()))
+    hardware = first.hardware
+    table = Table(
+        title=f"Simulated on '{hardware.name}': {hardware.lines} x {hardware.macs_per_line} MACs, "
+        f"{hardware.clock_hz / 1e6:.0f} MHz, {hardware.dram_bytes_per_s / 1e9:.1f} GB/s, "
+        f"batch {first.batch}",
+        title_justify="left",
+    )
+    table.add_column("machine")
+    for heading in (
+        "attention\ncycles",
+        "attention\nms",
+        "DRAM\nkB",
+        "MACs\nin use",
+        "busiest in\nattention",
+        "network\nms",
+        "attention\nshare",
+    ):
+        table.add_column(heading, justify="right")
+    for name, report in reports.items():
+        table.add_row(
+            name,
+            f"{report.attention_cycles:,}",
+            f"{report.attention_seconds * 1e3:.3f}",
+            f"{report.dram_bytes() / 1e3:,.0f}",
+            f"{report.utilization():.0%}",
+            report.bottleneck(),
+            f"{report.seconds * 1e3:.2f}",
+            f"{report.attention_cycles / report.cycles:.0%}",
+        )
+    unknown = [f"not charged for computing: {', '.join(first.unknown)}"] if first.unknown else []
+    return Group(table, *map(Text, unknown))
+
+
+def measured_table(result: CodesignResult) -> RenderableType:
+    """Dense attention timed here, and what the simulated machine is against each row."""
+    first = result.measured[0]
+    table = Table(
+        title=f"Dense attention measured on {first.device}, {first.dtype}", title_justify="left"
+    )
+    table.add_column("kernel")
+    for heading in ("batch", "threads", "ms an image", "fastest - slowest", "simulated is"):
+        table.add_column(heading, justify="right")
+    simulated = result.reports["vitcod"].attention_seconds
+    for row in result.measured:
+        spread = (row.fastest_seconds_per_image * 1e3, row.slowest_seconds_per_image * 1e3)
+        table.add_row(
+            f"PyTorch {row.kernel}",
+            str(row.batch),
+            str(row.threads or "-"),
+            f"{row.seconds_per_image * 1e3:.2f}",
+            f"{spread[0]:.2f} - {spread[1]:.2f}",
+            f"{row.seconds_per_image / simulated:.1f}x faster",
+        )
+    note = (
+        f"Simulated: 'vitcod' at batch {result.reports['vitcod'].batch}, attention alone, "
+        "against each measured row."
+    )
+    return Group(table, Text(note))
