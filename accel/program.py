@@ -31,45 +31,38 @@ Q, K, V, INDEX, CODEC, STORE = range(6)
 NEVER = 2**62
 
 
+# Columns of Program.pieces and Program.entries: see `Assignment`.
+VECTOR, FIRST, LENGTH, ROUND = range(4)
+ENTRY_OPERAND, ENTRY_ARRIVAL = range(2)
+
+# Columns of Program.stages. Token t of head HEAD of a chunk that HEADS share begins at word
+# (t * HEADS + HEAD) * WORDS of its buffer; VECTOR_TOKEN and OPERAND_TOKEN count through the
+# whole DMA channel. INDEX_BYTES lie before the stage's stream in the index channel; STORES
+# must be done before it.
+(KIND, PLAN, UNIT, WORDS, VECTOR_TOKEN, OPERAND_TOKEN, HEADS, HEAD, INDEX_BYTES, STORES,
+ RECONFIGURE_CYCLES) = range(11)  # fmt: skip
+
+# Columns of Program.transfers. ROOM bytes are taken in the buffer (0: freed as it is read);
+# the stage NEED is the first to use it; it starts after AFTER stages are done and its room
+# is free after RELEASE stages; TOKEN tokens of TOKEN_BYTES precede it in the channel.
+BYTES, ROOM, NEED, AFTER, RELEASE, TOKEN, TOKEN_BYTES = range(7)
+
+
 class Program(NamedTuple):
     """Arrays of int64. Pieces and entries are numbered through all plans.
 
     A *plan* is one assignment; stages of equal heads in several windows share it.
-    stage_*      one row a stage, in the order of execution
-    *_token      where the stage's vectors (operands) begin in their DMA channel, in tokens;
-                 token t of head h of a chunk is at word (t * heads + h) * words
-    transfer_*   one row a transfer, channel after channel: channel_first
     """
 
     line_piece: np.ndarray  # (plans, lines + 1)
     line_entry: np.ndarray  # (plans, lines + 1)
-    piece_vector: np.ndarray
-    piece_first: np.ndarray
-    piece_length: np.ndarray
-    piece_round: np.ndarray
-    entry: np.ndarray
-    arrival: np.ndarray
-    stage_kind: np.ndarray
-    stage_plan: np.ndarray
-    stage_unit: np.ndarray
-    stage_words: np.ndarray
-    stage_vector_token: np.ndarray
-    stage_operand_token: np.ndarray
-    stage_heads: np.ndarray  # heads that share the chunks of Q and K
-    stage_head: np.ndarray
-    stage_index_bytes: np.ndarray  # of the index channel that lie before its index stream
-    stage_stores: np.ndarray  # stores that must be done before it
-    stage_reconfigure: np.ndarray  # cycles
+    pieces: np.ndarray  # (pieces, 4)
+    entries: np.ndarray  # (entries, 2)
+    stages: np.ndarray  # (stages, 11) in the order of execution
     unit_row: np.ndarray  # (units + 1) first of the unit's rows in row_scores
     row_scores: np.ndarray  # scores of each row, all key tiles
-    channel_first: np.ndarray  # (7)
-    transfer_bytes: np.ndarray
-    transfer_room: np.ndarray  # bytes it takes in its buffer; 0: freed as it is read
-    transfer_need: np.ndarray  # stage that needs it: the DRAM serves the earliest need
-    transfer_after: np.ndarray  # stages that must be done before it starts
-    transfer_release: np.ndarray  # stages that must be done before its room is free
-    transfer_token: np.ndarray  # tokens of its channel before it
-    transfer_token_bytes: np.ndarray
+    channel_first: np.ndarray  # (7) first transfer of each channel
+    transfers: np.ndarray  # (transfers, 7)
 
 
 @dataclass(frozen=True)
@@ -267,36 +260,23 @@ def _stage(
 
 def _arrays(builder: _Builder) -> Program:
     made = builder.assignments
-    pieces = np.cumsum([0] + [len(a.vector) for a in made])
-    entries = np.cumsum([0] + [len(a.entry) for a in made])
-    first = [
-        np.where(a.round < 0, a.first, a.first + base)
-        for a, base in zip(made, entries[:-1], strict=True)
+    piece_base = np.cumsum([0] + [len(a.vector) for a in made])[:-1, None]
+    entry_base = np.cumsum([0] + [len(a.entry) for a in made])[:-1, None]
+    pieces = [
+        np.stack([a.vector, np.where(a.round < 0, a.first, a.first + base), a.length, a.round], 1)
+        for a, base in zip(made, entry_base, strict=True)
     ]
-    rows = np.cumsum([0] + [len(r) for r in builder.rows])
-    channels = np.cumsum([0] + [len(queue) for queue in builder.transfers])
-    stages = np.array(builder.stages, dtype=np.int64).T
-    flat = [transfer for queue in builder.transfers for transfer in queue]
-    transfers = np.array(flat, dtype=np.int64).reshape(-1, 7).T
+    transfers = [transfer for queue in builder.transfers for transfer in queue]
     return Program(
-        np.stack([a.line_piece + base for a, base in zip(made, pieces[:-1], strict=True)]),
-        np.stack([a.line_entry + base for a, base in zip(made, entries[:-1], strict=True)]),
-        *(
-            np.concatenate(parts)
-            for parts in (
-                [a.vector for a in made],
-                first,
-                [a.length for a in made],
-                [a.round for a in made],
-                [a.entry for a in made],
-                [a.arrival for a in made],
-            )
-        ),
-        *(np.ascontiguousarray(column) for column in stages),
-        rows,
-        np.concatenate(builder.rows),
-        channels,
-        *(np.ascontiguousarray(column) for column in transfers),
+        line_piece=np.stack([a.line_piece for a in made]) + piece_base,
+        line_entry=np.stack([a.line_entry for a in made]) + entry_base,
+        pieces=np.concatenate(pieces),
+        entries=np.concatenate([np.stack([a.entry, a.arrival], axis=1) for a in made]),
+        stages=np.array(builder.stages, dtype=np.int64),
+        unit_row=np.cumsum([0] + [len(rows) for rows in builder.rows]),
+        row_scores=np.concatenate(builder.rows),
+        channel_first=np.cumsum([0] + [len(queue) for queue in builder.transfers]),
+        transfers=np.array(transfers, dtype=np.int64).reshape(-1, 7),
     )
 
 
