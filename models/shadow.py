@@ -116,7 +116,7 @@ def shadow_run(
     if prepare is not None:
         prepare(state)
     surroundings = (
-        _evaluating(model),
+        _unchanged(model),
         stack.following(model),
         _marked(),
         torch.no_grad(),
@@ -159,18 +159,27 @@ def _arguments(inputs: Inputs, model: nn.Module) -> tuple:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode again afterwards."""
-    training = {module: module.training for module in model.modules()}
-    if any(training.values()):
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module's attributes are what they were, since a
+    forward may keep what it computed (a gathered bias, a grid), here without values."""
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    containers = [
+        (value, value.copy())
+        for _, saved in attributes
+        for value in saved.values()
+        if isinstance(value, (dict, list, set))
+    ]
+    if any(module.training for module in model.modules()):
         model.eval()
     try:
         yield
     finally:
-        if any(training.values()):
-            model.train(training[model])
-        for module, mode in training.items():
-            module.training = mode
+        for present, saved in attributes:
+            present.clear()
+            present.update(saved)
+        for value, saved in containers:
+            value.clear()
+            value.extend(saved) if isinstance(value, list) else value.update(saved)
 
 
 @contextlib.contextmanager

@@ -377,6 +377,36 @@ def test_tracing_touches_nothing_and_passes_hooks_by():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_what_a_forward_keeps_is_not_kept():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.ones(4))
+            self.register_buffer("last", torch.zeros(4))
+            self.by_device = {}
+            self.seen = []
+
+        def train(self, mode=True):
+            self.kept = None if mode else self.table * 3
+            return super().train(mode)
+
+        def forward(self, x):
+            cached = self.by_device.setdefault(str(x.device), self.table * 2)
+            self.seen.append(cached)
+            self.last = cached
+            return x * cached
+
+    model, x = Caching(), torch.ones(1, 4)
+    for mode in (True, False):
+        model.train(mode)
+        before = {**vars(model), "by_device": {}, "seen": []}
+        trace(model, x)
+        find_attention(model, x)
+        assert vars(model) == before
+        assert torch.equal(model.last, torch.zeros(4))
+    assert torch.equal(model(x), torch.full((1, 4), 2.0))
+
+
 def test_attention_is_found_where_it_is_traced():
     for name in ("efficientvit_m0", "levit_128s", "deit_tiny"):
         model = create(name)
