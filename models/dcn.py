@@ -56,23 +56,14 @@ def deform_core(
     """
     points = kernel_points(kernel, remove_center)
     _check_shapes(value, offset, weight, groups, len(points))
-    batch, height, width, channels = value.shape
-    rows, columns = offset.shape[1:3]
+    batch, rows, columns, _ = offset.shape
     exact = torch.float64 if value.dtype == torch.float64 else torch.float32
-
-    shift = offset.to(exact).view(batch, rows, columns, groups, len(points), 2)
+    shift = offset.to(exact).reshape(batch, rows, columns, groups, len(points), 2)
     place = _positions(shift, points, _pair(kernel), stride, padding, dilation, offset_scale)
-    size = torch.tensor([width, height], dtype=exact, device=value.device)
-    place = (2 * place + 1) / size - 1  # grid_sample's: -1 and 1 are the outer pixel edges
-
-    # One image a group: (batch * groups, ...)
-    place = place.permute(0, 3, 1, 2, 4, 5).reshape(batch * groups, rows * columns, -1, 2)
-    image = value.to(exact).reshape(batch, height, width, groups, -1).permute(0, 3, 4, 1, 2)
-    sampled = F.grid_sample(image.flatten(0, 1), place, padding_mode="zeros", align_corners=False)
-    share = weight.to(exact).view(batch, rows * columns, groups, 1, -1).transpose(1, 2)
-    mixed = sampled.transpose(1, 2).unflatten(0, (batch, groups))  # (n, g, points, c / g, K)
-    mixed = (mixed * share).sum(-1)
-    return mixed.transpose(1, 2).reshape(batch, rows, columns, channels).to(value.dtype)
+    sampled = _sampled(value.to(exact), place)  # (batch, groups, rows * columns, c / groups, K)
+    share = weight.to(exact).reshape(batch, rows * columns, groups, 1, -1).transpose(1, 2)
+    mixed = (sampled * share).sum(-1).transpose(1, 2)
+    return mixed.reshape(batch, rows, columns, -1).to(value.dtype)
 
 
 def kernel_points(kernel: Pair, remove_center: bool = False) -> list[tuple[int, int]]:
@@ -107,6 +98,19 @@ def _positions(
     centre = torch.stack((x, y), dim=-1) * step + start  # (rows, columns, 2)
     lattice = torch.tensor(points, **like) * spread - half  # (K, 2)
     return centre[:, :, None, None] + offset_scale * (lattice + shift)
+
+
+def _sampled(value: Tensor, place: Tensor) -> Tensor:
+    """Bilinear values at ``place`` [batch, rows, columns, groups, K, (x, y)], zero outside:
+    [batch, groups, rows * columns, channels / groups, K]."""
+    batch, height, width, _ = value.shape
+    groups, samples = place.shape[3:5]
+    size = torch.tensor([width, height], dtype=place.dtype, device=place.device)
+    place = (2 * place + 1) / size - 1  # grid_sample's: -1 and 1 are the outer pixel edges
+    place = place.permute(0, 3, 1, 2, 4, 5).reshape(batch * groups, -1, samples, 2)
+    image = value.reshape(batch, height, width, groups, -1).permute(0, 3, 4, 1, 2).flatten(0, 1)
+    found = F.grid_sample(image, place, padding_mode="zeros", align_corners=False)
+    return found.transpose(1, 2).unflatten(0, (batch, groups))
 
 
 def _check_shapes(value: Tensor, offset: Tensor, weight: Tensor, groups: int, samples: int) -> None:

@@ -228,7 +228,7 @@ class InternImage(nn.Module):
 
     Stage i has channels * 2**i channels in groups of ``group_channels``. ``clip_head``
     replaces convolution and average pool at the end by attention pooling over the last
-    two stages (the H and G models). ``core`` is the sampling operator of all blocks, see
+    two stages (the H and G models) and needs sides that are multiples of 32. ``core`` is the sampling operator of all blocks, see
     `sievit.models.dcn.deform_core`. ``num_classes=0`` returns the pooled features.
     """
 
@@ -249,31 +249,23 @@ class InternImage(nn.Module):
         core: Core = deform_core,
     ) -> None:
         super().__init__()
-        if channels % group_channels:
-            raise ValueError(
-                f"channels {channels} are not divisible by group_channels {group_channels}"
-            )
-        if len(depths) > 2 and max(normed_blocks, default=0) >= depths[2]:
-            raise ValueError(
-                f"normed_blocks {tuple(normed_blocks)} go beyond the {depths[2]} blocks of stage 3"
-            )
+        _check(channels, group_channels, depths, normed_blocks)
         self.image_size = image_size
         self.patch_embed = Stem(in_channels, channels)
         drops = torch.linspace(0, drop_path, sum(depths), device="cpu").split(list(depths))
-        last = len(depths) - 1
         self.levels = nn.ModuleList(
             Stage(
                 channels * 2**level,
                 channels * 2**level // group_channels,
                 style,
                 rates.tolist(),
-                last=level == last,
+                last=level == 3,
                 normed_blocks=normed_blocks if level == 2 else (),
                 core=core,
             )
             for level, rates in enumerate(drops)
         )
-        width = channels * 2**last
+        width = channels * 2**3
         self.clip_head = clip_head
         features = self._add_clip_head(width) if clip_head else self._add_conv_head(width)
         self.head = nn.Linear(features, num_classes) if num_classes else nn.Identity()
@@ -326,8 +318,26 @@ class InternImage(nn.Module):
         if not self.clip_head:
             return self.head(self.conv_head(self.forward_features(x)).mean((2, 3)))
         third, fourth = (m.permute(0, 3, 1, 2) for m in self.forward_stages(x)[-2:])
-        joined = self.dcnv3_head_x4(fourth) + self.dcnv3_head_x3(third)
+        fourth, third = self.dcnv3_head_x4(fourth), self.dcnv3_head_x3(third)
+        if fourth.shape != third.shape:
+            raise ValueError(f"image sides must be multiples of 32, got {tuple(x.shape[2:])}")
+        joined = fourth + third
         return self.head(self.fc_norm(self.clip_projector(joined.flatten(2).transpose(1, 2))))
+
+
+def _check(
+    channels: int, group_channels: int, depths: Sequence[int], normed_blocks: Sequence[int]
+) -> None:
+    if channels % group_channels:
+        raise ValueError(
+            f"channels {channels} are not divisible by group_channels {group_channels}"
+        )
+    if len(depths) != 4:
+        raise ValueError(f"an InternImage has four stages, got depths {tuple(depths)}")
+    if max(normed_blocks, default=0) >= depths[2]:
+        raise ValueError(
+            f"normed_blocks {tuple(normed_blocks)} go beyond the {depths[2]} blocks of stage 3"
+        )
 
 
 _POST = BlockStyle(norm="post", layer_scale=1e-5)

@@ -4,8 +4,9 @@
 The importance of a channel is the squared change of the loss that its removal would make,
 to first order: (sum over its weights of gradient times weight)^2, averaged over batches.
 Heads of an attention keep equally many channels: each head's channels are ranked, and the
-r-th of all heads form one unit, whose importance is their sum. Units of the whole network
-compete; what is cut is cut from the weights, and the smaller network runs.
+r-th of all heads form one unit, whose importance is their mean, that of one channel. Units
+of the whole network compete; what is cut is cut from the weights, and the smaller network
+runs.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Importance:
 
     def units(self, index: int) -> np.ndarray:
         """Importance of the units of set ``index``, falling, float64 [units]."""
-        return -np.sort(-self.values[index], axis=1).sum(axis=0)
+        return -np.sort(-self.values[index], axis=1).mean(axis=0)
 
 
 def taylor_importance(model: nn.Module, batches: Iterable[Any], loss: Loss) -> Importance:
@@ -135,20 +136,7 @@ def prune(
     if multiple < 1:
         raise ValueError(f"multiple must be at least 1, got {multiple}")
     skeleton = Skeleton(model, image_size)
-    budget = target * skeleton.macs({})
-    order = _removal_order(importance)
-
-    def counts(removed: int) -> dict[str, int]:
-        return _counts(importance.channels, order[:removed], multiple)
-
-    least = skeleton.macs(counts(len(order)))
-    if least > budget:
-        raise ValueError(
-            f"target {target} is out of reach: the least widths still cost "
-            f"{least / skeleton.macs({}):.3f} of the MACs"
-        )
-    removed = bisect_left(range(len(order)), True, key=lambda n: skeleton.macs(counts(n)) <= budget)
-    chosen = counts(removed)
+    chosen = _widths_at(target, importance, skeleton, multiple)
     kept = tuple(
         np.sort(importance.ranked(index)[:, : chosen[channels.name]], axis=1)
         for index, channels in enumerate(importance.channels)
@@ -180,6 +168,25 @@ def redistribute(
     wider = counts(factors[max(0, over - 1)])
     added = {name: wider[name] - count for name, count in pruned.counts.items()}
     return resize(pruned.model, {}, added)
+
+
+def _widths_at(
+    target: float, importance: Importance, skeleton: Skeleton, multiple: int
+) -> dict[str, int]:
+    """Channels a head by set, at the first removal that costs no more than the target."""
+    order = _removal_order(importance)
+
+    def share(removed: int) -> float:
+        counts = _counts(importance.channels, order[:removed], multiple)
+        return skeleton.macs(counts) / skeleton.macs({})
+
+    if share(len(order)) > target:
+        raise ValueError(
+            f"target {target} is out of reach: the least widths still cost "
+            f"{share(len(order)):.3f} of the MACs"
+        )
+    removed = bisect_left(range(len(order)), True, key=lambda n: share(n) <= target)
+    return _counts(importance.channels, order[:removed], multiple)
 
 
 def _removal_order(importance: Importance) -> np.ndarray:

@@ -169,6 +169,8 @@ def test_clip_head_runs_and_uses_both_last_stages():
     assert not torch.equal(model(x), out)
     nn.init.zeros_(model.dcnv3_head_x3.weight)
     torch.testing.assert_close(model(x)[0], model(x)[1])
+    with pytest.raises(ValueError, match=r"multiples of 32, got \(64, 80\)"):
+        model(x[..., :80])
 
 
 @pytest.mark.parametrize("style", [BlockStyle(), replace(FLASH, offset_scale=0.5)])

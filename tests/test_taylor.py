@@ -177,7 +177,7 @@ def test_units_join_the_equally_ranked_channels_of_all_heads():
     values = np.array([[3.0, 1, 0, 0, 7, 0, 0, 0], [0, 0, 2, 5, 0, 0, 0, 1]])
     importance = Importance((channels,), (values,), 1)
     assert importance.ranked(0)[:, :3].tolist() == [[4, 0, 1], [3, 2, 7]]
-    assert importance.units(0).tolist() == [12, 5, 2, 0, 0, 0, 0, 0]
+    assert importance.units(0).tolist() == [6, 2.5, 1, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(("build", "target"), [(vit, 0.6), (efficientvit, 0.9)])
