@@ -228,8 +228,9 @@ class InternImage(nn.Module):
 
     Stage i has channels * 2**i channels in groups of ``group_channels``. ``clip_head``
     replaces convolution and average pool at the end by attention pooling over the last
-    two stages (the H and G models) and needs sides that are multiples of 32. ``core`` is the sampling operator of all blocks, see
-    `sievit.models.dcn.deform_core`. ``num_classes=0`` returns the pooled features.
+    two stages (the H and G models) and needs sides that are multiples of 32. ``core`` is
+    the sampling operator of all blocks, see `sievit.models.dcn.deform_core`.
+    ``num_classes=0`` returns the pooled features.
     """
 
     num_prefix_tokens = 0
