@@ -102,7 +102,7 @@ class CascadedGroupAttention(nn.Module):
         q, k, v = self.qkvs[index](x).split([key_dim, key_dim, self.value_dim], dim=1)
         q = self.dws[index](q)
         q, k, v = (t.flatten(2).transpose(1, 2).unsqueeze(1) for t in (q, k, v))
-        # mixed: (batch, 1, tokens, value_dim)
+        # the result has the shape (batch, 1, tokens, value_dim)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=KEY_DIM**-0.5)
         return mixed.squeeze(1).transpose(1, 2).reshape(*x.shape[:1], -1, *x.shape[2:])
 
