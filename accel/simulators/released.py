@@ -37,11 +37,12 @@ def simulate_released(workload: Workload, hardware: Hardware, batch: int = 1) ->
     for op in calls:
         parts = _attention(op, width)
         loading, decoding, computing = (
-            total + part
-            for total, part in zip((loading, decoding, computing), parts, strict=True)
+            total + part for total, part in zip((loading, decoding, computing), parts, strict=True)
         )
     total = max(loading, decoding + computing)
-    linear, ffn = (sum(parts) for parts in zip(*(_linear(op, width, height) for op in calls), strict=True))
+    linear, ffn = (
+        sum(parts) for parts in zip(*(_linear(op, width, height) for op in calls), strict=True)
+    )
     attention = OpCost(
         "attention",
         "attention",

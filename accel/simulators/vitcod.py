@@ -14,8 +14,9 @@ from ...workload import Attention, Gemm, HeadCodec, Op, Workload
 from .. import engine
 from ..dense import op_cost, product_cost
 from ..hardware import Hardware
+from ..machine import COUNTS, PHASES, STALLS
 from ..mapping import Mapping, choose, codec_side_bytes
-from ..program import CODEC, INDEX, STORE, Counts, K, Program, Q, V, build
+from ..program import BYTES, CODEC, INDEX, STORE, Counts, K, Program, Q, V, build
 from ..report import OpCost, Report, Traffic
 
 CHANNELS = {Q: "Q", K: "K", V: "V", INDEX: "index", CODEC: "codec weights", STORE: "output"}
@@ -124,10 +125,10 @@ def attention_cost(op: Attention, hardware: Hardware, batch: int = 1) -> OpCost:
     instances = op.windows * batch
     program, counts = build(op, hardware, mapping, instances)
     trace = engine.run(program, hardware, mapping)
-    got = dict(zip(engine.COUNTS, (int(x) for x in trace.counts), strict=True))
+    got = dict(zip(COUNTS, (int(x) for x in trace.counts), strict=True))
     stalls = trace.stage_stalls.sum(axis=0)
-    stalled = dict(zip(engine.STALLS, map(int, stalls), strict=True))
-    phases = dict(zip(engine.PHASES, map(int, trace.phases), strict=True))
+    stalled = dict(zip(STALLS, map(int, stalls), strict=True))
+    phases = dict(zip(PHASES, map(int, trace.phases), strict=True))
     rate = hardware.dram_bytes_per_cycle
     computed = counts.scores * (op.key_dim + op.value_dim)
     decoded = got["decoder_macs"]
@@ -202,6 +203,6 @@ def _traffic(
 def _dram_bytes(program: Program) -> dict[int, int]:
     first = program.channel_first
     return {
-        channel: int(program.transfer_bytes[first[channel] : first[channel + 1]].sum())
+        channel: int(program.transfers[first[channel] : first[channel + 1], BYTES].sum())
         for channel in CHANNELS
     }
