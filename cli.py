@@ -321,7 +321,7 @@ def _load(model: str, source: str | None) -> tuple[Any, Any]:
     if source is None:
         return network, None
     report = load_pretrained(network, source)
-    if not any(name.startswith("dec.") for name in report.left_out):
+    if not any(name.startswith(("dec.", "decoder.")) for name in report.left_out):
         return network, None
     decoder = SaliencyDecoder().eval()
     load_pretrained(decoder, source)

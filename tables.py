@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -97,9 +98,16 @@ def _codec_fact(result: CodesignResult) -> str:
     return text
 
 
+def _table(title: str) -> Table:
+    """No vertical lines, so that tables fit 80 columns."""
+    return Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    )
+
+
 def fidelity_table(rows: Mapping[str, Fidelity]) -> Table:
     """Variant by variant, against the dense model's tokens."""
-    table = Table(title="Fidelity to the dense model (1 = the same)", title_justify="left")
+    table = _table("Fidelity to the dense model (1 = the same)")
     table.add_column("variant")
     saliency = any(row.saliency_iou is not None for row in rows.values())
     for heading in ("patch cosine", "CLS cosine", "relative L2"):
@@ -118,7 +126,7 @@ def _optional(value: float | None) -> str:
 
 def mask_table(mask: AttentionMask) -> Table:
     """Sparsity of each layer and of its sparsest and densest head."""
-    table = Table(title=f"Mask: {mask.sparsity:.1%} pruned", title_justify="left")
+    table = _table(f"Mask: {mask.sparsity:.1%} pruned")
     for heading in ("layer", "heads", "queries", "keys", "pruned", "least", "most"):
         table.add_column(heading, justify="right")
     for layer, (shape, heads) in enumerate(zip(mask.shapes, mask.sparsity_by_head(), strict=True)):
@@ -131,23 +139,21 @@ def simulation_table(reports: Mapping[str, Report]) -> RenderableType:
     """Machine by machine: attention alone, then the whole network."""
     first = next(iter(reports.values()))
     hardware = first.hardware
-    table = Table(
-        title=f"Simulated on '{hardware.name}': {hardware.lines} x {hardware.macs_per_line} MACs, "
+    table = _table(
+        f"Simulated on '{hardware.name}': {hardware.lines} x {hardware.macs_per_line} MACs, "
         f"{hardware.clock_hz / 1e6:.0f} MHz, {hardware.dram_bytes_per_s / 1e9:.1f} GB/s, "
-        f"batch {first.batch}",
-        title_justify="left",
+        f"batch {first.batch}"
     )
-    table.add_column("machine")
+    table.add_column("machine", no_wrap=True)
     for heading in (
         "attention\ncycles",
         "attention\nms",
         "DRAM\nkB",
         "MACs\nin use",
-        "busiest in\nattention",
         "network\nms",
-        "attention\nshare",
+        "attention's\nshare",
     ):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, report in reports.items():
         table.add_row(
             name,
@@ -155,22 +161,31 @@ def simulation_table(reports: Mapping[str, Report]) -> RenderableType:
             f"{report.attention_seconds * 1e3:.3f}",
             f"{report.dram_bytes() / 1e3:,.0f}",
             f"{report.utilization():.0%}",
-            report.bottleneck(),
             f"{report.seconds * 1e3:.2f}",
-            f"{report.attention_cycles / report.cycles:.0%}",
+            f"{report.attention_cycles / report.cycles:.1%}",
         )
-    unknown = [f"not charged for computing: {', '.join(first.unknown)}"] if first.unknown else []
-    return Group(table, *map(Text, unknown))
+    busiest = "; ".join(f"{name} {report.bottleneck()}" for name, report in reports.items())
+    notes = [
+        "DRAM and MACs in use: attention alone. Network: every operation of one image, none fused.",
+        f"Busiest in attention: {busiest}.",
+    ]
+    if first.unknown:
+        notes.append(f"Charged for their bytes alone: {', '.join(first.unknown)}.")
+    return Group(table, *map(Text, notes))
 
 
 def measured_table(result: CodesignResult) -> RenderableType:
     """Dense attention timed here, and what the simulated machine is against each row."""
     first = result.measured[0]
-    table = Table(
-        title=f"Dense attention measured on {first.device}, {first.dtype}", title_justify="left"
-    )
-    table.add_column("kernel")
-    for heading in ("batch", "threads", "ms an image", "fastest - slowest", "simulated is"):
+    table = _table(f"Dense attention measured on {first.device}, {first.dtype}")
+    table.add_column("kernel", no_wrap=True)
+    for heading in (
+        "batch",
+        "threads",
+        "ms an\nimage",
+        "fastest -\nslowest",
+        "simulated\nis faster",
+    ):
         table.add_column(heading, justify="right")
     simulated = result.reports["vitcod"].attention_seconds
     for row in result.measured:
@@ -181,7 +196,7 @@ def measured_table(result: CodesignResult) -> RenderableType:
             str(row.threads or "-"),
             f"{row.seconds_per_image * 1e3:.2f}",
             f"{spread[0]:.2f} - {spread[1]:.2f}",
-            f"{row.seconds_per_image / simulated:.1f}x faster",
+            f"{row.seconds_per_image / simulated:.1f}x",
         )
     note = (
         f"Simulated: 'vitcod' at batch {result.reports['vitcod'].batch}, attention alone, "

@@ -21,10 +21,13 @@ from .features import features
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW settings found to work at 90 % sparsity on a ViT-S/14 with batches of 8:
-    a rate of 8e-5 is already worse, 2e-4 diverges."""
+    """AdamW settings that work for minutes of recovery at 90 % sparsity, batches of 8.
 
-    learning_rate: float = 2.5e-5
+    Rates tried on a ViT-S/14, 40 steps, patch cosine from .82: 5e-5 gives .878, 1e-4 .864;
+    2e-4 diverges.
+    """
+
+    learning_rate: float = 5e-5
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
     clip_norm: float = 1.0

@@ -63,7 +63,7 @@ def plot_fidelity(
         axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
     axes.set_yticks(places, names)
     axes.set_xlim(0, 1.12)
-    axes.set_xlabel("mean cosine to the dense model (upper bar: patch tokens, lower: CLS)")
+    axes.set_xlabel("mean cosine to the dense model\n(upper bar: patch tokens, lower: CLS token)")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
