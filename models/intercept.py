@@ -305,6 +305,7 @@ def _masked(call: Fused, keep: Tensor) -> Tensor:
     """Fused attention over the kept entries; a query with none kept gives 0."""
     if call.is_causal:
         keep = keep & torch.ones_like(keep).tril()
+    keep = keep[None]  # four axes: with three, the fast kernels refuse the mask
     own = call.attn_mask
     allowed = keep if own is None else keep & (own if own.dtype == torch.bool else own > -math.inf)
     empty = ~allowed.any(dim=-1, keepdim=True)
