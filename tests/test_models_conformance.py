@@ -50,10 +50,6 @@ def images(family: str, count: int = 2, which: int = 0) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def first(output: torch.Tensor | tuple) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
 @pytest.mark.parametrize("name", names())
 def test_every_model_builds_and_says_what_it_is(name):
     with torch.device("meta"):
@@ -111,13 +107,9 @@ def test_state_dict_round_trip(family, tmp_path):
 
 @pytest.mark.parametrize("family", SMALL)
 def test_other_numbers_of_classes(family):
-    with torch.device("meta"):
-        model = small(family, num_classes=7)
-    x = images(family).to("meta")
-    assert first(model(x)).shape == (2, 7)
-    with torch.device("meta"):
-        bare = small(family, num_classes=0)
-    assert first(bare(x)).ndim == 2
+    with torch.no_grad():
+        assert small(family, num_classes=7).eval()(images(family)).shape == (2, 7)
+        assert small(family, num_classes=0).eval()(images(family)).ndim == 2
 
 
 @pytest.mark.parametrize("family", SMALL)
@@ -141,7 +133,7 @@ def test_traced_parameters_are_the_models(family):
     assert workload.macs > 0
 
 
-@pytest.mark.parametrize("family", ["efficientvit", "levit", "flash_internimage"])
+@pytest.mark.parametrize("family", ["levit", "flash_internimage"])
 def test_export_gives_the_same_logits(family):
     model = small(family).eval()
     x = images(family)
@@ -153,9 +145,7 @@ def test_export_gives_the_same_logits(family):
 
 TRACED = {  # MACs as published or as the reference libraries count them: all, without attention
     "efficientvit_m0": (79193600, 76845696),
-    "efficientvit_m5": (521583104, 516399184),
     "levit_128": (405321728, 364390400),
-    "levit_256": (1127257344, 1048133632),
     "efficientnet_b0": (385814752, 385814752),
     "regnety_004": (401842848, 401842848),
     "regnetz_005": (507203840, 507203840),

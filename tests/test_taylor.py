@@ -25,7 +25,8 @@ def vit(**changes) -> nn.Module:
 
 def efficientvit() -> nn.Module:
     torch.manual_seed(0)
-    model = create("efficientvit_m0", image_size=112, depths=(1, 1, 1), num_classes=3)
+    shape = {"widths": (32, 32, 48), "heads": (2, 2, 2), "depths": (1, 1, 1), "image_size": 112}
+    model = create("efficientvit_m0", num_classes=3, **shape)
     return calibrated(spread(model))
 
 
