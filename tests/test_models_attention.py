@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sievit.models import AttentionHook, create, find_attention, intercept
+from sievit.models import AttentionHook, attention_forms, create, find_attention, intercept
 
 HEADS, DIM = 2, 16
 
@@ -459,6 +459,31 @@ class Cascade(nn.Module):
             q, k, v = linear(x).chunk(3, dim=-1)
             x = x + (q @ k.mT * DIM**-0.5).softmax(-1) @ v
         return x
+
+
+def test_a_mask_reaches_the_fast_kernels_in_four_axes(monkeypatch):
+    """PyTorch computes attention under a mask of three axes by its slow, plain path."""
+    model, x, shapes = Fused().eval(), tokens(), []
+    fused = F.scaled_dot_product_attention
+
+    def spy(*args, attn_mask, **kwargs):
+        shapes.append(attn_mask.shape)
+        return fused(*args, attn_mask=attn_mask, **kwargs)
+
+    handle = intercept(
+        model, [AttentionHook(keep=random_keep(HEADS, 7, 7))], find_attention(model, x)
+    )
+    run = attention_forms.Fused.run
+
+    def run_with_spy(call):
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "scaled_dot_product_attention", spy)
+            return run(call)
+
+    monkeypatch.setattr(attention_forms.Fused, "run", run_with_spy)
+    with handle:
+        model(x)
+    assert shapes == [(1, HEADS, 7, 7)]
 
 
 def test_several_calls_in_one_module_are_told_apart():
