@@ -12,20 +12,24 @@ Arrays in, arrays out: `Program` says what to do, `Machine` how fast, `run` retu
 from __future__ import annotations
 
 import logging
+import zlib
+from pathlib import Path
 
-import numpy as np
 from numba import njit
 
 from .hardware import Hardware
 from .lines import step_line
 from .machine import (
     ARRIVED,
+    AT_WORK,
+    BEGUN,
     BUSY,
+    CONSUMED,
     CYCLES,
     DECODER,
-    DRAINING,
     DRAM,
     FETCHED,
+    FLUSH,
     IMBALANCE,
     INDEX_REFILL,
     P_DECODE,
@@ -37,10 +41,14 @@ from .machine import (
     PIPELINE,
     RECONFIGURE,
     SOFTMAX,
+    SPLIT,
+    STAGE,
     STORE_ROOM,
     STORES_DONE,
     TAIL_CYCLES,
+    TURN,
     Trace,
+    core,
     empty_trace,
     initial_state,
     machine_of,
@@ -61,35 +69,37 @@ from .program import (
     Program,
 )
 
-# Columns of the run's own registers: the stage in work, whether its lines have begun, the
-# lockstep round, cycles of reconfiguration and of pipeline drain still to wait.
-STAGE, BEGUN, TURN, SPLIT, FLUSH = range(5)
 
-
-@njit
+@core
 def _begin(machine, program, state, stage):
     """Lines at the start of a stage; rows at the start of a unit."""
     plan, unit = program.stages[stage, PLAN], program.stages[stage, UNIT]
     state.lines[:] = 0
+    at_work = 0
     for line in range(machine.lines):
         state.lines[line, PIECE] = program.line_piece[plan, line]
-        state.lines[line, FETCHED : FETCHED + 2] = program.line_entry[plan, line]
+        state.lines[line, FETCHED] = program.line_entry[plan, line]
+        state.lines[line, CONSUMED] = program.line_entry[plan, line]
+        at_work += program.line_piece[plan, line] < program.line_piece[plan, line + 1]
+    state.run[BEGUN], state.run[TURN], state.run[AT_WORK] = 1, 0, at_work
     again = stage > 0 and program.stages[stage - 1, UNIT] == unit
     if program.stages[stage, KIND] == SDDMM and not again:
-        first, last = program.unit_row[unit], program.unit_row[unit + 1]
-        state.rows[unit % 2, : last - first, 0] = program.row_scores[first:last]
+        first = program.unit_row[unit]
+        for row in range(program.unit_row[unit + 1] - first):
+            state.rows[unit & 1, row, 0] = program.row_scores[first + row]
 
 
-@njit
-def _book(program, trace, stage, counted):
+@core
+def _book(program, state, trace, stage):
     """Add one cycle's line states to the stage, and the cycle to a phase."""
     worst, most = IMBALANCE, 0
-    for cause in range(counted.size):
-        trace.stage_stalls[stage, cause] += counted[cause]
-        if cause != IMBALANCE and counted[cause] > most:
-            worst, most = cause, counted[cause]
+    for cause in range(state.did.size):
+        lines = state.did[cause]
+        trace.stage_stalls[stage, cause] += lines
+        if cause != IMBALANCE and lines > most:
+            worst, most = cause, lines
     phase = 0 if program.stages[stage, KIND] == SDDMM else 1
-    if counted[BUSY] == 0:
+    if state.did[BUSY] == 0:
         if worst in (DRAM, INDEX_REFILL):
             phase = P_LOAD
         elif worst == DECODER:
@@ -99,48 +109,46 @@ def _book(program, trace, stage, counted):
     trace.phases[phase] += 1
 
 
-@njit
+@core
 def _wait(machine, trace, stage, cause, phase):
     """A cycle in which all lines wait for one thing."""
     trace.stage_stalls[stage, cause] += machine.lines
     trace.phases[phase] += 1
 
 
-@njit
-def _finished(machine, program, state, run):
-    """Are the lines done with the stage? Opens the next lockstep round where they are not."""
-    plan = program.stages[run[STAGE], PLAN]
-    done, held = True, False
+@core
+def _next_round(machine, program, state, stage):
+    """Open the next lockstep round once no line has work of this one."""
+    plan = program.stages[stage, PLAN]
     for line in range(machine.lines):
         piece = state.lines[line, PIECE]
-        if piece < program.line_piece[plan, line + 1]:
-            done = False
-            held = held or program.pieces[piece, ROUND] == run[TURN]
-        elif state.lines[line, DRAINING] > 0:
-            done = False
-    if not held:
-        run[TURN] += 1
-    return done
+        left = piece < program.line_piece[plan, line + 1]
+        if left and program.pieces[piece, ROUND] == state.run[TURN]:
+            return
+    state.run[TURN] += 1
 
 
-@njit
-def _step_lines(machine, program, state, trace, run, counted, cycle):
-    """One cycle of all lines; returns whether the stage is done."""
-    counted[:] = 0
+@core
+def _step_lines(machine, program, state, trace, stage, cycle):
+    """One cycle of all lines."""
+    state.did[:] = 0
     reads = 0
-    for step in range(machine.lines):
-        line = (cycle + step) % machine.lines
-        did, reads = step_line(
-            machine, program, state, trace, run[STAGE], line, run[TURN], reads, cycle
-        )
-        counted[did] += 1
-    _book(program, trace, run[STAGE], counted)
-    return _finished(machine, program, state, run)
+    line = cycle % machine.lines
+    for _ in range(machine.lines):
+        did, reads = step_line(machine, program, state, trace, stage, line, reads, cycle)
+        state.did[did] += 1
+        line += 1
+        if line == machine.lines:
+            line = 0
+    _book(program, state, trace, stage)
+    if machine.lockstep:
+        _next_round(machine, program, state, stage)
 
 
-@njit
-def _step_stage(machine, program, state, trace, run, counted, cycle):
+@core
+def _step_stage(machine, program, state, trace, cycle):
     """One cycle of the stage in work; returns whether it has ended."""
+    run = state.run
     stage = run[STAGE]
     if run[FLUSH] > 0:
         run[FLUSH] -= 1
@@ -159,45 +167,63 @@ def _step_stage(machine, program, state, trace, run, counted, cycle):
             _wait(machine, trace, stage, INDEX_REFILL, P_LOAD)
             return False
         _begin(machine, program, state, stage)
-        run[BEGUN], run[TURN] = 1, 0
-    done = _step_lines(machine, program, state, trace, run, counted, cycle)
-    if done and machine.pipeline > 0:
-        run[FLUSH] = machine.pipeline
+    _step_lines(machine, program, state, trace, stage, cycle)
+    if run[AT_WORK] > 0:
         return False
-    return done
+    run[FLUSH] = machine.pipeline
+    return machine.pipeline == 0
 
 
-@njit
-def _next_stage(machine, program, state, trace, run, cycle):
+@core
+def _next_stage(machine, program, state, trace, cycle):
     """Close the stage in work and free what only it and earlier ones needed."""
-    trace.stage_times[run[STAGE], 1] = cycle + 1
-    run[STAGE] += 1
-    run[BEGUN] = 0
-    release(machine, program, state, run[STAGE])
-    if run[STAGE] < program.stages.shape[0]:
-        trace.stage_times[run[STAGE], 0] = cycle + 1
-        run[SPLIT] = program.stages[run[STAGE], RECONFIGURE_CYCLES]
+    trace.stage_times[state.run[STAGE], 1] = cycle + 1
+    stage = state.run[STAGE] + 1
+    state.run[STAGE], state.run[BEGUN] = stage, 0
+    release(machine, program, state, stage)
+    if stage < program.stages.shape[0]:
+        trace.stage_times[stage, 0] = cycle + 1
+        state.run[SPLIT] = program.stages[stage, RECONFIGURE_CYCLES]
 
 
-@njit
-def _run(machine, program, state, trace, limit):
-    """Step until every stage and store is done; False where ``limit`` cycles do not do."""
-    stages = program.stages.shape[0]
-    stores = program.channel_first[STORE + 1] - program.channel_first[STORE]
-    counted = np.zeros(trace.stage_stalls.shape[1], np.int64)
-    run = np.zeros(5, np.int64)
-    for cycle in range(limit):
-        if run[STAGE] == stages and trace.counts[STORES_DONE] == stores:
-            trace.counts[CYCLES] = cycle
-            return True
-        serve_dram(machine, program, state, trace, run[STAGE], cycle)
-        arrive(machine, state, trace, cycle)
-        if run[STAGE] == stages:
-            trace.counts[TAIL_CYCLES] += 1
-            trace.phases[P_STORE] += 1
-        elif _step_stage(machine, program, state, trace, run, counted, cycle):
-            _next_stage(machine, program, state, trace, run, cycle)
-    return False
+def _compiled(sources: int):
+    """The main loop, compiled when first called and cached on disk.
+
+    The cache looks at this file alone; ``sources``, a fingerprint of all files of the core,
+    makes a change in any of them count.
+    """
+
+    @njit(_nrt=False, error_model="numpy", cache=True)
+    def stepped(machine, program, state, trace, limit):
+        """Step until every stage and store is done; False where ``limit`` is not enough."""
+        stages = program.stages.shape[0]
+        stores = program.channel_first[STORE + 1] - program.channel_first[STORE]
+        for cycle in range(limit if sources else 0):
+            stage = state.run[STAGE]
+            if stage == stages and trace.counts[STORES_DONE] == stores:
+                trace.counts[CYCLES] = cycle
+                return True
+            serve_dram(machine, program, state, trace, stage, cycle)
+            arrive(machine, state, trace)
+            if stage == stages:
+                trace.counts[TAIL_CYCLES] += 1
+                trace.phases[P_STORE] += 1
+            elif _step_stage(machine, program, state, trace, cycle):
+                _next_stage(machine, program, state, trace, cycle)
+        return False
+
+    return stepped
+
+
+def _fingerprint() -> int:
+    """Of the sources that the core is compiled from; never 0."""
+    names = ("assign", "engine", "lines", "machine", "memory", "program")
+    folder = Path(__file__).parent
+    text = b"".join((folder / f"{name}.py").read_bytes() for name in names)
+    return zlib.crc32(text) or 1
+
+
+_run = _compiled(_fingerprint())
 
 
 def run(program: Program, hardware: Hardware, mapping: Mapping) -> Trace:

@@ -11,11 +11,10 @@ read them from IdxBuf, through two index registers a line.
 
 from __future__ import annotations
 
-from numba import njit
-
 from .assign import DENSE_ROUND
 from .machine import (
     ARRIVED,
+    AT_WORK,
     BANK,
     BARRIER,
     BUSY,
@@ -46,6 +45,7 @@ from .machine import (
     SOFTMAX,
     SOFTMAX_CYCLES,
     SOFTMAX_FREE,
+    TURN,
     USED,
     VALUE_READS,
     VALUE_WORDS,
@@ -53,6 +53,7 @@ from .machine import (
     WAITED,
     WAITING,
     WORD,
+    core,
 )
 from .memory import grant, sent
 from .program import (
@@ -79,31 +80,36 @@ from .program import (
 )
 
 
-@njit
-def step_line(machine, program, state, trace, stage, line, turn, reads, cycle):
+@core
+def step_line(machine, program, state, trace, stage, line, reads, cycle):
     """Returns (what the line did, index reads of this cycle so far)."""
     piece = state.lines[line, PIECE]
     draining = state.lines[line, DRAINING] > 0
+    end = program.line_piece[program.stages[stage, PLAN], line + 1]
+    if piece == end and not draining:
+        return IMBALANCE, reads
     preloading = piece + 1 if state.lines[line, HOLDS] else piece
     had = state.lines[line, FETCHED]
     reads = _next_index(machine, program, state, trace, stage, line, reads)
     scores = program.stages[stage, KIND] == SDDMM
-    if piece == program.line_piece[program.stages[stage, PLAN], line + 1]:
-        did = DRAIN if draining else IMBALANCE
-    elif program.pieces[piece, ROUND] > turn:
+    if piece == end:
+        did = DRAIN
+    elif program.pieces[piece, ROUND] > state.run[TURN]:
         did = BARRIER
     elif scores:
         did = _score_word(machine, program, state, trace, stage, line, had, cycle)
     else:
         did = _value_word(machine, program, state, trace, stage, line, had, cycle)
-    if scores:
+    if scores and preloading < end:
         _load_key(machine, program, state, trace, stage, line, preloading, cycle)
     elif draining:
         _drain(machine, program, state, trace, stage, line, cycle)
+    if state.lines[line, PIECE] == end and state.lines[line, DRAINING] == 0:
+        state.run[AT_WORK] -= 1
     return did, reads
 
 
-@njit
+@core
 def _indexed(machine, program, state, stage, entry):
     """Is this entry of the stage's index stream on chip?"""
     place = program.entries[entry, ENTRY_ARRIVAL] + 1
@@ -111,7 +117,7 @@ def _indexed(machine, program, state, stage, entry):
     return state.channels[INDEX, ARRIVED] >= needed
 
 
-@njit
+@core
 def _next_index(machine, program, state, trace, stage, line, reads):
     """Read an entry into a free index register, if IdxBuf has it and a port is left."""
     entry = state.lines[line, FETCHED]
@@ -126,7 +132,7 @@ def _next_index(machine, program, state, trace, stage, line, reads):
     return reads + 1
 
 
-@njit
+@core
 def _operand(machine, program, state, stage, line, piece, had):
     """(operand that the line is at, BUSY), or what it waits for.
 
@@ -142,16 +148,16 @@ def _operand(machine, program, state, stage, line, piece, had):
     return place, INDEX_REFILL
 
 
-@njit
-def _missing(machine, state, channel, cycle):
+@core
+def _missing(machine, state, channel):
     """Why a token is not there: it is in DRAM, or it waits for the decoder."""
     if machine.decode_cost == 0 or channel >= V:
         return DRAM
-    landed = sent(machine, state, channel, cycle)
+    landed = sent(state, channel)
     return DECODER if landed > state.channels[channel, ARRIVED] else DRAM
 
 
-@njit
+@core
 def _advance(program, state, line, piece, words):
     """One word is done; returns 0, or 1 = the operand is finished, or 2 = the piece is."""
     state.lines[line, WORD] += 1
@@ -168,7 +174,7 @@ def _advance(program, state, line, piece, words):
     return 2
 
 
-@njit
+@core
 def _score_word(machine, program, state, trace, stage, line, had, cycle):
     """A line of SDDMM asks for the next word of its query; returns what it did."""
     piece = state.lines[line, PIECE]
@@ -176,14 +182,14 @@ def _score_word(machine, program, state, trace, stage, line, had, cycle):
         key = program.stages[stage, VECTOR_TOKEN] + program.pieces[piece, VECTOR]
         if key < state.channels[K, ARRIVED]:
             return KEY_REGISTER
-        return _missing(machine, state, K, cycle)
+        return _missing(machine, state, K)
     row, stall = _operand(machine, program, state, stage, line, piece, had)
     if stall != BUSY:
         return stall
     token = program.stages[stage, OPERAND_TOKEN] + row
     if token >= state.channels[Q, ARRIVED]:
         state.lines[line, WAITING] = 1
-        return _missing(machine, state, Q, cycle)
+        return _missing(machine, state, Q)
     words = program.stages[stage, WORDS]
     word = token * program.stages[stage, HEADS] + program.stages[stage, HEAD]
     word = word * words + state.lines[line, WORD]
@@ -203,15 +209,15 @@ def _score_word(machine, program, state, trace, stage, line, had, cycle):
     return BUSY
 
 
-@njit
+@core
 def _score_done(machine, program, state, trace, unit, row, cycle):
     """A score of ``row`` is written; the row's last one sends it through the softmax unit.
 
     Three passes in a pipeline (maximum; exponential and sum; division), each ``lanes``
     scores a cycle, rows in the order in which they become complete.
     """
-    state.rows[unit % 2, row, 0] -= 1
-    if state.rows[unit % 2, row, 0] > 0:
+    state.rows[unit & 1, row, 0] -= 1
+    if state.rows[unit & 1, row, 0] > 0:
         return
     scores = program.row_scores[program.unit_row[unit] + row]
     took = (scores + machine.softmax_lanes - 1) // machine.softmax_lanes
@@ -220,34 +226,33 @@ def _score_done(machine, program, state, trace, unit, row, cycle):
         ready = max(ready, state.units[SOFTMAX_FREE + step]) + took
         state.units[SOFTMAX_FREE + step] = ready
     trace.counts[SOFTMAX_CYCLES] += took
-    state.rows[unit % 2, row, 1] = ready + machine.softmax_latency
+    state.rows[unit & 1, row, 1] = ready + machine.softmax_latency
 
 
-@njit
+@core
 def _load_key(machine, program, state, trace, stage, line, piece, cycle):
     """Read a word of ``piece``'s key into the spare register; use it once it is whole."""
     words = program.stages[stage, WORDS]
-    if piece < program.line_piece[program.stages[stage, PLAN], line + 1]:
-        token = program.stages[stage, VECTOR_TOKEN] + program.pieces[piece, VECTOR]
-        if state.lines[line, PRELOAD] < words and token < state.channels[K, ARRIVED]:
-            word = token * program.stages[stage, HEADS] + program.stages[stage, HEAD]
-            word = word * words + state.lines[line, PRELOAD]
-            granted = grant(state, VECTOR_BANK, machine.k_banks, word, cycle)
-            if granted > 0:
-                trace.counts[KEY_READS] += granted - 1
-                trace.counts[KEY_WORDS] += 1
-                state.lines[line, PRELOAD] += 1
+    token = program.stages[stage, VECTOR_TOKEN] + program.pieces[piece, VECTOR]
+    if state.lines[line, PRELOAD] < words and token < state.channels[K, ARRIVED]:
+        word = token * program.stages[stage, HEADS] + program.stages[stage, HEAD]
+        word = word * words + state.lines[line, PRELOAD]
+        granted = grant(state, VECTOR_BANK, machine.k_banks, word, cycle)
+        if granted > 0:
+            trace.counts[KEY_READS] += granted - 1
+            trace.counts[KEY_WORDS] += 1
+            state.lines[line, PRELOAD] += 1
     if not state.lines[line, HOLDS] and state.lines[line, PRELOAD] == words:
         state.lines[line, HOLDS] = 1
         state.lines[line, PRELOAD] = 0
 
 
-@njit
+@core
 def _value_word(machine, program, state, trace, stage, line, had, cycle):
     """A line of SpMM asks for the next word of its value row; returns what it did."""
     piece = state.lines[line, PIECE]
     row, unit = program.pieces[piece, VECTOR], program.stages[stage, UNIT]
-    if cycle < state.rows[unit % 2, row, 1]:
+    if cycle < state.rows[unit & 1, row, 1]:
         return SOFTMAX
     key, stall = _operand(machine, program, state, stage, line, piece, had)
     if stall != BUSY:
@@ -259,7 +264,7 @@ def _value_word(machine, program, state, trace, stage, line, had, cycle):
             return DRAIN
     token = program.stages[stage, OPERAND_TOKEN] + key
     if token >= state.channels[V, ARRIVED]:
-        return _missing(machine, state, V, cycle)
+        return _missing(machine, state, V)
     word = token * words + state.lines[line, WORD]
     granted = grant(state, OPERAND_BANK, machine.v_banks, word, cycle)
     if granted == 0:
@@ -272,7 +277,7 @@ def _value_word(machine, program, state, trace, stage, line, had, cycle):
     return BUSY
 
 
-@njit
+@core
 def _drain(machine, program, state, trace, stage, line, cycle):
     """A finished row adds its next word into the output buffer, if the bank is free."""
     words = program.stages[stage, WORDS]

@@ -10,10 +10,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numba import njit
 
 from .hardware import Hardware
 from .mapping import Mapping
 from .program import Program
+
+core = njit(_nrt=False, error_model="numpy", forceinline=True)
+"""Compiles a function of the core into its caller. Nothing is allocated in there, so numba
+need not count references; counting them, or passing these tuples through real calls, makes
+the core twenty times slower."""
 
 STALLS = (
     "busy",
@@ -83,8 +89,13 @@ CURRENT, DONE, USED, RELEASED, LANDED, ARRIVED = range(6)
 # First axis of State.banks; each bank keeps the cycle of its last grant and the word.
 VECTOR_BANK, OPERAND_BANK, OUTPUT_BANK = range(3)
 
-# State.units: MACs left of the decoder's token and its channel; when each softmax pass is free.
-DECODER_LEFT, DECODER_CHANNEL, SOFTMAX_FREE = 0, 1, 2
+# State.units: MACs left of the decoder's token and its channel; the column of `history` that
+# this cycle writes, and the one written a latency ago; when each softmax pass is free.
+DECODER_LEFT, DECODER_CHANNEL, NOW, THEN, SOFTMAX_FREE = 0, 1, 2, 3, 4
+
+# State.run: the stage in work, whether its lines have begun, lines with work left in it, the
+# lockstep round, cycles of reconfiguration and of pipeline drain still to wait.
+STAGE, BEGUN, AT_WORK, TURN, SPLIT, FLUSH = range(6)
 
 
 class Machine(NamedTuple):
@@ -107,6 +118,7 @@ class Machine(NamedTuple):
     decoder_macs: int
     staging_tokens: int
     codec_bytes: int
+    lockstep: int
     buffers: np.ndarray  # (6, 2) capacity, and units a cycle that may enter
 
 
@@ -118,7 +130,10 @@ class State(NamedTuple):
     lines: np.ndarray  # (lines, 10)
     banks: np.ndarray  # (3, banks, 2)
     rows: np.ndarray  # (2, rows, 2) of the two units in flight: scores left, ready at
-    units: np.ndarray  # (5)
+    units: np.ndarray  # (7)
+    run: np.ndarray  # (6)
+    taken: np.ndarray  # (6) by each channel in this cycle
+    did: np.ndarray  # (stalls) lines by what they did in this cycle
 
 
 class Trace(NamedTuple):
@@ -163,6 +178,7 @@ def machine_of(hardware: Hardware, mapping: Mapping) -> Machine:
         hardware.decoder_macs,
         mapping.staging_tokens,
         mapping.codec_bytes,
+        int(hardware.assignment == "lockstep"),
         np.array(buffers, np.int64),
     )
 
@@ -179,7 +195,10 @@ def initial_state(machine: Machine, program: Program) -> State:
         np.zeros((machine.lines, 10), np.int64),
         np.full((3, banks, 2), -1, np.int64),
         np.zeros((2, rows, 2), np.int64),
-        np.zeros(5, np.int64),
+        np.zeros(7, np.int64),
+        np.zeros(6, np.int64),
+        np.zeros(6, np.int64),
+        np.zeros(len(STALLS), np.int64),
     )
 
 

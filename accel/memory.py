@@ -8,9 +8,6 @@ they are read. What was sent is usable after the DRAM's latency, latents after d
 
 from __future__ import annotations
 
-import numpy as np
-from numba import njit
-
 from .machine import (
     ARRIVED,
     CURRENT,
@@ -20,9 +17,12 @@ from .machine import (
     DONE,
     DRAM_UNITS,
     LANDED,
+    NOW,
     RELEASED,
     STORES_DONE,
+    THEN,
     USED,
+    core,
 )
 from .program import (
     AFTER,
@@ -41,7 +41,7 @@ from .program import (
 )
 
 
-@njit
+@core
 def _room(machine, program, state, channel, transfer):
     """How much may enter the channel's buffer now, in 1/denominator bytes."""
     unit = machine.dram_denominator
@@ -59,7 +59,7 @@ def _room(machine, program, state, channel, transfer):
     return left
 
 
-@njit
+@core
 def _take(machine, program, state, trace, channel, given, cycle):
     """Book ``given`` on the transfer in work of a channel."""
     unit = machine.dram_denominator
@@ -83,11 +83,11 @@ def _take(machine, program, state, trace, channel, given, cycle):
     state.channels[channel, DONE] = done
 
 
-@njit
+@core
 def serve_dram(machine, program, state, trace, stage, cycle):
     """One cycle of the DRAM at its full rate, as far as anything can be moved."""
     credit = machine.dram_numerator
-    taken = np.zeros(6, np.int64)
+    state.taken[:] = 0
     while credit > 0:
         best, best_need, best_room = -1, 0, 0
         for step in range(6):
@@ -99,18 +99,18 @@ def serve_dram(machine, program, state, trace, stage, cycle):
             if program.transfers[transfer, AFTER] > stage or (best >= 0 and need >= best_need):
                 continue
             room = _room(machine, program, state, channel, transfer)
-            room = min(room, machine.buffers[channel, 1] - taken[channel])
+            room = min(room, machine.buffers[channel, 1] - state.taken[channel])
             if room > 0:
                 best, best_need, best_room = channel, need, room
         if best < 0:
             return
         given = min(credit, best_room)
         credit -= given
-        taken[best] += given
+        state.taken[best] += given
         _take(machine, program, state, trace, best, given, cycle)
 
 
-@njit
+@core
 def release(machine, program, state, stage):
     """Free the room of chunks that stages before ``stage`` needed, in their order."""
     for channel in range(STORE):
@@ -123,35 +123,37 @@ def release(machine, program, state, stage):
             state.channels[channel, RELEASED] += 1
 
 
-@njit
-def sent(machine, state, channel, cycle):
+@core
+def sent(state, channel):
     """Tokens (bytes) of a channel that left the DRAM at least its latency ago."""
-    return state.history[channel, (cycle + 1) % (machine.dram_latency + 1)]
+    return state.history[channel, state.units[THEN]]
 
 
-@njit
-def arrive(machine, state, trace, cycle):
+@core
+def arrive(machine, state, trace):
     """Data that was sent a latency ago is usable; latents of Q and K pass the decoder."""
+    now = state.units[THEN]
+    state.units[NOW] = now
+    state.units[THEN] = now + 1 if now < machine.dram_latency else 0
     for channel in range(STORE):
-        now = cycle % (machine.dram_latency + 1)
         state.history[channel, now] = state.channels[channel, LANDED]
         if machine.decode_cost == 0 or channel >= V:
-            state.channels[channel, ARRIVED] = sent(machine, state, channel, cycle)
+            state.channels[channel, ARRIVED] = sent(state, channel)
     if machine.decode_cost and state.channels[CODEC, ARRIVED] == machine.codec_bytes:
-        _decode(machine, state, trace, cycle)
+        _decode(machine, state, trace)
 
 
-@njit
-def _decode(machine, state, trace, cycle):
+@core
+def _decode(machine, state, trace):
     """One cycle of the decoder: token after token, Q and K in turn where both wait."""
     credit = machine.decoder_macs
     while credit > 0:
         if state.units[DECODER_LEFT] == 0:
             last = state.units[DECODER_CHANNEL]
             other = K if last == Q else Q
-            if sent(machine, state, other, cycle) > state.channels[other, ARRIVED]:
+            if sent(state, other) > state.channels[other, ARRIVED]:
                 state.units[DECODER_CHANNEL] = other
-            elif sent(machine, state, last, cycle) == state.channels[last, ARRIVED]:
+            elif sent(state, last) == state.channels[last, ARRIVED]:
                 return
             state.units[DECODER_LEFT] = machine.decode_cost
         given = min(credit, state.units[DECODER_LEFT])
@@ -162,7 +164,7 @@ def _decode(machine, state, trace, cycle):
             state.channels[state.units[DECODER_CHANNEL], ARRIVED] += 1
 
 
-@njit
+@core
 def grant(state, kind, banks, word, cycle):
     """Ask a bank for a word: 2 = a new read, 1 = multicast of this cycle's read, 0 = wait."""
     bank = word % banks
