@@ -26,37 +26,47 @@ BALANCED, ROUND_ROBIN, LOCKSTEP = (
     ASSIGNMENTS.index(name) for name in ("balanced", "round_robin", "lockstep")
 )
 
-DENSE_ROUND = -1
+DENSE_ROUND = np.int64(-1)
 """`round` of a piece of the denser engine, which lockstep does not hold back."""
+
+# Typed, so that a compiled function is not made again for each literal it is given.
+ZERO, ONE = np.int64(0), np.int64(1)
+
+PIECE = np.dtype([(name, np.int64) for name in ("line", "vector", "first", "length", "round")])
+"""A part of one vector's work: key (SDDMM) or row (SpMM), counted inside the tile.
+
+first    denser: its first operand; sparser: its first entry in `Assignment.entries`
+length   operands, at least 1
+round    DENSE_ROUND, or the lockstep round (0 for other policies)
+"""
+
+ENTRY = np.dtype([(name, np.int64) for name in ("operand", "arrival")])
+"""An operand of the sparser engine, and its place in the index stream: the lines' first
+entries, then their second ones, ...; under "lockstep" vector after vector."""
 
 
 class Assignment(NamedTuple):
-    """The pieces of one product, line after line; a piece is part of one vector's work.
+    """The pieces and entries of one product, line after line.
 
-    line_piece   [lines + 1] pieces of line l are line_piece[l]:line_piece[l + 1]
-    line_entry   [lines + 1] likewise the line's entries, in the order of its pieces
-    vector       [pieces] key (SDDMM) or row (SpMM), counted inside the tile
-    first        [pieces] denser: first operand; sparser: first entry
-    length       [pieces] operands, at least 1
-    round        [pieces] DENSE_ROUND, or the lockstep round (0 for other policies)
-    entry        [entries] operands of the sparser pieces
-    arrival      [entries] place in the index stream, which serves the lines in turn
+    line_piece   int64 [lines + 1]: line l has the pieces line_piece[l]:line_piece[l + 1]
+    line_entry   int64 [lines + 1]: likewise its entries, in the order of its pieces
+    pieces       PIECE
+    entries      ENTRY
     denser_lines, sparser_lines   the split
+    starts       how often the sparser engine must be told where a vector begins: for each
+                 piece under "balanced", else for each vector
     """
 
     line_piece: np.ndarray
     line_entry: np.ndarray
-    vector: np.ndarray
-    first: np.ndarray
-    length: np.ndarray
-    round: np.ndarray
-    entry: np.ndarray
-    arrival: np.ndarray
+    pieces: np.ndarray
+    entries: np.ndarray
     denser_lines: int
     sparser_lines: int
+    starts: int
 
 
-@njit(cache=True)
+@njit
 def denser_length(vectors: int, operands: int, lines: int) -> int:
     """Operands that the busiest of ``lines`` takes from a block of vectors x operands.
 
@@ -70,7 +80,7 @@ def denser_length(vectors: int, operands: int, lines: int) -> int:
     return full * operands + (operands + sharing - 1) // sharing
 
 
-@njit(cache=True)
+@njit
 def split_lines(vectors: int, operands: int, entries: int, lines: int) -> tuple[int, int]:
     """Lines for the denser and the sparser engine, in proportion to their work.
 
@@ -83,7 +93,7 @@ def split_lines(vectors: int, operands: int, entries: int, lines: int) -> tuple[
         return lines, 0
     if lines == 1:
         return 1, 1
-    best, best_length = 1, np.int64(2**62)
+    best, best_length = 1, 2**62
     for denser in range(1, lines):
         sparser = (entries + lines - denser - 1) // (lines - denser)
         length = max(denser_length(vectors, operands, denser), sparser)
@@ -92,30 +102,56 @@ def split_lines(vectors: int, operands: int, entries: int, lines: int) -> tuple[
     return best, lines - best
 
 
-@njit(cache=True)
-def _denser_pieces(vectors, operands, lines, out):
-    """Rows (line, vector, first, length, round) for the dense block; returns their number."""
+@njit
+def _cut(pieces, count, vector, first, total, parts, line, turn):
+    """Cut ``total`` operands of a vector into ``parts`` pieces on lines ``line``, ...;
+    returns the number of pieces then."""
+    for part in range(parts):
+        piece = pieces[count + part]
+        begin = total * part // parts
+        piece.line, piece.vector, piece.round = line + part, vector, turn
+        piece.first, piece.length = first + begin, total * (part + 1) // parts - begin
+    return count + parts
+
+
+@njit
+def _denser_pieces(pieces, vectors, operands, lines):
+    """Pieces of the dense block; returns their number."""
     full, rest = divmod(vectors, lines)
-    count = 0
+    count, line = ZERO, ZERO
     for vector in range(full * lines):
-        out[count] = (vector % lines, vector, 0, operands, DENSE_ROUND)
-        count += 1
-    line = 0
+        line = vector % lines
+        count = _cut(pieces, count, vector, ZERO, operands, ONE, line, DENSE_ROUND)
+    line = ZERO
     for index in range(rest):
         sharing = lines // rest + (1 if index < lines % rest else 0)
-        sharing = min(sharing, operands)
-        for part in range(sharing):
-            first = operands * part // sharing
-            length = operands * (part + 1) // sharing - first
-            out[count] = (line + part, full * lines + index, first, length, DENSE_ROUND)
-            count += 1
+        parts, vector = min(sharing, operands), full * lines + index
+        count = _cut(pieces, count, vector, ZERO, operands, parts, line, DENSE_ROUND)
         line += sharing
     return count
 
 
-@njit(cache=True)
+@njit
+def _sorted_by(keys):
+    """Positions of small non-negative numbers in ascending order, equals in their order."""
+    most = 0
+    for index in range(keys.size):
+        most = max(most, keys[index])
+    begin = np.zeros(most + 2, np.int64)
+    for index in range(keys.size):
+        begin[keys[index] + 1] += 1
+    for key in range(most):
+        begin[key + 1] += begin[key]
+    order = np.empty(keys.size, np.int64)
+    for index in range(keys.size):
+        order[begin[keys[index]]] = index
+        begin[keys[index]] += 1
+    return order
+
+
+@njit
 def _lightest(loads):
-    """Index of the smallest load; ties: the lowest line."""
+    """The line with the least load; ties: the lowest."""
     best = 0
     for line in range(1, loads.size):
         if loads[line] < loads[best]:
@@ -123,130 +159,128 @@ def _lightest(loads):
     return best
 
 
-@njit(cache=True)
-def _balanced_pieces(indptr, lines, base, entry, shift, out):
-    lengths = np.diff(indptr)
-    fair = max((indptr[-1] + lines - 1) // lines, 1)
-    count = 0
-    for vector in range(lengths.size):
-        parts = (lengths[vector] + fair - 1) // fair
-        for part in range(parts):
-            first = lengths[vector] * part // parts
-            length = lengths[vector] * (part + 1) // parts - first
-            out[count] = (0, vector, indptr[vector] + first, length, 0)
-            count += 1
-    loads = np.zeros(lines, np.int64)
-    for piece in np.argsort(-out[:count, 3], kind="mergesort"):
-        line = _lightest(loads)
-        loads[line] += out[piece, 3]
-        out[piece, 0] = base + line
-    # Inside a line by the time its data is in: vectors and operands arrive in order.
-    ready = np.empty(count, np.int64)
-    for piece in range(count):
-        ready[piece] = max(out[piece, 1] + shift, entry[out[piece, 2] + out[piece, 3] - 1])
-    out[:count] = out[:count][np.argsort(ready, kind="mergesort")]
-    return count
-
-
-@njit(cache=True)
-def _round_robin_pieces(indptr, lines, base, out):
-    count = 0
-    for vector in range(indptr.size - 1):
-        length = indptr[vector + 1] - indptr[vector]
-        if length:
-            out[count] = (base + vector % lines, vector, indptr[vector], length, 0)
-            count += 1
-    return count
-
-
-@njit(cache=True)
-def _lockstep_pieces(indptr, lines, base, out):
-    count, turn = 0, 0
+@njit
+def _balanced_pieces(pieces, start, indptr, indices, base, lines, shift):
+    """Cut at the fair share; longest first to the lightest line."""
+    count, fair = start, (indptr[-1] + lines - 1) // lines
     for vector in range(indptr.size - 1):
         total = indptr[vector + 1] - indptr[vector]
-        for line in range(min(lines, total)):
-            parts = min(lines, total)
-            first = total * line // parts
-            length = total * (line + 1) // parts - first
-            out[count] = (base + line, vector, indptr[vector] + first, length, turn)
-            count += 1
-        turn += total > 0
+        parts = (total + fair - 1) // fair
+        count = _cut(pieces, count, vector, indptr[vector], total, parts, ZERO, ZERO)
+    cut = pieces[start:count].copy()
+    keys, loads = np.empty(cut.size, np.int64), np.zeros(lines, np.int64)
+    for index in range(cut.size):
+        keys[index] = fair - cut[index].length
+    order = _sorted_by(keys)
+    for index in range(cut.size):
+        piece = cut[order[index]]
+        line = _lightest(loads)
+        loads[line] += piece.length
+        piece.line = base + line
+    # Inside a line by the time its data is in: vectors and operands arrive in order.
+    for index in range(cut.size):
+        piece = cut[index]
+        keys[index] = max(piece.vector + shift, indices[piece.first + piece.length - 1])
+    order = _sorted_by(keys)
+    for index in range(cut.size):
+        pieces[start + index] = cut[order[index]]
     return count
 
 
-@njit(cache=True)
-def _stream_order(line_entry):
-    """Place of each entry in the index stream: first entries of all lines, then second ..."""
-    lines = line_entry.size - 1
-    arrival = np.empty(line_entry[-1], np.int64)
-    place, rank, left = 0, 0, line_entry[-1]
-    while left:
-        for line in range(lines):
-            if line_entry[line] + rank < line_entry[line + 1]:
-                arrival[line_entry[line] + rank] = place
-                place += 1
-                left -= 1
-        rank += 1
-    return arrival
+@njit
+def _round_robin_pieces(pieces, count, indptr, base, lines):
+    for vector in range(indptr.size - 1):
+        total, line = indptr[vector + 1] - indptr[vector], base + vector % lines
+        parts = min(total, ONE)
+        count = _cut(pieces, count, vector, indptr[vector], total, parts, line, ZERO)
+    return count
 
 
-@njit(cache=True)
-def _by_line(pieces, entry, lines):
-    """Pieces and their entries rearranged line after line, the order inside a line kept."""
-    count = pieces.shape[0]
+@njit
+def _lockstep_pieces(pieces, count, indptr, base, lines):
+    turn = ZERO
+    for vector in range(indptr.size - 1):
+        total = indptr[vector + 1] - indptr[vector]
+        parts = min(total, lines)
+        count = _cut(pieces, count, vector, indptr[vector], total, parts, base, turn)
+        turn += parts > 0
+    return count
+
+
+@njit
+def _line_starts(pieces, lines):
+    """First piece, and first entry, of each line once they stand line after line."""
     line_piece = np.zeros(lines + 1, np.int64)
     line_entry = np.zeros(lines + 1, np.int64)
-    for piece in range(count):
-        line_piece[pieces[piece, 0] + 1] += 1
-        if pieces[piece, 4] != DENSE_ROUND:
-            line_entry[pieces[piece, 0] + 1] += pieces[piece, 3]
-    line_piece = np.cumsum(line_piece)
-    line_entry = np.cumsum(line_entry)
+    for index in range(pieces.size):
+        piece = pieces[index]
+        line_piece[piece.line + 1] += 1
+        if piece.round != DENSE_ROUND:
+            line_entry[piece.line + 1] += piece.length
+    for line in range(lines):
+        line_piece[line + 1] += line_piece[line]
+        line_entry[line + 1] += line_entry[line]
+    return line_piece, line_entry
+
+
+@njit
+def _by_line(pieces, indices, line_piece, line_entry, in_turn):
+    """Pieces and their entries line after line, the order inside a line kept.
+
+    ``in_turn``: the index stream serves the lines in turn, else vector after vector.
+    """
     next_piece, next_entry = line_piece.copy(), line_entry.copy()
-    moved = np.empty_like(pieces)
-    streamed = np.empty(line_entry[-1], np.int64)
-    for piece in range(count):
-        line, _, first, length, turn = pieces[piece]
-        target = next_piece[line]
+    moved = np.empty(pieces.size, PIECE)
+    entries = np.empty(indices.size, ENTRY)
+    keys = np.empty(indices.size, np.int64)
+    for index in range(pieces.size):
+        line = pieces[index].line
+        piece = moved[next_piece[line]]
+        moved[next_piece[line]] = pieces[index]
         next_piece[line] += 1
-        moved[target] = pieces[piece]
-        if turn != DENSE_ROUND:
+        if piece.round != DENSE_ROUND:
             start = next_entry[line]
-            streamed[start : start + length] = entry[first : first + length]
-            moved[target, 2] = start
-            next_entry[line] += length
-    return line_piece, line_entry, moved, streamed
+            for offset in range(piece.length):
+                place = start + offset
+                entries[place].operand = indices[piece.first + offset]
+                keys[place] = place - line_entry[line] if in_turn else piece.first + offset
+            piece.first = start
+            next_entry[line] += piece.length
+    order = _sorted_by(keys)
+    for index in range(order.size):
+        entries[order[index]].arrival = index
+    return moved, entries
 
 
 @njit(cache=True)
-def _assign(indptr, entry, dense_vectors, dense_operands, lines, policy, first_sparser):
+def _assign(indptr, indices, dense_vectors, dense_operands, lines, policy, shift):
     total = indptr[-1]
     denser, sparser = split_lines(dense_vectors, dense_operands, total, lines)
     base = denser if denser + sparser <= lines else 0
-    vectors = indptr.size - 1
-    room = dense_vectors + lines + (vectors + lines) * (lines if policy == LOCKSTEP else 1)
-    pieces = np.empty((room, 5), np.int64)
-    count = 0
-    if denser:
-        count = _denser_pieces(dense_vectors, dense_operands, denser, pieces)
-    if total:
-        rest = pieces[count:]
+    room = dense_vectors + lines + (indptr.size + lines) * (lines if policy == LOCKSTEP else 1)
+    pieces = np.empty(room, PIECE)
+    count = ZERO
+    if denser > 0:
+        count = _denser_pieces(pieces, dense_vectors, dense_operands, denser)
+    start = count
+    if total > 0:
         if policy == BALANCED:
-            count += _balanced_pieces(indptr, sparser, base, entry, first_sparser, rest)
+            count = _balanced_pieces(pieces, count, indptr, indices, base, sparser, shift)
         elif policy == ROUND_ROBIN:
-            count += _round_robin_pieces(indptr, sparser, base, rest)
+            count = _round_robin_pieces(pieces, count, indptr, base, sparser)
         else:
-            count += _lockstep_pieces(indptr, sparser, base, rest)
-    for piece in range(count):
-        if pieces[piece, 4] != DENSE_ROUND:
-            pieces[piece, 1] += first_sparser
-    line_piece, line_entry, moved, streamed = _by_line(pieces[:count], entry, lines)
-    return line_piece, line_entry, moved, streamed, _stream_order(line_entry), denser, sparser
+            count = _lockstep_pieces(pieces, count, indptr, base, sparser)
+    for index in range(start, count):
+        pieces[index].vector += shift
+    line_piece, line_entry = _line_starts(pieces[:count], lines)
+    moved, entries = _by_line(pieces[:count], indices, line_piece, line_entry, policy != LOCKSTEP)
+    starts = count - start if policy == BALANCED or total == 0 else indptr.size - 1
+    return line_piece, line_entry, moved, entries, denser, sparser, starts
 
 
 def assign(
     indptr: np.ndarray,
-    entry: np.ndarray,
+    indices: np.ndarray,
     dense_vectors: int,
     dense_operands: int,
     lines: int,
@@ -256,19 +290,17 @@ def assign(
     """Share one product out to ``lines``.
 
     The denser block is ``dense_vectors`` x ``dense_operands``, both from 0. Sparser vector
-    ``first_sparser + v`` has the operands ``entry[indptr[v]:indptr[v + 1]]``: in SDDMM the
-    sparser keys follow the global ones, in SpMM both engines hold the same rows.
+    ``first_sparser + v`` has the operands ``indices[indptr[v]:indptr[v + 1]]``, ascending: in
+    SDDMM the sparser keys follow the global ones, in SpMM both engines hold the same rows.
     """
-    line_piece, line_entry, moved, streamed, arrival, denser, sparser = _assign(
-        np.asarray(indptr, dtype=np.int64),
-        np.asarray(entry, dtype=np.int64),
-        dense_vectors,
-        dense_operands,
-        lines,
-        ASSIGNMENTS.index(policy),
-        first_sparser,
-    )
-    vector, first, length, turn = (np.ascontiguousarray(moved[:, i]) for i in range(1, 5))
     return Assignment(
-        line_piece, line_entry, vector, first, length, turn, streamed, arrival, denser, sparser
+        *_assign(
+            np.asarray(indptr, dtype=np.int64),
+            np.asarray(indices, dtype=np.int64),
+            dense_vectors,
+            dense_operands,
+            lines,
+            ASSIGNMENTS.index(policy),
+            first_sparser,
+        )
     )

@@ -4,263 +4,283 @@ One cycle: the DRAM moves bytes in and output rows out, the decoder turns latent
 queries and keys, and every MAC line asks for its next word. Requests meet at banked buffers:
 one word a bank and cycle, the same word for several lines is one read (multicast), lines
 that ask one bank for different words wait. The line that is served first moves on by one
-each cycle. A line acts on its registers as they were at the start of the cycle.
+each cycle.
 
-Arrays in, arrays out: `Program` says what to do, `Machine` how fast, `run` returns `Trace`.
+Arrays in, arrays out: `Program` says what to do, `run` returns a `Trace`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from numba import njit
+from numba.core import event
 
 from .hardware import Hardware
-from .lines import step_line
+from .lines import open_piece, step_scores, step_values
 from .machine import (
-    ARRIVED,
-    AT_WORK,
-    BEGUN,
     BUSY,
-    CONSUMED,
-    CYCLES,
+    COUNT,
     DECODER,
     DRAM,
-    FETCHED,
-    FLUSH,
     IMBALANCE,
     INDEX_REFILL,
+    NEVER,
     P_DECODE,
     P_LOAD,
     P_RECONFIGURE,
     P_SOFTMAX,
     P_STORE,
-    PIECE,
     PIPELINE,
     RECONFIGURE,
     SOFTMAX,
-    SPLIT,
-    STAGE,
     STORE_ROOM,
-    STORES_DONE,
-    TAIL_CYCLES,
-    TURN,
     Trace,
     core,
+    core_options,
     empty_trace,
     initial_state,
     machine_of,
 )
 from .mapping import Mapping
-from .memory import arrive, release, serve_dram
-from .program import (
-    INDEX,
-    INDEX_BYTES,
-    KIND,
-    PLAN,
-    RECONFIGURE_CYCLES,
-    ROUND,
-    SDDMM,
-    STORE,
-    STORES,
-    UNIT,
-    Program,
-)
+from .memory import arrive, serve_dram
+from .program import INDEX, SDDMM, Program
 
 
 @core
-def _begin(machine, program, state, stage):
+def _begin(program, state, stage):
     """Lines at the start of a stage; rows at the start of a unit."""
-    plan, unit = program.stages[stage, PLAN], program.stages[stage, UNIT]
-    state.lines[:] = 0
-    at_work = 0
-    for line in range(machine.lines):
-        state.lines[line, PIECE] = program.line_piece[plan, line]
-        state.lines[line, FETCHED] = program.line_entry[plan, line]
-        state.lines[line, CONSUMED] = program.line_entry[plan, line]
-        at_work += program.line_piece[plan, line] < program.line_piece[plan, line + 1]
-    state.run[BEGUN], state.run[TURN], state.run[AT_WORK] = 1, 0, at_work
-    again = stage > 0 and program.stages[stage - 1, UNIT] == unit
-    if program.stages[stage, KIND] == SDDMM and not again:
-        first = program.unit_row[unit]
-        for row in range(program.unit_row[unit + 1] - first):
-            state.rows[unit & 1, row, 0] = program.row_scores[first + row]
+    run, lines, plan = state.run, state.lines, stage.plan
+    run.turn, run.begun = 0, 1
+    run.working = lines.size
+    for number in range(lines.size):
+        line = lines[number]
+        line.piece = program.line_piece[plan, number]
+        line.last_piece = program.line_piece[plan, number + 1]
+        line.fetched = line.consumed = program.line_entry[plan, number]
+        line.last_entry = program.line_entry[plan, number + 1]
+        line.word = line.waiting = line.holds = line.preload = line.draining = 0
+        line.address = -1
+        open_piece(line, program.pieces)
+    if stage.opens_unit:
+        rows = state.rows[stage.unit % 2]
+        first = program.unit_row[stage.unit]
+        for row in range(program.unit_row[stage.unit + 1] - first):
+            rows[row].scores = rows[row].left = program.row_scores[first + row]
 
 
 @core
-def _book(program, state, trace, stage):
+def _step_lines(machine, program, state, stage, counts):
+    """One cycle of all lines: `state.counted` says how many did what."""
+    run, lines, channels, counted = state.run, state.lines, state.channels, state.counted
+    rows = state.rows[stage.unit % 2]
+    pieces, entries = program.pieces, program.entries
+    q, k, v, o = state.query_banks, state.key_banks, state.value_banks, state.output_banks
+    run.moved = run.index_reads = run.piece_done = 0
+    run.wake_at = NEVER
+    run.on_chip = (channels[INDEX].arrived - stage.index_bytes) // machine.entry_bytes
+    counted[:] = 0
+    first = run.cycle % lines.size
+    for step in range(lines.size):
+        number = first + step
+        if number >= lines.size:
+            number -= lines.size
+        line = lines[number]
+        if stage.kind == SDDMM:
+            did = step_scores(
+                machine, run, stage, line, pieces, entries, channels, q, k, rows, counts
+            )
+        else:
+            did = step_values(
+                machine, run, stage, line, pieces, entries, channels, v, o, rows, counts
+            )
+        counted[did] += 1
+
+
+@core
+def _book(stage, stalls, phases, counted):
     """Add one cycle's line states to the stage, and the cycle to a phase."""
     worst, most = IMBALANCE, 0
-    for cause in range(state.did.size):
-        lines = state.did[cause]
-        trace.stage_stalls[stage, cause] += lines
-        if cause != IMBALANCE and lines > most:
-            worst, most = cause, lines
-    phase = 0 if program.stages[stage, KIND] == SDDMM else 1
-    if state.did[BUSY] == 0:
+    for cause in range(counted.size):
+        stalls[cause] += counted[cause]
+        if cause != IMBALANCE and counted[cause] > most:
+            worst, most = cause, counted[cause]
+    phase = 0 if stage.kind == SDDMM else 1
+    if counted[BUSY] == 0:
         if worst in (DRAM, INDEX_REFILL):
             phase = P_LOAD
         elif worst == DECODER:
             phase = P_DECODE
         elif worst == SOFTMAX:
             phase = P_SOFTMAX
-    trace.phases[phase] += 1
+    phases[phase] += 1
 
 
 @core
-def _wait(machine, trace, stage, cause, phase):
-    """A cycle in which all lines wait for one thing."""
-    trace.stage_stalls[stage, cause] += machine.lines
-    trace.phases[phase] += 1
+def _lines_done(run, lines):
+    """Is every line done with the stage? Opens the next lockstep round where it may."""
+    done, held = True, False
+    for number in range(lines.size):
+        line = lines[number]
+        if line.piece < line.last_piece:
+            done = False
+            held = held or line.round == run.turn
+        elif line.draining > 0:
+            done = False
+    if not held:
+        run.turn += 1
+    return done
 
 
 @core
-def _next_round(machine, program, state, stage):
-    """Open the next lockstep round once no line has work of this one."""
-    plan = program.stages[stage, PLAN]
-    for line in range(machine.lines):
-        piece = state.lines[line, PIECE]
-        left = piece < program.line_piece[plan, line + 1]
-        if left and program.pieces[piece, ROUND] == state.run[TURN]:
-            return
-    state.run[TURN] += 1
+def _whole_array(machine, run, stage, channels, stalls, phases, counts):
+    """A cycle in which all lines wait for one thing: books it and returns True, if so."""
+    cause, phase = BUSY, 0 if stage.kind == SDDMM else 1
+    if run.flush > 0:
+        run.flush -= 1
+        run.still = 0
+        cause = PIPELINE
+    elif run.split > 0:
+        run.split -= 1
+        run.still = 0
+        cause, phase = RECONFIGURE, P_RECONFIGURE
+    elif run.begun == 0 and counts.stores_done < stage.stores:
+        cause, phase = STORE_ROOM, P_STORE
+    elif run.begun == 0 and channels[INDEX].arrived < stage.index_bytes:
+        cause, phase = INDEX_REFILL, P_LOAD
+    if cause == BUSY:
+        return False
+    stalls[cause] += machine.lines
+    phases[phase] += 1
+    return True
 
 
 @core
-def _step_lines(machine, program, state, trace, stage, cycle):
-    """One cycle of all lines."""
-    state.did[:] = 0
-    reads = 0
-    line = cycle % machine.lines
-    for _ in range(machine.lines):
-        did, reads = step_line(machine, program, state, trace, stage, line, reads, cycle)
-        state.did[did] += 1
-        line += 1
-        if line == machine.lines:
-            line = 0
-    _book(program, state, trace, stage)
-    if machine.lockstep:
-        _next_round(machine, program, state, stage)
-
-
-@core
-def _step_stage(machine, program, state, trace, cycle):
+def _step_stage(machine, program, state, trace, counts):
     """One cycle of the stage in work; returns whether it has ended."""
-    run = state.run
-    stage = run[STAGE]
-    if run[FLUSH] > 0:
-        run[FLUSH] -= 1
-        product = 0 if program.stages[stage, KIND] == SDDMM else 1
-        _wait(machine, trace, stage, PIPELINE, product)
-        return run[FLUSH] == 0
-    if run[SPLIT] > 0:
-        run[SPLIT] -= 1
-        _wait(machine, trace, stage, RECONFIGURE, P_RECONFIGURE)
+    run, lines = state.run, state.lines
+    stage, stalls, phases = program.stages[run.stage], trace.stage_stalls[run.stage], trace.phases
+    if _whole_array(machine, run, stage, state.channels, stalls, phases, counts):
+        return run.begun == 1 and run.flush == 0
+    if run.begun == 0:
+        _begin(program, state, stage)
+    elif not (run.moved or run.arrived or run.cycle >= run.wake_at):
+        _book(stage, stalls, phases, state.counted)  # each line does what it did before
         return False
-    if run[BEGUN] == 0:
-        if trace.counts[STORES_DONE] < program.stages[stage, STORES]:
-            _wait(machine, trace, stage, STORE_ROOM, P_STORE)
-            return False
-        if state.channels[INDEX, ARRIVED] < program.stages[stage, INDEX_BYTES]:
-            _wait(machine, trace, stage, INDEX_REFILL, P_LOAD)
-            return False
-        _begin(machine, program, state, stage)
-    _step_lines(machine, program, state, trace, stage, cycle)
-    if run[AT_WORK] > 0:
+    _step_lines(machine, program, state, stage, counts)
+    _book(stage, stalls, phases, state.counted)
+    if run.moved:
+        run.still = 0
+    idle = state.counted[IMBALANCE] == lines.size
+    if not ((run.piece_done or idle) and _lines_done(run, lines)):
         return False
-    run[FLUSH] = machine.pipeline
-    return machine.pipeline == 0
+    run.flush = machine.pipeline
+    return run.flush == 0
 
 
 @core
-def _next_stage(machine, program, state, trace, cycle):
-    """Close the stage in work and free what only it and earlier ones needed."""
-    trace.stage_times[state.run[STAGE], 1] = cycle + 1
-    stage = state.run[STAGE] + 1
-    state.run[STAGE], state.run[BEGUN] = stage, 0
-    release(machine, program, state, stage)
-    if stage < program.stages.shape[0]:
-        trace.stage_times[stage, 0] = cycle + 1
-        state.run[SPLIT] = program.stages[stage, RECONFIGURE_CYCLES]
+def _next_stage(machine, program, state, trace):
+    """Close the stage in work and free what only it needed of the index buffer."""
+    run = state.run
+    trace.stage_times[run.stage, 1] = run.cycle + 1
+    freed = program.stages[run.stage].index_frees
+    state.channels[INDEX].used -= freed * machine.dram_denominator
+    run.stage += 1
+    run.begun = 0
+    if run.stage < program.stages.size:
+        trace.stage_times[run.stage, 0] = run.cycle + 1
+        run.split = program.stages[run.stage].reconfigure
 
 
-def _compiled(sources: int):
+@core
+def _transfers_left(channels):
+    left = 0
+    for number in range(channels.size):
+        left += channels[number].last - channels[number].current
+    return left
+
+
+def _compiled(sources: str):
     """The main loop, compiled when first called and cached on disk.
 
-    The cache looks at this file alone; ``sources``, a fingerprint of all files of the core,
-    makes a change in any of them count.
+    Numba's cache looks at the file of this function alone; ``sources``, a digest of all
+    files of the core, makes a change in any of them count.
     """
 
-    @njit(_nrt=False, error_model="numpy", cache=True)
-    def stepped(machine, program, state, trace, limit):
-        """Step until every stage and store is done; False where ``limit`` is not enough."""
-        stages = program.stages.shape[0]
-        stores = program.channel_first[STORE + 1] - program.channel_first[STORE]
-        for cycle in range(limit if sources else 0):
-            stage = state.run[STAGE]
-            if stage == stages and trace.counts[STORES_DONE] == stores:
-                trace.counts[CYCLES] = cycle
+    @njit(cache=True, **core_options)
+    def step(machine, program, state, trace, counts):
+        """Step until every stage and transfer is done; False where nothing moves any more."""
+        assert sources
+        run, channels, transfers = state.run, state.channels, program.transfers
+        patience = machine.dram_latency + 8
+        while run.still < patience or run.cycle < run.wake_at < NEVER:
+            ended = run.stage == program.stages.size
+            if ended and _transfers_left(channels) == 0:
+                counts.cycles = run.cycle
                 return True
-            serve_dram(machine, program, state, trace, stage, cycle)
-            arrive(machine, state, trace)
-            if stage == stages:
-                trace.counts[TAIL_CYCLES] += 1
+            run.still += 1
+            serve_dram(machine, run, channels, transfers, trace.transfer_times, counts)
+            arrive(machine, run, channels, state.history, counts)
+            if ended:
+                counts.tail_cycles += 1
                 trace.phases[P_STORE] += 1
-            elif _step_stage(machine, program, state, trace, cycle):
-                _next_stage(machine, program, state, trace, cycle)
+            elif _step_stage(machine, program, state, trace, counts):
+                _next_stage(machine, program, state, trace)
+            run.cycle += 1
         return False
 
-    return stepped
+    return step
 
 
-def _fingerprint() -> int:
-    """Of the sources that the core is compiled from; never 0."""
+def _digest() -> str:
+    """Of the sources that the core is compiled from."""
     names = ("assign", "engine", "lines", "machine", "memory", "program")
     folder = Path(__file__).parent
     text = b"".join((folder / f"{name}.py").read_bytes() for name in names)
-    return zlib.crc32(text) or 1
+    return hashlib.sha256(text).hexdigest()
 
 
-_run = _compiled(_fingerprint())
+_step = _compiled(_digest())
 
 
 def run(program: Program, hardware: Hardware, mapping: Mapping) -> Trace:
     """Step ``program`` on ``hardware`` to its end.
 
     The first call on a machine compiles the core (seconds) and caches it on disk; that is
-    logged under the logger ``sievit.accel``.
+    logged under the logger ``sievit.accel``. Raises RuntimeError where the machine comes to
+    a stand: a fault of the program or of the engine.
     """
-    machine, trace = machine_of(hardware, mapping), empty_trace(program)
-    if not _run.signatures:
-        logging.getLogger("sievit.accel").info(
-            "loading the cycle engine; the first time on a machine it is compiled, which "
-            "takes some seconds"
-        )
-    limit = _cycle_limit(program, hardware, mapping)
-    if not _run(machine, program, initial_state(machine, program), trace, limit):
+    machine, state = machine_of(hardware, mapping), initial_state(program, hardware, mapping)
+    trace = empty_trace(program)
+    counts = trace.counts.view(COUNT)[0]
+    with _compiling_is_said():
+        ended = _step(machine, program, state, trace, counts)
+    if not ended:
         raise RuntimeError(
-            f"{mapping.op.name} did not end within {limit} cycles: a fault of the engine or "
-            f"of its program (mapping {mapping.group} heads x {mapping.query_tile} queries)"
+            f"{mapping.op.name} stands still at cycle {state.run['cycle']}, stage "
+            f"{state.run['stage']} of {len(program.stages)}: a fault of the engine or of its "
+            f"program (mapping {mapping.group} heads x {mapping.query_tile} queries)"
         )
     return trace
 
 
-def _cycle_limit(program: Program, hardware: Hardware, mapping: Mapping) -> int:
-    """More cycles than any run takes: everything on one line, one thing after the other."""
-    words = max(mapping.key_words, mapping.value_words) + 1
-    work = 2 * (int(program.row_scores.sum()) + len(program.row_scores)) * words
-    byte_count = int(program.transfers[:, 0].sum())
-    softmax = 3 * int(program.row_scores.sum())
-    tokens = int((program.transfers[:, 0] // program.transfers[:, 6]).sum())
-    decode = tokens * (mapping.decode_macs // hardware.decoder_macs + 1)
-    waits = (
-        hardware.pipeline_cycles
-        + hardware.reconfigure_cycles
-        + hardware.dram_latency_cycles
-        + hardware.softmax_latency_cycles
-    )
-    steps = len(program.stages) + len(program.transfers) + 1
-    total = work * hardware.lines + hardware.dram_cycles(byte_count) + softmax + decode
-    return 4 * (total + waits * steps) + 1000
+@contextmanager
+def _compiling_is_said() -> Iterator[None]:
+    """Log that the core is being compiled, if it is: it takes seconds."""
+    with event.install_listener("numba:compile", _Speaker()):
+        yield
+
+
+class _Speaker(event.Listener):
+    def on_start(self, event: event.Event) -> None:
+        if event.data["dispatcher"] is _step:
+            logging.getLogger("sievit.accel").info(
+                "compiling the cycle engine, once on this machine: some seconds"
+            )
+
+    def on_end(self, event: event.Event) -> None:
+        pass

@@ -1,8 +1,8 @@
-"""The vocabulary of the compiled engine: what a machine is, its state, and what a run leaves.
+"""The vocabulary of the compiled engine: its registers, and what a run leaves.
 
-Plain int64 arrays with named columns: the core (`memory`, `lines`, `engine`) reads them, and
-a plain twin can follow the same rules. Amounts of DRAM traffic are in 1/dram_denominator
-bytes, so that 153.6 bytes a cycle stay exact.
+Every register is an int64 field of a record, so that the compiled core (`memory`, `lines`,
+`engine`) reads like the machine: ``line.word``, ``channel.arrived``. Amounts of DRAM traffic
+are in 1/dram_denominator bytes ("units"), so that 153.6 bytes a cycle stay exact.
 """
 
 from __future__ import annotations
@@ -11,15 +11,20 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import njit
+from numba.core.options import DefaultOptions
 
 from .hardware import Hardware
 from .mapping import Mapping
-from .program import Program
+from .program import CHANNELS, INDEX, K, Program, Q, V
 
-core = njit(_nrt=False, error_model="numpy", forceinline=True)
-"""Compiles a function of the core into its caller. Nothing is allocated in there, so numba
-need not count references; counting them, or passing these tuples through real calls, makes
-the core twenty times slower."""
+core_options = {"error_model": "numpy"}
+if hasattr(DefaultOptions, "_nrt"):
+    # The core allocates nothing, and counting references to its arrays would take half of
+    # the time. Numba marks this option as its own; without it the core runs, but slower.
+    core_options["_nrt"] = False
+
+core = njit(**core_options)
+"""Decorator of every function of the compiled core."""
 
 STALLS = (
     "busy",
@@ -37,10 +42,10 @@ STALLS = (
     "reconfigure",
     "pipeline",
 )
-"""What a line does in a cycle: each line-cycle is counted under exactly one.
+"""What a line does in a cycle: each line-cycle of a stage is counted under exactly one.
 
 bank           another line has the bank      key_register  its key is still being read
-index_port     IdxBuf serves other lines      index_refill  the index is not on chip yet
+index_port     its index is being read        index_refill  its index is not on chip yet
 dram, decoder  operand or key not there yet   softmax       the row's probabilities are not
 drain          last row still draining        barrier       lockstep: others are not done
 imbalance      no work left in this stage     store         no room for output rows
@@ -51,14 +56,16 @@ reconfigure    the split changes              pipeline      the last results com
 
 PHASES = ("sddmm", "spmm", "load", "decode", "softmax", "store", "reconfigure")
 """What a cycle is spent on: a product while any line works at it, else what most lines wait
-for (waits inside the lines count as the product)."""
+for (waits inside the lines count as the product); "store" also after the last stage."""
 P_LOAD, P_DECODE, P_SOFTMAX, P_STORE, P_RECONFIGURE = range(2, len(PHASES))
 
 COUNTS = (
     "cycles",
-    "tail_cycles",  # after the last stage, until the last store is done
+    "tail_cycles",  # after the last stage, until the last transfer is done
     "dram_units",  # moved, in 1/denominator bytes
+    "dram_cycles",  # in which anything moved
     "decoder_macs",
+    "decoder_cycles",  # in which it worked
     "softmax_cycles",  # of one of the unit's three passes
     "key_reads",  # words read from the K buffer
     "key_words",  # words that lines took: more than reads where one read serves several
@@ -72,68 +79,116 @@ COUNTS = (
     "waited",  # ... that were still on their way
     "stores_done",
 )
-(CYCLES, TAIL_CYCLES, DRAM_UNITS, DECODER_MACS, SOFTMAX_CYCLES, KEY_READS, KEY_WORDS,
- QUERY_READS, QUERY_WORDS, VALUE_READS, VALUE_WORDS, INDEX_READS, DRAINED, FORWARDED, WAITED,
- STORES_DONE) = range(len(COUNTS))  # fmt: skip
-
-# Columns of State.channels: transfer in work, how much of it is done, units in the buffer,
-# next transfer to be freed, tokens (Q, K, V) or bytes sent by the DRAM, and usable.
-CURRENT, DONE, USED, RELEASED, LANDED, ARRIVED = range(6)
-
-# Columns of State.lines. OPERAND and WORD count inside the piece and the operand; HOLDS: the
-# key register is valid; PRELOAD: words of the next key read; FETCHED and CONSUMED number the
-# program's entries; DRAINING: words of DRAIN_ROW still to drain; WAITING: for its query.
-(PIECE, OPERAND, WORD, HOLDS, PRELOAD, FETCHED, CONSUMED, DRAINING, DRAIN_ROW,
- WAITING) = range(10)  # fmt: skip
-
-# First axis of State.banks; each bank keeps the cycle of its last grant and the word.
-VECTOR_BANK, OPERAND_BANK, OUTPUT_BANK = range(3)
-
-# State.units: MACs left of the decoder's token and its channel; the column of `history` that
-# this cycle writes, and the one written a latency ago; when each softmax pass is free.
-DECODER_LEFT, DECODER_CHANNEL, NOW, THEN, SOFTMAX_FREE = 0, 1, 2, 3, 4
-
-# State.run: the stage in work, whether its lines have begun, lines with work left in it, the
-# lockstep round, cycles of reconfiguration and of pipeline drain still to wait.
-STAGE, BEGUN, AT_WORK, TURN, SPLIT, FLUSH = range(6)
 
 
-class Machine(NamedTuple):
-    """`Hardware` and `Mapping` as the integers that the core needs."""
+def _record(*fields: str) -> np.dtype:
+    return np.dtype([(field, np.int64) for field in fields])
 
-    lines: int
-    q_banks: int
-    k_banks: int
-    v_banks: int
-    output_banks: int
-    index_entries: int
-    entry_bytes: int
-    pipeline: int
-    softmax_lanes: int
-    softmax_latency: int
-    dram_numerator: int
-    dram_denominator: int
-    dram_latency: int
-    decode_cost: int  # MACs a token; 0: no codec
-    decoder_macs: int
-    staging_tokens: int
-    codec_bytes: int
-    lockstep: int
-    buffers: np.ndarray  # (6, 2) capacity, and units a cycle that may enter
+
+COUNT = _record(*COUNTS)
+
+MACHINE = _record(
+    "lines",
+    "index_entries",  # read from IdxBuf in a cycle
+    "entry_bytes",
+    "pipeline",
+    "softmax_lanes",
+    "softmax_latency",
+    "dram_numerator",  # units a cycle
+    "dram_denominator",  # units a byte
+    "dram_latency",
+    "decode_cost",  # MACs a token of Q or K; 0: no codec
+    "decoder_macs",
+    "codec_bytes",  # that must be there before anything is decoded
+)
+"""`Hardware` and `Mapping` as the integers that the core needs."""
+
+CHANNEL = _record(
+    "current",  # transfer in work
+    "last",  # behind the channel's transfers
+    "done",  # units of it
+    "capacity",  # units, of its buffer
+    "used",
+    "freed",  # next transfer (Q, K, V) whose room is to be freed
+    "port",  # units a cycle that its buffer takes
+    "port_left",
+    "staging",  # latent tokens that may wait for the decoder; -1: not decoded
+    "landed",  # tokens (Q, K, V) or bytes that the DRAM has sent
+    "sent",  # ... at least its latency ago
+    "arrived",  # ... and decoded: the lines can use them
+)
+
+LINE = _record(
+    "piece",  # in work, and behind the line's last
+    "last_piece",
+    "round",  # of the piece
+    "vector",
+    "left",  # operands of it, the one in work included
+    "operand",  # denser: the one in work
+    "fetched",  # sparser: entries read from IdxBuf, and used up
+    "consumed",
+    "last_entry",
+    "word",  # of the operand
+    "row",  # SDDMM: of the score in work
+    "address",  # of the next word; -1: the operand is not known to be there
+    "bank",
+    "waiting",  # SDDMM: the query was asked for before it was there
+    "holds",  # SDDMM: the key register is valid
+    "preload",  # words in the second key register
+    "key_address",
+    "key_bank",
+    "ready",  # SpMM: the row's probabilities are there
+    "draining",  # SpMM: words of the row before that still drain
+    "drain_bank",
+)
+
+BANK_PORT = _record("cycle", "address")
+"""The last read of a bank."""
+
+ROW = _record("scores", "left", "ready_at")
+"""Of a unit in flight: scores, those still missing, first cycle of the probabilities."""
+
+RUN = _record(
+    "cycle",
+    "stage",  # in work
+    "begun",  # its lines have started
+    "turn",  # lockstep round
+    "split",  # cycles of reconfiguration left
+    "flush",  # cycles until the last results are through
+    "first_line",  # which line is served first in this cycle
+    "slot",  # of the history
+    "index_reads",  # in this cycle
+    "on_chip",  # entries of the stage's index stream
+    "working",  # lines that are not done with the stage
+    "piece_done",  # by a line in this cycle, or a drain
+    "moved",  # anything in the lines in this cycle
+    "wake_at",  # first cycle in which a row that a line waits for is ready
+    "arrived",  # anything in this cycle
+    "still",  # cycles since anything moved
+    "decoding",  # channel of the decoder's token, and MACs left of it
+    "decode_left",
+    "maximum_free",  # when each pass of the softmax unit is free
+    "sum_free",
+    "division_free",
+)
+"""The run's own registers."""
+
+NEVER = 2**62
 
 
 class State(NamedTuple):
     """Everything that changes while the core runs."""
 
-    channels: np.ndarray  # (6, 6)
-    history: np.ndarray  # (6, latency + 1) LANDED in the last cycles
-    lines: np.ndarray  # (lines, 10)
-    banks: np.ndarray  # (3, banks, 2)
-    rows: np.ndarray  # (2, rows, 2) of the two units in flight: scores left, ready at
-    units: np.ndarray  # (7)
-    run: np.ndarray  # (6)
-    taken: np.ndarray  # (6) by each channel in this cycle
-    did: np.ndarray  # (stalls) lines by what they did in this cycle
+    run: np.void  # RUN
+    channels: np.ndarray  # (6) CHANNEL
+    history: np.ndarray  # (6, latency + 1) CHANNEL.landed of the last cycles
+    lines: np.ndarray  # (lines) LINE
+    query_banks: np.ndarray  # BANK_PORT
+    key_banks: np.ndarray
+    value_banks: np.ndarray
+    output_banks: np.ndarray
+    rows: np.ndarray  # (2, rows) ROW of the two units in flight
+    counted: np.ndarray  # lines by what they did in this cycle
 
 
 class Trace(NamedTuple):
@@ -141,7 +196,7 @@ class Trace(NamedTuple):
 
     stage_times: np.ndarray  # (stages, 2) first cycle, reconfiguration included, and end
     stage_stalls: np.ndarray  # (stages, stalls) line-cycles
-    phases: np.ndarray  # (phases) cycles; with reconfiguration they sum to all cycles
+    phases: np.ndarray  # (phases) cycles; they sum to all cycles
     transfer_times: np.ndarray  # (transfers, 2)
     counts: np.ndarray  # totals, see COUNTS
 
@@ -150,22 +205,12 @@ class Trace(NamedTuple):
         return int(self.counts[COUNTS.index(name)])
 
 
-def machine_of(hardware: Hardware, mapping: Mapping) -> Machine:
-    """The integers of ``hardware`` running ``mapping``."""
+def machine_of(hardware: Hardware, mapping: Mapping) -> np.void:
+    """The MACHINE record of ``hardware`` running ``mapping``."""
     rate = hardware.dram_bytes_per_cycle
-    unit, unlimited = rate.denominator, 2**60
-    banks = (hardware.q_banks, hardware.k_banks, hardware.v_banks)
-    sizes = (hardware.q_buffer_bytes, hardware.k_buffer_bytes, hardware.v_buffer_bytes)
-    buffers = [
-        (size * unit, count * hardware.word_bytes * unit)
-        for size, count in zip(sizes, banks, strict=True)
-    ]
-    buffers += [(hardware.index_buffer_bytes * unit, unlimited), (unlimited, unlimited)]
-    buffers += [(unlimited, unlimited)]
-    return Machine(
+    machine = np.zeros(1, MACHINE)
+    machine[0] = (
         hardware.lines,
-        *banks,
-        hardware.output_banks,
         hardware.index_entries_per_cycle,
         mapping.entry_bytes,
         hardware.pipeline_cycles,
@@ -176,30 +221,55 @@ def machine_of(hardware: Hardware, mapping: Mapping) -> Machine:
         hardware.dram_latency_cycles,
         mapping.decode_macs,
         hardware.decoder_macs,
-        mapping.staging_tokens,
-        mapping.codec_bytes,
-        int(hardware.assignment == "lockstep"),
-        np.array(buffers, np.int64),
+        mapping.codec_bytes if mapping.decode_macs else 0,
     )
+    return machine[0]
 
 
-def initial_state(machine: Machine, program: Program) -> State:
+def initial_state(program: Program, hardware: Hardware, mapping: Mapping) -> State:
     """Empty buffers, nothing begun."""
-    channels = np.zeros((6, 6), np.int64)
-    channels[:, CURRENT] = channels[:, RELEASED] = program.channel_first[:-1]
+    run = np.zeros(1, RUN)
+    run["decoding"] = K
+    run["split"] = program.stages["reconfigure"][0]
     rows = max(int(np.diff(program.unit_row).max()), 1)
-    banks = max(machine.q_banks, machine.k_banks, machine.v_banks, machine.output_banks)
     return State(
-        channels,
-        np.zeros((6, machine.dram_latency + 1), np.int64),
-        np.zeros((machine.lines, 10), np.int64),
-        np.full((3, banks, 2), -1, np.int64),
-        np.zeros((2, rows, 2), np.int64),
-        np.zeros(7, np.int64),
-        np.zeros(6, np.int64),
-        np.zeros(6, np.int64),
+        run[0],
+        _channels(program, hardware, mapping),
+        np.zeros((CHANNELS, hardware.dram_latency_cycles + 1), np.int64),
+        np.zeros(hardware.lines, LINE),
+        *(
+            np.full(count, -1, np.int64).repeat(2).view(BANK_PORT)
+            for count in (
+                hardware.q_banks,
+                hardware.k_banks,
+                hardware.v_banks,
+                hardware.output_banks,
+            )
+        ),
+        np.zeros((2, rows), ROW),
         np.zeros(len(STALLS), np.int64),
     )
+
+
+def _channels(program: Program, hardware: Hardware, mapping: Mapping) -> np.ndarray:
+    channels = np.zeros(CHANNELS, CHANNEL)
+    channels["current"] = channels["freed"] = program.channel_first[:-1]
+    channels["last"] = program.channel_first[1:]
+    unit, word = hardware.dram_bytes_per_cycle.denominator, hardware.word_bytes
+    sizes = {
+        Q: (hardware.q_buffer_bytes, hardware.q_banks),
+        K: (hardware.k_buffer_bytes, hardware.k_banks),
+        V: (hardware.v_buffer_bytes, hardware.v_banks),
+    }
+    channels["capacity"] = channels["port"] = NEVER
+    for channel, (size, banks) in sizes.items():
+        channels[channel]["capacity"] = size * unit
+        channels[channel]["port"] = banks * word * unit
+    channels[INDEX]["capacity"] = hardware.index_buffer_bytes * unit
+    channels["staging"] = -1
+    if mapping.decode_macs:
+        channels["staging"][[Q, K]] = mapping.staging_tokens
+    return channels
 
 
 def empty_trace(program: Program) -> Trace:

@@ -43,11 +43,11 @@ class Pattern:
     @classmethod
     def dense(cls, queries: int, keys: int) -> Pattern:
         """Nothing pruned: every key is global and no bitmap is needed."""
-        none = np.zeros(0, dtype=np.int64)
+        none = _frozen(np.zeros(0))
         return cls(
             keys,
-            (np.zeros(1, dtype=np.int64), none),
-            (np.zeros(queries + 1, dtype=np.int64), none),
+            (_frozen(np.zeros(1)), none),
+            (_frozen(np.zeros(queries + 1)), none),
             np.full(queries, keys, dtype=np.int64),
             masked=False,
         )
@@ -61,7 +61,7 @@ class Pattern:
         return cls(
             mask.num_global,
             (mask.indptr, mask.indices),
-            (np.asarray(indptr, dtype=np.int64), np.asarray(columns, dtype=np.int64)),
+            (_frozen(indptr), _frozen(columns)),
             scores.astype(np.int64),
             masked=not whole,
         )
@@ -107,6 +107,13 @@ class Mapping:
         """A column or row pointer, by the entries that it may count."""
         most = max(len(pattern.columns[1]) for pattern in self.patterns)
         return max(_unsigned_bytes(most + 1), 2)
+
+    @property
+    def start_bytes(self) -> int:
+        """Where a sparser vector begins: a pointer; under "balanced" also which vector it is,
+        since lines do not take them in order."""
+        named = self.hardware.assignment == "balanced"
+        return self.pointer_bytes + (self.entry_bytes if named else 0)
 
     @property
     def latent_heads(self) -> int:
@@ -276,7 +283,7 @@ def _shortages(mapping: Mapping) -> list[tuple[str, int]]:
     )
     accumulators = mapping.query_tile * mapping.value_words * hardware.macs_per_line
     bitmap = max(mapping.bitmap_bytes(h, t) for h in range(op.heads) for t in mapping.query_tiles)
-    pointers = max(mapping.query_tile, mapping.key_tile) * mapping.pointer_bytes
+    starts = max(mapping.query_tile, mapping.key_tile) + hardware.lines
     queries = op.queries if mapping.whole_queries else mapping.query_tile
     row = _padded(op.key_dim, hardware)
     latents = 2 * mapping.token_bytes + mapping.codec_bytes if op.codec else 0
@@ -284,7 +291,9 @@ def _shortages(mapping: Mapping) -> list[tuple[str, int]]:
         "q_buffer_bytes": mapping.group * queries * row,
         "k_buffer_bytes": mapping.group * mapping.key_tile * row,
         "v_buffer_bytes": mapping.key_tile * _padded(op.value_dim, hardware),
-        "index_buffer_bytes": alive * bitmap + 2 * pointers + hardware.lines * mapping.entry_bytes,
+        "index_buffer_bytes": alive * bitmap
+        + starts * mapping.start_bytes
+        + hardware.lines * mapping.entry_bytes,
         "output_buffer_bytes": alive * scores * hardware.score_bytes
         + regions * accumulators * hardware.accumulator_bytes,
         "other_buffer_bytes": latents,
@@ -309,6 +318,12 @@ def _tiles(total: int, size: int) -> tuple[slice, ...]:
 def _padded(dim: int, hardware: Hardware) -> int:
     """Bytes of a vector in a buffer: whole words."""
     return -(-dim // hardware.macs_per_line) * hardware.word_bytes
+
+
+def _frozen(values: np.ndarray) -> np.ndarray:
+    array = np.array(values, dtype=np.int64)
+    array.setflags(write=False)
+    return array
 
 
 def _unsigned_bytes(values: int) -> int:

@@ -2,174 +2,155 @@
 
 One DRAM serves six channels (Q, K, V, index, codec weights, output), each in the order of
 its transfers; first the channel whose data is needed by the earliest stage, equals in turn.
-A chunk of Q, K or V takes its room when its first byte is sent; index entries free theirs as
-they are read. What was sent is usable after the DRAM's latency, latents after decoding.
+A chunk of Q, K or V takes its room when its first byte is sent and gives it back when it is
+whole and no stage needs it any more; index entries free theirs as they are read. What was
+sent is usable after the DRAM's latency, latents of Q and K after decoding.
 """
 
 from __future__ import annotations
 
-from .machine import (
-    ARRIVED,
-    CURRENT,
-    DECODER_CHANNEL,
-    DECODER_LEFT,
-    DECODER_MACS,
-    DONE,
-    DRAM_UNITS,
-    LANDED,
-    NOW,
-    RELEASED,
-    STORES_DONE,
-    THEN,
-    USED,
-    core,
-)
-from .program import (
-    AFTER,
-    BYTES,
-    CODEC,
-    INDEX,
-    NEED,
-    RELEASE,
-    ROOM,
-    STORE,
-    TOKEN,
-    TOKEN_BYTES,
-    K,
-    Q,
-    V,
-)
+from .machine import core
+from .program import CODEC, INDEX, STORE, K, Q
 
 
 @core
-def _room(machine, program, state, channel, transfer):
-    """How much may enter the channel's buffer now, in 1/denominator bytes."""
-    unit = machine.dram_denominator
-    done = state.channels[channel, DONE]
-    left = program.transfers[transfer, BYTES] * unit - done
-    free = machine.buffers[channel, 0] - state.channels[channel, USED]
-    if channel == INDEX:
+def grant(port, address, cycle):
+    """Ask a bank for a word: 2 = a new read, 1 = multicast of this cycle's read, 0 = wait."""
+    if port.cycle != cycle:
+        port.cycle = cycle
+        port.address = address
+        return 2
+    return 1 if port.address == address else 0
+
+
+@core
+def serve_dram(machine, run, channels, transfers, transfer_times, counts):
+    """One cycle of the DRAM at its full rate, as far as anything can be moved."""
+    _free(machine, run, channels, transfers)
+    credit = machine.dram_numerator
+    for number in range(channels.size):
+        channels[number].port_left = channels[number].port
+    while credit > 0:
+        number, room = _next_channel(machine, run, channels, transfers)
+        if room == 0:
+            break
+        given = min(credit, room)
+        credit -= given
+        channel = channels[number]
+        _move(machine, run, channel, number, transfers, transfer_times, given)
+        counts.stores_done += number == STORE and channel.done == 0
+    moved = machine.dram_numerator - credit
+    if moved > 0:
+        counts.dram_units += moved
+        counts.dram_cycles += 1
+        run.still = 0
+
+
+@core
+def _free(machine, run, channels, transfers):
+    """Give back the room of whole chunks that only stages before this one needed."""
+    for number in range(INDEX):
+        channel = channels[number]
+        while channel.freed < channel.current:
+            if transfers[channel.freed].release > run.stage:
+                break
+            channel.used -= transfers[channel.freed].room * machine.dram_denominator
+            channel.freed += 1
+
+
+@core
+def _next_channel(machine, run, channels, transfers):
+    """(channel to serve, units that may enter it now); (-1, 0) where nothing can move."""
+    best, best_need, best_room = -1, 0, 0
+    for step in range(channels.size):
+        number = (run.cycle + step) % channels.size
+        channel = channels[number]
+        if channel.current == channel.last:
+            continue
+        transfer = transfers[channel.current]
+        if transfer.after > run.stage or (best >= 0 and transfer.need >= best_need):
+            continue
+        room = min(_room(machine, channel, number, transfer), channel.port_left)
+        if room > 0:
+            best, best_need, best_room = number, transfer.need, room
+    return best, best_room
+
+
+@core
+def _room(machine, channel, number, transfer):
+    """Units of the transfer that its buffer, or the decoder's queue, can take."""
+    left = transfer.bytes * machine.dram_denominator - channel.done
+    free = channel.capacity - channel.used
+    if number == INDEX:
         return min(left, free)
-    if done == 0 and program.transfers[transfer, ROOM] * unit > free:
+    if channel.done == 0 and transfer.room * machine.dram_denominator > free:
         return 0
-    if machine.decode_cost and channel < V:
-        width = program.transfers[transfer, TOKEN_BYTES] * unit
-        behind = state.channels[channel, LANDED] - state.channels[channel, ARRIVED]
-        return min(left, (machine.staging_tokens - behind) * width - done % width)
+    if channel.staging >= 0:
+        width = transfer.token_bytes * machine.dram_denominator
+        waiting = channel.landed - channel.arrived
+        return min(left, (channel.staging - waiting) * width - channel.done % width)
     return left
 
 
 @core
-def _take(machine, program, state, trace, channel, given, cycle):
-    """Book ``given`` on the transfer in work of a channel."""
-    unit = machine.dram_denominator
-    transfer = state.channels[channel, CURRENT]
-    if state.channels[channel, DONE] == 0:
-        trace.transfer_times[transfer, 0] = cycle
-        if channel < INDEX:
-            state.channels[channel, USED] += program.transfers[transfer, ROOM] * unit
-    if channel == INDEX:
-        state.channels[channel, USED] += given
-    done = state.channels[channel, DONE] + given
-    width = program.transfers[transfer, TOKEN_BYTES] * unit
-    state.channels[channel, LANDED] = program.transfers[transfer, TOKEN] + done // width
-    trace.counts[DRAM_UNITS] += given
-    if done == program.transfers[transfer, BYTES] * unit:
-        trace.transfer_times[transfer, 1] = cycle + 1
-        state.channels[channel, CURRENT] += 1
-        done = 0
-        if channel == STORE:
-            trace.counts[STORES_DONE] += 1
-    state.channels[channel, DONE] = done
+def _move(machine, run, channel, number, transfers, transfer_times, given):
+    """Book ``given`` units on the channel's transfer."""
+    transfer = transfers[channel.current]
+    if channel.done == 0:
+        transfer_times[channel.current, 0] = run.cycle
+        if number < INDEX:
+            channel.used += transfer.room * machine.dram_denominator
+    if number == INDEX:
+        channel.used += given
+    channel.port_left -= given
+    channel.done += given
+    width = transfer.token_bytes * machine.dram_denominator
+    channel.landed = transfer.token + channel.done // width
+    if channel.done == transfer.bytes * machine.dram_denominator:
+        transfer_times[channel.current, 1] = run.cycle + 1
+        channel.current += 1
+        channel.done = 0
 
 
 @core
-def serve_dram(machine, program, state, trace, stage, cycle):
-    """One cycle of the DRAM at its full rate, as far as anything can be moved."""
-    credit = machine.dram_numerator
-    state.taken[:] = 0
-    while credit > 0:
-        best, best_need, best_room = -1, 0, 0
-        for step in range(6):
-            channel = (cycle + step) % 6
-            transfer = state.channels[channel, CURRENT]
-            if transfer == program.channel_first[channel + 1]:
-                continue
-            need = program.transfers[transfer, NEED]
-            if program.transfers[transfer, AFTER] > stage or (best >= 0 and need >= best_need):
-                continue
-            room = _room(machine, program, state, channel, transfer)
-            room = min(room, machine.buffers[channel, 1] - state.taken[channel])
-            if room > 0:
-                best, best_need, best_room = channel, need, room
-        if best < 0:
-            return
-        given = min(credit, best_room)
-        credit -= given
-        state.taken[best] += given
-        _take(machine, program, state, trace, best, given, cycle)
-
-
-@core
-def release(machine, program, state, stage):
-    """Free the room of chunks that stages before ``stage`` needed, in their order."""
-    for channel in range(STORE):
-        while state.channels[channel, RELEASED] < state.channels[channel, CURRENT]:
-            transfer = state.channels[channel, RELEASED]
-            if program.transfers[transfer, RELEASE] > stage:
-                break
-            freed = program.transfers[transfer, ROOM] * machine.dram_denominator
-            state.channels[channel, USED] -= freed
-            state.channels[channel, RELEASED] += 1
-
-
-@core
-def sent(state, channel):
-    """Tokens (bytes) of a channel that left the DRAM at least its latency ago."""
-    return state.history[channel, state.units[THEN]]
-
-
-@core
-def arrive(machine, state, trace):
+def arrive(machine, run, channels, history, counts):
     """Data that was sent a latency ago is usable; latents of Q and K pass the decoder."""
-    now = state.units[THEN]
-    state.units[NOW] = now
-    state.units[THEN] = now + 1 if now < machine.dram_latency else 0
-    for channel in range(STORE):
-        state.history[channel, now] = state.channels[channel, LANDED]
-        if machine.decode_cost == 0 or channel >= V:
-            state.channels[channel, ARRIVED] = sent(state, channel)
-    if machine.decode_cost and state.channels[CODEC, ARRIVED] == machine.codec_bytes:
-        _decode(machine, state, trace)
+    run.arrived = 0
+    now = run.slot
+    then = now + 1 if now < machine.dram_latency else 0
+    run.slot = then
+    for number in range(STORE):
+        channel = channels[number]
+        history[number, now] = channel.landed
+        if channel.sent != history[number, then]:
+            channel.sent = history[number, then]
+            run.arrived = 1
+        if channel.staging < 0:
+            channel.arrived = channel.sent
+    if machine.decode_cost > 0 and channels[CODEC].arrived >= machine.codec_bytes:
+        _decode(machine, run, channels, counts)
+    if run.arrived:
+        run.still = 0
 
 
 @core
-def _decode(machine, state, trace):
+def _decode(machine, run, channels, counts):
     """One cycle of the decoder: token after token, Q and K in turn where both wait."""
     credit = machine.decoder_macs
     while credit > 0:
-        if state.units[DECODER_LEFT] == 0:
-            last = state.units[DECODER_CHANNEL]
-            other = K if last == Q else Q
-            if sent(state, other) > state.channels[other, ARRIVED]:
-                state.units[DECODER_CHANNEL] = other
-            elif sent(state, last) == state.channels[last, ARRIVED]:
-                return
-            state.units[DECODER_LEFT] = machine.decode_cost
-        given = min(credit, state.units[DECODER_LEFT])
+        if run.decode_left == 0:
+            other = Q + K - run.decoding
+            if channels[other].sent > channels[other].arrived:
+                run.decoding = other
+            elif channels[run.decoding].sent == channels[run.decoding].arrived:
+                break
+            run.decode_left = machine.decode_cost
+        given = min(credit, run.decode_left)
         credit -= given
-        state.units[DECODER_LEFT] -= given
-        trace.counts[DECODER_MACS] += given
-        if state.units[DECODER_LEFT] == 0:
-            state.channels[state.units[DECODER_CHANNEL], ARRIVED] += 1
-
-
-@core
-def grant(state, kind, banks, word, cycle):
-    """Ask a bank for a word: 2 = a new read, 1 = multicast of this cycle's read, 0 = wait."""
-    bank = word % banks
-    if state.banks[kind, bank, 0] != cycle:
-        state.banks[kind, bank, 0] = cycle
-        state.banks[kind, bank, 1] = word
-        return 2
-    return 1 if state.banks[kind, bank, 1] == word else 0
+        run.decode_left -= given
+        if run.decode_left == 0:
+            channels[run.decoding].arrived += 1
+    if credit < machine.decoder_macs:
+        counts.decoder_macs += machine.decoder_macs - credit
+        counts.decoder_cycles += 1
+        run.arrived = 1

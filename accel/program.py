@@ -18,7 +18,7 @@ import numpy as np
 from numba import njit
 
 from ..workload import Attention
-from .assign import Assignment, assign
+from .assign import DENSE_ROUND, Assignment, assign
 from .hardware import Hardware
 from .mapping import Mapping, Pattern
 
@@ -26,50 +26,75 @@ SDDMM, SPMM = 0, 1
 """Kinds of stage."""
 
 Q, K, V, INDEX, CODEC, STORE = range(6)
+CHANNELS = 6
 """DMA channels: each serves its transfers in order; the DRAM serves the channels."""
 
-NEVER = 2**62
+STAGE = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            "kind",
+            "plan",  # the assignment it runs
+            "unit",  # (instance, head, rows) it belongs to
+            "opens_unit",  # the first of its unit
+            "words",  # of an operand
+            # Token t of head `head` of a chunk that `heads` share begins at word
+            # (t * heads + head) * words; tokens count through the whole DMA channel.
+            "vector_token",
+            "operand_token",
+            "heads",
+            "head",
+            "index_bytes",  # of the index channel, that lie before its index stream
+            "index_frees",  # bytes of the index buffer that are free after it
+            "stores",  # stores that must be done before it
+            "reconfigure",  # cycles
+        )
+    ]
+)
 
-
-# Columns of Program.pieces and Program.entries: see `Assignment`.
-VECTOR, FIRST, LENGTH, ROUND = range(4)
-ENTRY_OPERAND, ENTRY_ARRIVAL = range(2)
-
-# Columns of Program.stages. Token t of head HEAD of a chunk that HEADS share begins at word
-# (t * HEADS + HEAD) * WORDS of its buffer; VECTOR_TOKEN and OPERAND_TOKEN count through the
-# whole DMA channel. INDEX_BYTES lie before the stage's stream in the index channel; STORES
-# must be done before it.
-(KIND, PLAN, UNIT, WORDS, VECTOR_TOKEN, OPERAND_TOKEN, HEADS, HEAD, INDEX_BYTES, STORES,
- RECONFIGURE_CYCLES) = range(11)  # fmt: skip
-
-# Columns of Program.transfers. ROOM bytes are taken in the buffer (0: freed as it is read);
-# the stage NEED is the first to use it; it starts after AFTER stages are done and its room
-# is free after RELEASE stages; TOKEN tokens of TOKEN_BYTES precede it in the channel.
-BYTES, ROOM, NEED, AFTER, RELEASE, TOKEN, TOKEN_BYTES = range(7)
+TRANSFER = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            "bytes",
+            "room",  # bytes that a chunk of Q, K or V takes in its buffer
+            "need",  # first stage that uses it: the DRAM serves the earliest need
+            "after",  # stages that must be done before it starts
+            "release",  # stages that must be done before its room is free
+            "token",  # tokens (bytes) of its channel before it
+            "token_bytes",
+        )
+    ]
+)
 
 
 class Program(NamedTuple):
-    """Arrays of int64. Pieces and entries are numbered through all plans.
+    """Arrays of int64 fields. Pieces and entries are numbered through all plans.
 
     A *plan* is one assignment; stages of equal heads in several windows share it.
     """
 
     line_piece: np.ndarray  # (plans, lines + 1)
     line_entry: np.ndarray  # (plans, lines + 1)
-    pieces: np.ndarray  # (pieces, 4)
-    entries: np.ndarray  # (entries, 2)
-    stages: np.ndarray  # (stages, 11) in the order of execution
+    pieces: np.ndarray  # PIECE
+    entries: np.ndarray  # ENTRY
+    stages: np.ndarray  # STAGE, in the order of execution
     unit_row: np.ndarray  # (units + 1) first of the unit's rows in row_scores
     row_scores: np.ndarray  # scores of each row, all key tiles
     channel_first: np.ndarray  # (7) first transfer of each channel
-    transfers: np.ndarray  # (transfers, 7)
+    transfers: np.ndarray  # TRANSFER, channel after channel
+
+    def dram_bytes(self, channel: int) -> int:
+        """All bytes that a channel moves."""
+        first, last = self.channel_first[channel : channel + 2]
+        return int(self.transfers["bytes"][first:last].sum())
 
 
 @dataclass(frozen=True)
 class Counts:
     """Of all stages of a program, for the traffic table: nothing here depends on time."""
 
-    pieces: int
+    pieces: int  # of SpMM: partial output rows that drain
     output_rows: int  # rows with at least one piece, summed over units
     scores: int  # computed
     entries: int  # of index streams, both products
@@ -83,18 +108,25 @@ def _tile(indptr, indices, first, last, low, high, shift):
     kept = np.empty(indptr[last] - indptr[first], np.int64)
     count = 0
     for vector in range(first, last):
-        for place in range(indptr[vector], indptr[vector + 1]):
-            if low <= indices[place] < high:
-                kept[count] = indices[place] - low + shift
-                count += 1
+        start, stop = indptr[vector], indptr[vector + 1]
+        while start < stop:  # operands ascend: find the first one that is not below `low`
+            middle = (start + stop) // 2
+            if indices[middle] < low:
+                start = middle + 1
+            else:
+                stop = middle
+        while start < indptr[vector + 1] and indices[start] < high:
+            kept[count] = indices[start] - low + shift
+            count += 1
+            start += 1
         pointer[vector - first + 1] = count
     return pointer, kept[:count]
 
 
-def _plan(
+def plan_tile(
     pattern: Pattern, rows: slice, keys: slice, kind: int, hardware: Hardware
-) -> tuple[Assignment, int]:
-    """The assignment of one tile of one head, and its vectors with a pointer in the index."""
+) -> Assignment:
+    """The assignment of one tile of one head to the lines."""
     dense = max(min(keys.stop, pattern.num_global) - keys.start, 0)
     low = max(keys.start, pattern.num_global) - pattern.num_global
     high = max(keys.stop - pattern.num_global, low)
@@ -102,40 +134,33 @@ def _plan(
     if kind == SDDMM:
         columns = _tile(*pattern.columns, low, high, rows.start, rows.stop, 0)
         shape, shift = (dense, height), dense
-        pointers = high - low
     else:
         columns = _tile(*pattern.rows, rows.start, rows.stop, low, high, dense)
         shape, shift = (height, dense), 0
-        pointers = height if high > low else 0
-    made = assign(*columns, *shape, hardware.lines, hardware.assignment, shift)
-    return made, pointers
+    return assign(*columns, *shape, hardware.lines, hardware.assignment, shift)
 
 
 class _Builder:
-    """Lists that grow while `build` walks the stages; `arrays` ends it."""
+    """Lists that grow while `build` walks the stages; `_arrays` ends it."""
 
     def __init__(self, op: Attention, hardware: Hardware, mapping: Mapping) -> None:
         self.op, self.hardware, self.mapping = op, hardware, mapping
-        self.plans: dict[tuple, tuple[int, int]] = {}
+        self.plans: dict[tuple, int] = {}
         self.assignments: list[Assignment] = []
         self.stages: list[tuple[int, ...]] = []
-        self.splits: list[tuple[int, int]] = []
-        self.transfers: list[list[list[int]]] = [[] for _ in range(6)]
+        self.transfers: list[list[list[int]]] = [[] for _ in range(CHANNELS)]
         self.chunks: dict[int, tuple] = {}
         self.tokens = [0, 0, 0]
+        self.split = (0, 0)
         self.index_bytes = 0
-        self.output_rows = 0
-        self.scores = 0
         self.rows: list[np.ndarray] = []
-        self.bitmaps: dict[int, list[int]] = {}
 
-    def plan(self, head: int, rows: slice, keys: slice, kind: int) -> tuple[int, int]:
-        """(number of the plan, its vector pointers), made once for all windows."""
+    def plan(self, head: int, rows: slice, keys: slice, kind: int) -> int:
+        """Number of the plan, which is made once for all windows."""
         key = (head, rows.start, keys.start, kind)
         if key not in self.plans:
-            pattern = self.mapping.patterns[head]
-            made, pointers = _plan(pattern, rows, keys, kind, self.hardware)
-            self.plans[key] = len(self.assignments), pointers
+            made = plan_tile(self.mapping.patterns[head], rows, keys, kind, self.hardware)
+            self.plans[key] = len(self.assignments)
             self.assignments.append(made)
         return self.plans[key]
 
@@ -147,29 +172,39 @@ class _Builder:
             start = self.tokens[channel]
             self.tokens[channel] += tokens
             self.transfers[channel].append(
-                [tokens * token_bytes, room, stage, 0, stage + 1, start, token_bytes]
+                [tokens * token_bytes, tokens * room, stage, 0, stage + 1, start, token_bytes]
             )
         transfer = self.transfers[channel][-1]
         transfer[4] = stage + 1
         return transfer[5]
 
-    def index(self, plan: int, pointers: int, bitmap_bytes: int, unit: int) -> int:
-        """Queue a stage's pointers, bitmap and index stream; bytes before the stream."""
-        mapping, stage = self.mapping, len(self.stages)
-        entries = len(self.assignments[plan].entry)
-        pointer_bytes = pointers * mapping.pointer_bytes
-        held = [pointer_bytes, pointer_bytes, stage, 0, stage + 1, 0, 1]
-        bitmap = [bitmap_bytes, bitmap_bytes, stage, 0, NEVER, 0, 1]
-        stream = [entries * mapping.entry_bytes, 0, stage, 0, 0, 0, 1]
-        if bitmap_bytes:
-            self.bitmaps[unit] = bitmap
-        before = self.index_bytes + pointer_bytes + bitmap_bytes
-        for transfer in (bitmap, held, stream):
-            transfer[5] = self.index_bytes
-            self.index_bytes += transfer[0]
-            if transfer[0]:
-                self.transfers[INDEX].append(transfer)
-        return before
+    def stage(
+        self,
+        kind: int,
+        unit: int,
+        plan: int,
+        opens: bool,
+        words: int,
+        place: tuple[int, int, int, int],
+        bitmaps: tuple[int, int],
+        stores: int = 0,
+    ) -> None:
+        """Queue a stage's index bytes and the stage; ``bitmaps``: bytes loaded and freed."""
+        mapping, made = self.mapping, self.assignments[plan]
+        held = made.starts * mapping.start_bytes
+        stream = len(made.entries) * mapping.entry_bytes
+        before = self.index_bytes + bitmaps[0] + held
+        size = bitmaps[0] + held + stream
+        if size:
+            need = len(self.stages)
+            self.transfers[INDEX].append([size, 0, need, 0, need + 1, self.index_bytes, 1])
+        self.index_bytes += size
+        split = (made.denser_lines, made.sparser_lines)
+        changed = bool(self.stages) and self.split != split
+        self.split = split
+        cycles = self.hardware.reconfigure_cycles if changed else 0
+        frees = bitmaps[1] + held
+        self.stages.append((kind, plan, unit, opens, words, *place, before, frees, stores, cycles))
 
 
 def build(
@@ -178,8 +213,7 @@ def build(
     """Arrays of ``instances`` windows (images x windows) of ``op`` under ``mapping``."""
     builder = _Builder(op, hardware, mapping)
     if op.codec is not None:
-        size = mapping.codec_bytes
-        builder.transfers[CODEC].append([size, 0, 0, 0, NEVER, 0, 1])
+        builder.transfers[CODEC].append([mapping.codec_bytes, 0, 0, 0, 0, 0, 1])
     units = list(mapping.units(instances))
     for number, unit in enumerate(units):
         if number == 0 or not mapping.ahead:
@@ -195,25 +229,21 @@ def _scores(builder: _Builder, number: int, unit: tuple[int, int, slice]) -> Non
     op, mapping = builder.op, builder.mapping
     instance, head, rows = unit
     group, member = divmod(head, mapping.group)
-    tokens = range(0, op.queries) if mapping.whole_queries else range(rows.start, rows.stop)
+    tokens = slice(0, op.queries) if mapping.whole_queries else rows
+    size = mapping.token_bytes
+    room = mapping.group * mapping.key_words * builder.hardware.word_bytes
     for keys in mapping.key_tiles:
-        plan, pointers = builder.plan(head, rows, keys, SDDMM)
-        size = mapping.token_bytes
-        room = mapping.group * mapping.key_words * builder.hardware.word_bytes
-        key_count = keys.stop - keys.start
-        vector = builder.chunk(K, (instance, group, keys.start) + mapping.reload(unit), key_count,
-                               size, key_count * room)  # fmt: skip
-        operand = builder.chunk(Q, (instance, group, tokens.start), len(tokens),
-                                size, len(tokens) * room)  # fmt: skip
+        first = (instance, group, keys.start, *mapping.reload(unit))
+        vector = builder.chunk(K, first, keys.stop - keys.start, size, room)
+        first = (instance, group, tokens.start)
+        operand = builder.chunk(Q, first, tokens.stop - tokens.start, size, room)
         operand += rows.start - tokens.start
-        bitmap = mapping.bitmap_bytes(head, rows) if keys.start == 0 else 0
-        base = builder.index(plan, pointers, bitmap, number)
-        words = mapping.key_words
+        opens = keys.start == 0
+        bitmap = mapping.bitmap_bytes(head, rows) if opens else 0
+        plan = builder.plan(head, rows, keys, SDDMM)
         place = (vector, operand, mapping.group, member)
-        _stage(builder, SDDMM, plan, number, words, place, base, 0)
-    scores = mapping.patterns[head].row_scores[rows]
-    builder.rows.append(scores)
-    builder.scores += int(scores.sum())
+        builder.stage(SDDMM, number, plan, opens, mapping.key_words, place, (bitmap, 0))
+    builder.rows.append(mapping.patterns[head].row_scores[rows])
 
 
 def _values(builder: _Builder, number: int, unit: tuple[int, int, slice]) -> None:
@@ -221,72 +251,51 @@ def _values(builder: _Builder, number: int, unit: tuple[int, int, slice]) -> Non
     op, mapping = builder.op, builder.mapping
     instance, head, rows = unit
     size = op.value_dim * builder.hardware.operand_bytes
+    room = mapping.value_words * builder.hardware.word_bytes
     for keys in mapping.key_tiles:
-        plan, pointers = builder.plan(head, rows, keys, SPMM)
-        key_count = keys.stop - keys.start
-        room = key_count * mapping.value_words * builder.hardware.word_bytes
-        operand = builder.chunk(V, (instance, head, keys.start) + mapping.reload(unit),
-                                key_count, size, room)  # fmt: skip
-        base = builder.index(plan, pointers, 0, number)
-        place = (0, operand, 1, 0)
+        first = (instance, head, keys.start, *mapping.reload(unit))
+        operand = builder.chunk(V, first, keys.stop - keys.start, size, room)
         stores = max(number + 1 - mapping.output_regions, 0) if keys.start == 0 else 0
-        _stage(builder, SPMM, plan, number, mapping.value_words, place, base, stores)
+        bitmap = mapping.bitmap_bytes(head, rows) if keys.stop == op.keys else 0
+        plan = builder.plan(head, rows, keys, SPMM)
+        place = (0, operand, 1, 0)
+        builder.stage(
+            SPMM, number, plan, False, mapping.value_words, place, (0, bitmap), stores
+        )  # fmt: skip
     stage = len(builder.stages)
-    if number in builder.bitmaps:
-        builder.bitmaps[number][4] = stage
     need = stage + 2 * len(mapping.key_tiles)
     out = (rows.stop - rows.start) * size
-    builder.transfers[STORE].append([out, 0, need, stage, NEVER, 0, 1])
-    builder.output_rows += int(np.count_nonzero(mapping.patterns[head].row_scores[rows]))
-
-
-def _stage(
-    builder: _Builder,
-    kind: int,
-    plan: int,
-    unit: int,
-    words: int,
-    place: tuple[int, int, int, int],
-    index_bytes: int,
-    stores: int,
-) -> None:
-    made = builder.assignments[plan]
-    split = (made.denser_lines, made.sparser_lines)
-    changed = bool(builder.splits) and builder.splits[-1] != split
-    builder.splits.append(split)
-    cycles = builder.hardware.reconfigure_cycles if changed else 0
-    builder.stages.append((kind, plan, unit, words, *place, index_bytes, stores, cycles))
+    builder.transfers[STORE].append([out, 0, need, stage, 0, 0, 1])
 
 
 def _arrays(builder: _Builder) -> Program:
     made = builder.assignments
-    piece_base = np.cumsum([0] + [len(a.vector) for a in made])[:-1, None]
-    entry_base = np.cumsum([0] + [len(a.entry) for a in made])[:-1, None]
-    pieces = [
-        np.stack([a.vector, np.where(a.round < 0, a.first, a.first + base), a.length, a.round], 1)
-        for a, base in zip(made, entry_base, strict=True)
-    ]
-    transfers = [transfer for queue in builder.transfers for transfer in queue]
+    piece_base = np.cumsum([0] + [len(a.pieces) for a in made])
+    entry_base = np.cumsum([0] + [len(a.entries) for a in made])
+    pieces = np.concatenate([a.pieces for a in made])
+    bases = np.repeat(entry_base[:-1], np.diff(piece_base))
+    pieces["first"] += np.where(pieces["round"] == DENSE_ROUND, 0, bases)
+    transfers = [tuple(transfer) for queue in builder.transfers for transfer in queue]
     return Program(
-        line_piece=np.stack([a.line_piece for a in made]) + piece_base,
-        line_entry=np.stack([a.line_entry for a in made]) + entry_base,
-        pieces=np.concatenate(pieces),
-        entries=np.concatenate([np.stack([a.entry, a.arrival], axis=1) for a in made]),
-        stages=np.array(builder.stages, dtype=np.int64),
+        line_piece=np.stack([a.line_piece for a in made]) + piece_base[:-1, None],
+        line_entry=np.stack([a.line_entry for a in made]) + entry_base[:-1, None],
+        pieces=pieces,
+        entries=np.concatenate([a.entries for a in made]),
+        stages=np.array(builder.stages, dtype=STAGE),
         unit_row=np.cumsum([0] + [len(rows) for rows in builder.rows]),
         row_scores=np.concatenate(builder.rows),
         channel_first=np.cumsum([0] + [len(queue) for queue in builder.transfers]),
-        transfers=np.array(transfers, dtype=np.int64).reshape(-1, 7),
+        transfers=np.array(transfers, dtype=TRANSFER),
     )
 
 
 def _counts(builder: _Builder) -> Counts:
-    of_plan = [(len(a.vector), len(a.entry)) for a in builder.assignments]
+    of_plan = [(len(a.pieces), len(a.entries)) for a in builder.assignments]
     used = [(stage[0], *of_plan[stage[1]]) for stage in builder.stages]
     return Counts(
         pieces=sum(pieces for kind, pieces, _ in used if kind == SPMM),
-        output_rows=builder.output_rows,
-        scores=builder.scores,
+        output_rows=sum(int(np.count_nonzero(rows)) for rows in builder.rows),
+        scores=sum(int(rows.sum()) for rows in builder.rows),
         entries=sum(entries for _, _, entries in used),
         index_dram_bytes=builder.index_bytes,
     )

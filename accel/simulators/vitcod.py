@@ -16,7 +16,7 @@ from ..dense import op_cost, product_cost
 from ..hardware import Hardware
 from ..machine import COUNTS, PHASES, STALLS
 from ..mapping import Mapping, choose, codec_side_bytes
-from ..program import BYTES, CODEC, INDEX, STORE, Counts, K, Program, Q, V, build
+from ..program import CODEC, INDEX, STORE, Counts, K, Program, Q, V, build
 from ..report import OpCost, Report, Traffic
 
 CHANNELS = {Q: "Q", K: "K", V: "V", INDEX: "index", CODEC: "codec weights", STORE: "output"}
@@ -201,8 +201,4 @@ def _traffic(
 
 
 def _dram_bytes(program: Program) -> dict[int, int]:
-    first = program.channel_first
-    return {
-        channel: int(program.transfers[first[channel] : first[channel + 1], BYTES].sum())
-        for channel in CHANNELS
-    }
+    return {channel: program.dram_bytes(channel) for channel in CHANNELS}
