@@ -1,6 +1,6 @@
 """Learn attention masks for a pretrained ViT from photos, put them in, see what is left.
 
-    python examples/sparsify_a_pretrained_vit.py [FOLDER OF PHOTOS]
+python examples/sparsify_a_pretrained_vit.py [FOLDER OF PHOTOS]
 """
 
 import sys
