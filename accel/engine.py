@@ -99,6 +99,8 @@ def _step_lines(machine, program, state, stage, counts):
                 machine, run, stage, line, pieces, entries, channels, v, o, rows, counts
             )
         counted[did] += 1
+    freed = run.index_reads * machine.entry_bytes * machine.dram_denominator
+    channels[INDEX].used -= freed
 
 
 @core

@@ -106,6 +106,7 @@ def _read_index(machine, run, line, entries, counts):
     if run.index_reads < machine.index_entries and entries[line.fetched].arrival < run.on_chip:
         line.fetched += 1
         run.index_reads += 1
+        counts.index_reads += 1
         run.moved = 1
 
 
