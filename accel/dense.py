@@ -59,6 +59,12 @@ class Product:
 def as_product(op: Gemm | Conv, batch: int) -> Product:
     """``op`` for ``batch`` images; a convolution through its patches, group by group."""
     outputs = op.elements_written * batch
+    if isinstance(op, Conv) and op.transposed:
+        rows = op.in_size[0] * op.in_size[1] * batch
+        inputs = (op.elements_read - op.params) * batch
+        taps = op.kernel[0] * op.kernel[1] * op.out_channels // op.groups
+        inner = op.in_channels // op.groups
+        return Product(op.groups, rows, taps, inner, inputs, op.params, outputs)
     if isinstance(op, Conv):
         rows = op.out_size[0] * op.out_size[1] * batch
         inputs = (op.elements_read - op.params) * batch
