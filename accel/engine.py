@@ -219,7 +219,7 @@ def _compiled(sources: str):
         assert sources
         run, channels, transfers = state.run, state.channels, program.transfers
         patience = machine.dram_latency + 8
-        while run.still < patience or run.cycle < run.wake_at < NEVER:
+        while run.still < patience or run.cycle <= run.wake_at < NEVER:
             ended = run.stage == program.stages.size
             if ended and _transfers_left(channels) == 0:
                 counts.cycles = run.cycle

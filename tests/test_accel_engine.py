@@ -1,0 +1,499 @@
+"""The compiled engine against a naive twin, conservation laws and lower bounds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from sievit.accel import engine
+from sievit.accel.hardware import ASSIGNMENTS, Hardware, presets
+from sievit.accel.machine import COUNTS, PHASES, STALLS
+from sievit.accel.mapping import choose
+from sievit.accel.program import CODEC, INDEX, SDDMM, STORE, K, Q, V, build
+from sievit.masks import AttentionMask, polarize_head
+from sievit.workload import Attention, HeadCodec
+
+SMALL = Hardware(
+    name="small",
+    lines=4,
+    q_banks=4,
+    k_banks=4,
+    v_banks=4,
+    output_banks=4,
+    index_entries_per_cycle=2,
+    q_buffer_bytes=1024,
+    k_buffer_bytes=1024,
+    v_buffer_bytes=1024,
+    index_buffer_bytes=512,
+    output_buffer_bytes=8192,
+    other_buffer_bytes=1024,
+    softmax_lanes=2,
+    softmax_latency_cycles=5,
+    decoder_macs=24,
+    dram_bytes_per_s=10_300_000_000,  # 20.6 bytes a cycle
+    dram_latency_cycles=7,
+)
+
+
+class Twin:
+    """The rules of the engine, as plain as they are written in its docstrings."""
+
+    def __init__(self, program, hardware, mapping):
+        self.p, self.hw, self.mp = program, hardware, mapping
+        rate = hardware.dram_bytes_per_cycle
+        self.unit, self.rate = rate.denominator, rate.numerator
+        self.count = Counter()
+        self.phases = Counter()
+        self.stalls = [Counter() for _ in program.stages]
+        self.stage_times = [[0, 0] for _ in program.stages]
+        self.transfer_times = {}
+        word = hardware.word_bytes
+        ports = {Q: hardware.q_banks * word, K: hardware.k_banks * word, V: hardware.v_banks * word}
+        sizes = {Q: hardware.q_buffer_bytes, K: hardware.k_buffer_bytes, V: hardware.v_buffer_bytes}
+        sizes[INDEX] = hardware.index_buffer_bytes
+        self.channels = [
+            SimpleNamespace(
+                number=c,
+                queue=list(range(*program.channel_first[c : c + 2])),
+                loaded=[],  # whole chunks whose room is not yet free
+                done=0,
+                used=0,
+                capacity=sizes.get(c, 10**12) * self.unit,
+                port=ports.get(c, 10**12) * self.unit,
+                landed=0,
+                history=[],
+                sent=0,
+                arrived=0,
+                decoded=bool(mapping.decode_macs) and c in (Q, K),
+            )
+            for c in range(6)
+        ]
+        self.decoding, self.decode_left = K, 0
+        self.decoder_rate = hardware.decoder_macs
+        self.softmax_free = [0, 0, 0]
+        self.ready = {}  # (unit, row) -> first cycle in which the probabilities are there
+        self.left = {}  # (unit, row) -> scores still missing
+
+    def dram(self, cycle, stage):
+        for c in self.channels[:3]:
+            while c.loaded and self.p.transfers["release"][c.loaded[0]] <= stage:
+                c.used -= int(self.p.transfers["room"][c.loaded.pop(0)]) * self.unit
+        credit, entered = self.rate, [0] * 6
+        while credit:
+            best = None
+            for step in range(6):
+                c = self.channels[(cycle + step) % 6]
+                if not c.queue:
+                    continue
+                t = self.p.transfers[c.queue[0]]
+                if t["after"] > stage or (best and t["need"] >= best[0]):
+                    continue
+                room = min(self.room(c, t), c.port - entered[c.number])
+                if room > 0:
+                    best = (int(t["need"]), c, t, room)
+            if best is None:
+                break
+            _, c, t, room = best
+            given = min(credit, room)
+            credit -= given
+            entered[c.number] += given
+            self.move(c, t, given, cycle)
+        self.count["dram_units"] += self.rate - credit
+        self.count["dram_cycles"] += credit < self.rate
+
+    def room(self, c, t):
+        left = int(t["bytes"]) * self.unit - c.done
+        if c.number == INDEX:
+            return min(left, c.capacity - c.used)
+        if c.done == 0 and c.used + int(t["room"]) * self.unit > c.capacity:
+            return 0
+        if c.decoded:
+            width = int(t["token_bytes"]) * self.unit
+            free = self.mp.staging_tokens - (c.landed - c.arrived)
+            return min(left, free * width - c.done % width)
+        return left
+
+    def move(self, c, t, given, cycle):
+        number = c.queue[0]
+        if c.done == 0:
+            self.transfer_times[number] = [cycle, None]
+            if c.number < INDEX:
+                c.used += int(t["room"]) * self.unit
+        if c.number == INDEX:
+            c.used += given
+        c.done += given
+        c.landed = int(t["token"]) + c.done // (int(t["token_bytes"]) * self.unit)
+        if c.done == t["bytes"] * self.unit:
+            self.transfer_times[number][1] = cycle + 1
+            c.queue.pop(0)
+            c.loaded.append(number)
+            c.done = 0
+            self.count["stores_done"] += c.number == STORE
+
+    def arrive(self, cycle):
+        for c in self.channels[:5]:
+            c.history.append(c.landed)
+            then = cycle - self.hw.dram_latency_cycles
+            c.sent = c.history[then] if then >= 0 else 0
+            if not c.decoded:
+                c.arrived = c.sent
+        if self.mp.decode_macs and self.channels[CODEC].arrived >= self.mp.codec_bytes:
+            self.decode()
+
+    def decode(self):
+        credit = self.decoder_rate
+        waits = lambda c: self.channels[c].sent > self.channels[c].arrived  # noqa: E731
+        while credit:
+            if not self.decode_left:
+                other = Q if self.decoding == K else K
+                if waits(other):
+                    self.decoding = other
+                elif not waits(self.decoding):
+                    break
+                self.decode_left = self.mp.decode_macs
+            given = min(credit, self.decode_left)
+            credit -= given
+            self.decode_left -= given
+            self.channels[self.decoding].arrived += self.decode_left == 0
+        self.count["decoder_macs"] += self.decoder_rate - credit
+        self.count["decoder_cycles"] += credit < self.decoder_rate
+
+    def begin(self, stage):
+        plan, p = stage["plan"], self.p
+        self.turn = 0
+        self.lines = []
+        for number in range(self.hw.lines):
+            pieces = []
+            for piece in p.pieces[slice(*p.line_piece[plan, number : number + 2])]:
+                first, length = int(piece["first"]), int(piece["length"])
+                dense = piece["round"] < 0
+                operands = range(first, first + length)
+                if not dense:
+                    operands = [int(p.entries["operand"][e]) for e in operands]
+                pieces.append(
+                    SimpleNamespace(
+                        vector=int(piece["vector"]),
+                        operands=list(operands),
+                        dense=dense,
+                        round=int(piece["round"]),
+                    )
+                )
+            entries = p.entries["arrival"][slice(*p.line_entry[plan, number : number + 2])]
+            self.lines.append(
+                SimpleNamespace(
+                    pieces=pieces,
+                    stream=[int(a) for a in entries],
+                    registers=0,  # entries read and not used up
+                    word=0,
+                    asked=False,  # for a query that was not there
+                    holds=False,
+                    preload=0,
+                    drain=[],  # words of the last row
+                )
+            )
+        unit = int(stage["unit"])
+        if stage["opens_unit"]:
+            rows = p.row_scores[slice(*p.unit_row[unit : unit + 2])]
+            self.left |= {(unit, row): int(scores) for row, scores in enumerate(rows)}
+
+    def on_chip(self, stage, arrival):
+        """Is this entry of the stage's index stream in IdxBuf?"""
+        end = int(stage["index_bytes"]) + (arrival + 1) * self.mp.entry_bytes
+        return self.channels[INDEX].arrived >= end
+
+    def ask(self, banks, banks_read, word):
+        """0: the bank is taken by another word, 1: the word is read anyway, 2: a new read."""
+        got = banks_read.setdefault(word % banks, word)
+        if got is not word and got != word:
+            return 0
+        first = (word, "read") not in banks_read
+        banks_read[word, "read"] = True
+        return 2 if first else 1
+
+    def step_lines(self, stage, cycle):
+        self.reads, self.cycle = 0, cycle
+        self.operand_reads, self.key_reads, self.drained = {}, {}, set()
+        did = Counter()
+        start = cycle % self.hw.lines
+        for line in self.lines[start:] + self.lines[:start]:
+            step = self.scores if stage["kind"] == SDDMM else self.values
+            did[step(stage, line)] += 1
+        self.channels[INDEX].used -= self.reads * self.mp.entry_bytes * self.unit
+        if not any(line.pieces and line.pieces[0].round == self.turn for line in self.lines):
+            self.turn += 1
+        return did
+
+    def read_index(self, stage, line):
+        """Returns what the line waits for if its operand was not known when the cycle began."""
+        known = line.pieces[0].dense or line.registers > 0
+        stall = None
+        if not known:
+            stall = "index_port" if self.on_chip(stage, line.stream[0]) else "index_refill"
+        free = line.stream and line.registers < 2 and self.reads < self.hw.index_entries_per_cycle
+        if free and self.on_chip(stage, line.stream[0]):
+            line.stream.pop(0)
+            line.registers += 1
+            self.reads += 1
+            self.count["index_reads"] += 1
+        return stall
+
+    def missing(self, c):
+        return "decoder" if c.sent > c.arrived else "dram"
+
+    def scores(self, stage, line):
+        if not line.pieces:
+            return "imbalance"
+        preloading = line.pieces[1:2] if line.holds else line.pieces[:1]
+        did = self.score(stage, line)
+        words, keys = int(stage["words"]), self.channels[K]
+        if preloading and line.preload < words:
+            token = int(stage["vector_token"]) + preloading[0].vector
+            word = (token * int(stage["heads"]) + int(stage["head"])) * words + line.preload
+            if token < keys.arrived:
+                got = self.ask(self.hw.k_banks, self.key_reads, word)
+                line.preload += got > 0
+                self.count["key_words"] += got > 0
+                self.count["key_reads"] += got == 2
+        if line.preload == words and not line.holds:
+            line.holds, line.preload = True, 0
+        return did
+
+    def score(self, stage, line):
+        piece, words = line.pieces[0], int(stage["words"])
+        stall = self.read_index(stage, line)
+        if piece.round > self.turn:
+            return "barrier"
+        if not line.holds:
+            keys = self.channels[K]
+            there = int(stage["vector_token"]) + piece.vector < keys.arrived
+            return "key_register" if there else self.missing(keys)
+        if stall:
+            return stall
+        row = piece.operands[0]
+        token, queries = int(stage["operand_token"]) + row, self.channels[Q]
+        if token >= queries.arrived:
+            line.asked = True
+            return self.missing(queries)
+        word = (token * int(stage["heads"]) + int(stage["head"])) * words + line.word
+        got = self.ask(self.hw.q_banks, self.operand_reads, word)
+        if not got:
+            return "bank"
+        self.count["query_words"] += 1
+        self.count["query_reads"] += got == 2
+        if line.word == 0 and not piece.dense:
+            self.count["waited" if line.asked else "forwarded"] += 1
+            line.asked = False
+        if self.advance(line, words):
+            self.score_done(int(stage["unit"]), row)
+            if line.pieces[:1] != [piece]:
+                line.holds = False
+        return "busy"
+
+    def advance(self, line, words):
+        """One word more; True where that was the operand's last."""
+        piece = line.pieces[0]
+        line.word = (line.word + 1) % words
+        if line.word:
+            return False
+        piece.operands.pop(0)
+        line.registers -= not piece.dense
+        if not piece.operands:
+            line.pieces.pop(0)
+        return True
+
+    def score_done(self, unit, row):
+        self.left[unit, row] -= 1
+        if self.left[unit, row]:
+            return
+        scores = int(self.p.row_scores[self.p.unit_row[unit] + row])
+        took = -(-scores // self.hw.softmax_lanes)
+        time = self.cycle + 1 + self.hw.pipeline_cycles
+        for step in range(3):
+            time = self.softmax_free[step] = max(time, self.softmax_free[step]) + took
+        self.ready[unit, row] = time + self.hw.softmax_latency_cycles
+        self.count["softmax_cycles"] += took
+
+    def values(self, stage, line):
+        draining = bool(line.drain)
+        did = self.value(stage, line) if line.pieces else "drain" if draining else "imbalance"
+        if draining and line.drain[0] % self.hw.output_banks not in self.drained:
+            self.drained.add(line.drain.pop(0) % self.hw.output_banks)
+            self.count["drained_words"] += 1
+        if isinstance(did, int):  # a row is done: it drains from the next cycle on
+            words = int(stage["words"])
+            line.drain = list(range(did * words, (did + 1) * words))
+            return "busy"
+        return did
+
+    def value(self, stage, line):
+        piece, words = line.pieces[0], int(stage["words"])
+        stall = self.read_index(stage, line)
+        if piece.round > self.turn:
+            return "barrier"
+        if self.cycle < self.ready[int(stage["unit"]), piece.vector]:
+            return "softmax"
+        if stall:
+            return stall
+        if line.drain and len(piece.operands) == 1 and line.word == words - 1:
+            return "drain"
+        token = int(stage["operand_token"]) + piece.operands[0]
+        if token >= self.channels[V].arrived:
+            return "dram"
+        got = self.ask(self.hw.v_banks, self.operand_reads, token * words + line.word)
+        if not got:
+            return "bank"
+        self.count["value_words"] += 1
+        self.count["value_reads"] += got == 2
+        self.advance(line, words)
+        return "busy" if line.pieces[:1] == [piece] else piece.vector
+
+    def phase(self, stage, did):
+        product = "sddmm" if stage["kind"] == SDDMM else "spmm"
+        if did["busy"]:
+            return product
+        causes = [(did[name], -number) for number, name in enumerate(STALLS) if did[name]]
+        worst = STALLS[-max([c for c in causes if STALLS[-c[1]] != "imbalance"] or causes)[1]]
+        waits = {"dram": "load", "index_refill": "load", "decoder": "decode", "softmax": "softmax"}
+        return waits.get(worst, product)
+
+    def run(self, limit=10**5):
+        at, begun, flush = 0, False, 0
+        split = int(self.p.stages["reconfigure"][0])
+        for cycle in range(limit):
+            if at == len(self.p.stages) and not any(c.queue for c in self.channels):
+                self.count["cycles"] = cycle
+                return self
+            self.dram(cycle, at)
+            self.arrive(cycle)
+            if at == len(self.p.stages):
+                self.count["tail_cycles"] += 1
+                self.phases["store"] += 1
+                continue
+            stage, stalls, ended = self.p.stages[at], self.stalls[at], False
+            product = "sddmm" if stage["kind"] == SDDMM else "spmm"
+            if flush:
+                flush -= 1
+                ended = flush == 0
+                stalls["pipeline"] += self.hw.lines
+                self.phases[product] += 1
+            elif split:
+                split -= 1
+                stalls["reconfigure"] += self.hw.lines
+                self.phases["reconfigure"] += 1
+            elif not begun and self.count["stores_done"] < stage["stores"]:
+                stalls["store"] += self.hw.lines
+                self.phases["store"] += 1
+            elif not begun and self.channels[INDEX].arrived < stage["index_bytes"]:
+                stalls["index_refill"] += self.hw.lines
+                self.phases["load"] += 1
+            else:
+                if not begun:
+                    self.begin(stage)
+                    begun = True
+                did = self.step_lines(stage, cycle)
+                stalls.update(did)
+                self.phases[self.phase(stage, did)] += 1
+                if not any(line.pieces or line.drain for line in self.lines):
+                    flush = self.hw.pipeline_cycles
+                    ended = flush == 0
+            if ended:
+                self.stage_times[at][1] = cycle + 1
+                self.channels[INDEX].used -= int(stage["index_frees"]) * self.unit
+                at, begun = at + 1, False
+                if at < len(self.p.stages):
+                    self.stage_times[at][0] = cycle + 1
+                    split = int(self.p.stages["reconfigure"][at])
+        raise AssertionError("the twin does not end")
+
+
+def attention(rng, *, queries, keys, dim=16, value_dim=None, heads=1, density=0.3, codec=None,
+              min_kept=None, masks=True):  # fmt: skip
+    """A random call: one or two columns and rows nearly full, the rest at ``density``."""
+    made = []
+    for _ in range(heads):
+        keep = rng.random((queries, keys)) < density
+        keep[:, rng.integers(keys)] |= rng.random(queries) < 0.9
+        keep[rng.integers(queries)] |= rng.random(keys) < 0.9
+        least = min_kept if min_kept is not None else queries // 2
+        made.append(polarize_head(keep, least))
+    return Attention("test", heads, queries, keys, dim, value_dim or dim,
+                     masks=tuple(made) if masks else None, codec=codec)  # fmt: skip
+
+
+def both(op, hardware, instances=1):
+    """(program, counts, trace, twin) of an attention call."""
+    mapping = choose(op, hardware)
+    program, counts = build(op, hardware, mapping, instances)
+    trace = engine.run(program, hardware, mapping)
+    return program, counts, trace, Twin(program, hardware, mapping).run()
+
+
+def assert_equal_runs(trace, twin):
+    assert {name: trace.count(name) for name in COUNTS} == {n: twin.count[n] for n in COUNTS}
+    assert dict(zip(PHASES, trace.phases.tolist(), strict=True)) == {
+        name: twin.phases[name] for name in PHASES
+    }
+    assert trace.stage_stalls.tolist() == [[s[name] for name in STALLS] for s in twin.stalls]
+    assert trace.stage_times.tolist() == twin.stage_times
+    times = [twin.transfer_times[i] for i in range(len(trace.transfer_times))]
+    assert trace.transfer_times.tolist() == times
+
+
+def random_case(seed):
+    """A machine and a call that fits it, anything varied."""
+    rng = np.random.default_rng(seed)
+    pick = lambda *values: values[rng.integers(len(values))]  # noqa: E731
+    square = rng.random() < 0.6
+    queries = int(rng.integers(1, 20))
+    heads = pick(1, 2, 4)
+    codec = None
+    if heads > 1 and rng.random() < 0.5:
+        groups = pick(1, 2)
+        codec = HeadCodec(heads, pick(groups, heads), groups)
+    hardware = replace(
+        SMALL,
+        lines=pick(1, 2, 3, 4, 7),
+        assignment=ASSIGNMENTS[seed % 3],
+        q_banks=pick(1, 2, 5, 8),
+        k_banks=pick(1, 2, 4),
+        v_banks=pick(1, 3, 8),
+        output_banks=pick(1, 2, 4),
+        index_entries_per_cycle=pick(1, 2, 8),
+        pipeline_cycles=pick(0, 1, 4),
+        reconfigure_cycles=pick(0, 3),
+        softmax_lanes=pick(1, 4),
+        softmax_latency_cycles=pick(0, 30),
+        dram_latency_cycles=pick(0, 1, 20),
+        dram_bytes_per_s=pick(500_000_000, 3_300_000_000, 40_000_000_000),
+        decoder_macs=pick(1, 16, 500),
+        q_buffer_bytes=pick(200, 512, 4096),
+        k_buffer_bytes=pick(200, 512, 4096),
+        v_buffer_bytes=pick(200, 4096),
+        index_buffer_bytes=pick(120, 400),
+        output_buffer_bytes=pick(1200, 8192),
+        other_buffer_bytes=pick(300, 2048),
+    )
+    op = attention(
+        rng,
+        queries=queries,
+        keys=queries if square else int(rng.integers(1, 20)),
+        dim=pick(4, 8, 12, 16),
+        value_dim=pick(8, 20),
+        heads=heads,
+        density=pick(0.0, 0.1, 0.4, 1.0),
+        codec=codec,
+        min_kept=pick(0, queries // 2, queries),
+        masks=rng.random() < 0.9,
+    )
+    return op, hardware, pick(1, 1, 2)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_equals_its_naive_twin(seed):
+    op, hardware, instances = random_case(seed)
+    _, _, trace, twin = both(op, hardware, instances)
+    assert_equal_runs(trace, twin)
