@@ -23,8 +23,8 @@ if hasattr(DefaultOptions, "_nrt"):
     # the time. Numba marks this option as its own; without it the core runs, but slower.
     core_options["_nrt"] = False
 
-core = njit(**core_options)
-"""Decorator of every function of the compiled core."""
+core = njit(forceinline=True, **core_options)
+"""Decorator of the functions of the compiled core: they become one, with no calls left."""
 
 STALLS = (
     "busy",
