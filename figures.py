@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .accel.plots import plot_phases, plot_traffic
-from .result import CodesignResult
 from .sparsify.plots import plot_fidelity, plot_head, plot_sparsity
+
+if TYPE_CHECKING:
+    from .result import CodesignResult
 
 
 def draw(result: CodesignResult, folder: Path) -> list[Path]:

@@ -99,7 +99,6 @@ def codesign(
         recovery_log=recovery_log,
         student=student,
         workload=sparse,
-        hardware=hardware,
         reports=run.simulate(sparse, hardware),
         measured=run.measure(dense) if settings.measure else (),
         stage_seconds=run.seconds,

@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from . import __version__
-from .accel import Hardware, Report
+from .accel import Report
 from .accel.kernels import MeasuredAttention
 from .ae import ExplainedVariance
+from .figures import draw
 from .files import written_whole
 from .masks import AttentionMask
 from .models.distill import Distilled
@@ -31,6 +32,7 @@ from .sparsify import Fidelity
 from .sparsify.reorder import Polarized
 from .workload import HeadCodec, Workload
 
+FEW_PHOTOS = 100
 PACKAGES = ("torch", "numpy", "scipy", "numba", "safetensors", "pillow", "onnx", "scikit-image")
 
 
@@ -78,10 +80,17 @@ class CodesignResult:
     recovery_log: Distilled | None
     student: nn.Module
     workload: Workload
-    hardware: Hardware
     reports: Mapping[str, Report]
     measured: tuple[MeasuredAttention, ...]
     stage_seconds: Mapping[str, float]
+
+    @property
+    def photos_note(self) -> str:
+        """How far the photos carry: said with every report."""
+        count = len(self.judged_on)
+        few = ", too few to judge a model by" if count < FEW_PHOTOS else ""
+        named = f" ({', '.join(self.judged_on)})" if count <= 8 else ""
+        return f"judged on {self.settings.judge_crops} crops of {count} photos{named}{few}"
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON: every figure, with the versions and settings that made it."""
@@ -96,12 +105,12 @@ class CodesignResult:
                 "judged_on": list(self.judged_on),
                 "learn_crops": self.settings.learn_crops,
                 "judge_crops": self.settings.judge_crops,
+                "note": self.photos_note,
             },
             "mask": self._mask_dict(),
             "codec": self._codec_dict(),
             "recovery": _log_dict(self.recovery_log),
             "fidelity": {name: asdict(row) for name, row in self.fidelity.items()},
-            "hardware": asdict(self.hardware),
             "simulation": {name: report.to_dict() for name, report in self.reports.items()},
             "measured": {
                 "attention": [asdict(row) for row in self.measured],
@@ -158,8 +167,6 @@ class CodesignResult:
             paths.append(target / "codecs.safetensors")
             _save_weights(self.codecs, paths[-1])
         if plots:
-            from .figures import draw
-
             paths += draw(self, target)
         paths.append(target / "report.json")
         write_json(self.to_dict(), paths[-1])

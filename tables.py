@@ -14,8 +14,6 @@ from .masks import AttentionMask
 from .result import CodesignResult
 from .sparsify import Fidelity
 
-FEW_PHOTOS = 100
-
 
 def codesign_tables(result: CodesignResult) -> RenderableType:
     """The whole report: model, mask, fidelity, machines, this machine."""
@@ -45,8 +43,7 @@ def _facts(result: CodesignResult) -> list[tuple[str, str]]:
     settings, first = result.settings, result.workload.attention[0]
     heads = [head for layer in result.polarized for head in layer]
     by_head = [float(x) for layer in result.mask.sparsity_by_head() for x in layer]
-    learned, judged = len(result.learned_from), len(result.judged_on)
-    few = " - too few to judge a model by" if judged < FEW_PHOTOS else ""
+    learned = len(result.learned_from)
     facts = [
         (
             "model",
@@ -55,8 +52,7 @@ def _facts(result: CodesignResult) -> list[tuple[str, str]]:
         ),
         (
             "photos",
-            f"learned from {settings.learn_crops} crops of {learned}, "
-            f"judged on {settings.judge_crops} crops of {judged}{few}",
+            f"learned from {settings.learn_crops} crops of {learned}, {result.photos_note}",
         ),
         (
             "mask",

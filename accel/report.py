@@ -149,7 +149,7 @@ class Report:
         return {
             "simulator": self.simulator,
             "workload": self.workload,
-            "hardware": self.hardware.name,
+            "hardware": asdict(self.hardware),
             "batch": self.batch,
             "unknown": list(self.unknown),
             "network": self._totals(attention_only=False),

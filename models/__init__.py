@@ -2,10 +2,13 @@
 
 from .attention import AttentionCall, find_attention
 from .complexity import Complexity, complexity
+from .conv_layers import fuse
 from .features import features, prefix_tokens
 from .intercept import AttentionHook, Handle, intercept
 from .registry import create, names
+from .replace import replace_attention, replace_depthwise
 from .saliency import SaliencyDecoder
+from .scaling import scale
 from .trace import trace
 from .weights import LoadReport, load_weights
 
@@ -20,9 +23,13 @@ __all__ = [
     "create",
     "features",
     "find_attention",
+    "fuse",
     "intercept",
     "load_weights",
     "names",
     "prefix_tokens",
+    "replace_attention",
+    "replace_depthwise",
+    "scale",
     "trace",
 ]

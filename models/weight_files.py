@@ -19,7 +19,7 @@ from torch import Tensor
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Every tensor in the file at ``path``, on the CPU, under its stored name.
 
-    Suffixes: .safetensors; .pth, .pt, .bin, .ckpt (tensors only, ``weights_only=True``);
+    Suffixes: .safetensors; .pth, .pyth, .pt, .bin, .ckpt (tensors only, ``weights_only=True``);
     .npz (``allow_pickle=False``); .onnx (needs the package ``onnx``). Raises
     ``FileNotFoundError`` where there is no such file and ``ValueError`` where it cannot be
     read, both naming the path.
@@ -46,9 +46,10 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def unwrapped(nested: Mapping[str, object]) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint: ``model``, ``state_dict`` or ``teacher`` opened,
+    """The state dict inside a checkpoint: ``model``, ``state_dict``, ``model_state``
+    or ``teacher`` opened,
     ``module.`` (of data-parallel training) taken off, all that is no tensor dropped."""
-    for key in ("model", "state_dict", "teacher"):
+    for key in ("model", "state_dict", "model_state", "teacher"):
         inner = nested.get(key)
         if isinstance(inner, Mapping):
             return unwrapped(inner)
@@ -113,6 +114,7 @@ def _read_onnx(path: Path) -> dict[str, Tensor]:
 READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     ".safetensors": _read_safetensors,
     ".pth": _read_torch,
+    ".pyth": _read_torch,
     ".pt": _read_torch,
     ".bin": _read_torch,
     ".ckpt": _read_torch,

@@ -2,7 +2,8 @@
 
 Floor plan: average attention (`probe`) -> masks (`threshold`, `controls`) -> dense block
 and sparse rest (`reorder`) -> into a model (`adapt`) -> what is left of its features
-(`fidelity`) -> recovery (`finetune`).
+(`fidelity`) -> recovery (`finetune`). Beside them two analyses of the EfficientViT paper:
+head similarity (`similarity`) and Taylor pruning of channels (`taylor`).
 """
 
 from .adapt import attach
@@ -11,6 +12,8 @@ from .fidelity import Fidelity, fidelity, judge, token_features
 from .finetune import recover
 from .probe import average_attention
 from .reorder import polarize
+from .similarity import head_similarity
+from .taylor import prune, redistribute, taylor_importance
 from .threshold import threshold
 
 __all__ = [
@@ -18,10 +21,14 @@ __all__ = [
     "attach",
     "average_attention",
     "fidelity",
+    "head_similarity",
     "judge",
     "polarize",
+    "prune",
     "random_mask",
     "recover",
+    "redistribute",
+    "taylor_importance",
     "threshold",
     "token_features",
     "window_mask",

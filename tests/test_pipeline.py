@@ -78,7 +78,10 @@ def test_a_report_is_json_with_what_made_it(result):
     assert report["threads"] == torch.get_num_threads()
     assert report["mask"]["sparsity"] == result.mask.sparsity
     assert report["simulation"]["vitcod"]["attention"]["cycles"] > 0
-    assert report["hardware"]["name"] == "vitcod"
+    assert report["simulation"]["vitcod"]["hardware"]["lines"] == 64
+    assert report["photos"]["note"] == (
+        "judged on 4 crops of 1 photos (photo 3), too few to judge a model by"
+    )
 
 
 def test_the_same_run_gives_the_same_figures(result):

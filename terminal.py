@@ -1,0 +1,87 @@
+"""How the command talks: progress and errors on standard error, results on standard output."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from .pipeline import Progress
+
+OUT = Console(soft_wrap=False)
+ERR = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Errors of use end in one line on standard error; warnings are shown as one line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = _show_warning
+        try:
+            yield
+        except (ValueError, OSError, FloatingPointError, ImportError) as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            ERR.print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            ERR.print("interrupted; nothing half-written is left", style="red")
+            raise typer.Exit(130) from None
+
+
+def _show_warning(message: Warning | str, *_details: Any, **_more: Any) -> None:
+    ERR.print(f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Fail now rather than after minutes of work."""
+    from .files import written_whole
+
+    try:
+        with contextlib.suppress(_Probe), written_whole(folder / "probe"):
+            raise _Probe
+    except OSError as error:
+        raise ValueError(f"cannot write into {str(folder)!r}: {error.strerror or error}") from None
+
+
+class _Probe(Exception):
+    """Leaves `written_whole` without keeping the file."""
+
+
+@contextlib.contextmanager
+def progress_bars(quiet: bool) -> Iterator[Progress]:
+    """A bar a stage with the time left, on standard error."""
+    if quiet:
+        yield lambda stage, share: None
+        return
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<30}"),
+        BarColumn(30),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=ERR) as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(stage: str, share: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=1.0)
+            bars.update(tasks[stage], completed=share)
+
+        yield tell
