@@ -20,11 +20,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .hardware import ASSIGNMENTS
-
-BALANCED, ROUND_ROBIN, LOCKSTEP = (
-    ASSIGNMENTS.index(name) for name in ("balanced", "round_robin", "lockstep")
-)
+BALANCED, ROUND_ROBIN, LOCKSTEP = range(3)
+POLICIES = {"balanced": BALANCED, "round_robin": ROUND_ROBIN, "lockstep": LOCKSTEP}
+"""`Hardware.assignment` as the compiled code knows it."""
 
 DENSE_ROUND = np.int64(-1)
 """`round` of a piece of the denser engine, which lockstep does not hold back."""
@@ -300,7 +298,7 @@ def assign(
             dense_vectors,
             dense_operands,
             lines,
-            ASSIGNMENTS.index(policy),
+            POLICIES[policy],
             first_sparser,
         )
     )

@@ -11,15 +11,9 @@ Arrays in, arrays out: `Program` says what to do, `run` returns a `Trace`.
 
 from __future__ import annotations
 
-import hashlib
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 from numba import njit
-from numba.core import event
 
+from .compiled import core, core_options, sources_digest
 from .hardware import Hardware
 from .lines import open_piece, step_scores, step_values
 from .machine import (
@@ -40,8 +34,6 @@ from .machine import (
     SOFTMAX,
     STORE_ROOM,
     Trace,
-    core,
-    core_options,
     empty_trace,
     initial_state,
     machine_of,
@@ -238,51 +230,24 @@ def _compiled(sources: str):
     return step
 
 
-def _digest() -> str:
-    """Of the sources that the core is compiled from."""
-    names = ("assign", "engine", "lines", "machine", "memory", "program")
-    folder = Path(__file__).parent
-    text = b"".join((folder / f"{name}.py").read_bytes() for name in names)
-    return hashlib.sha256(text).hexdigest()
-
-
-_step = _compiled(_digest())
+_step = _compiled(
+    sources_digest("assign", "compiled", "engine", "lines", "machine", "memory", "program")
+)
 
 
 def run(program: Program, hardware: Hardware, mapping: Mapping) -> Trace:
     """Step ``program`` on ``hardware`` to its end.
 
-    The first call on a machine compiles the core (seconds) and caches it on disk; that is
-    logged under the logger ``sievit.accel``. Raises RuntimeError where the machine comes to
-    a stand: a fault of the program or of the engine.
+    The first call on a machine compiles the core; see `compiled`. Raises RuntimeError where
+    the machine comes to a stand: a fault of the program or of the engine.
     """
     machine, state = machine_of(hardware, mapping), initial_state(program, hardware, mapping)
     trace = empty_trace(program)
     counts = trace.counts.view(COUNT)[0]
-    with _compiling_is_said():
-        ended = _step(machine, program, state, trace, counts)
-    if not ended:
+    if not _step(machine, program, state, trace, counts):
         raise RuntimeError(
             f"{mapping.op.name} stands still at cycle {state.run['cycle']}, stage "
             f"{state.run['stage']} of {len(program.stages)}: a fault of the engine or of its "
             f"program (mapping {mapping.group} heads x {mapping.query_tile} queries)"
         )
     return trace
-
-
-@contextmanager
-def _compiling_is_said() -> Iterator[None]:
-    """Log that the core is being compiled, if it is: it takes seconds."""
-    with event.install_listener("numba:compile", _Speaker()):
-        yield
-
-
-class _Speaker(event.Listener):
-    def on_start(self, event: event.Event) -> None:
-        if event.data["dispatcher"] is _step:
-            logging.getLogger("sievit.accel").info(
-                "compiling the cycle engine, once on this machine: some seconds"
-            )
-
-    def on_end(self, event: event.Event) -> None:
-        pass

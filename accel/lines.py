@@ -13,6 +13,7 @@ they were at the start of the cycle.
 from __future__ import annotations
 
 from .assign import DENSE_ROUND
+from .compiled import core
 from .machine import (
     BANK,
     BARRIER,
@@ -25,7 +26,6 @@ from .machine import (
     INDEX_REFILL,
     KEY_REGISTER,
     SOFTMAX,
-    core,
 )
 from .memory import grant
 from .program import K, Q, V

@@ -10,21 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
-from numba.core.options import DefaultOptions
 
 from .hardware import Hardware
 from .mapping import Mapping
 from .program import CHANNELS, INDEX, K, Program, Q, V
-
-core_options = {"error_model": "numpy"}
-if hasattr(DefaultOptions, "_nrt"):
-    # The core allocates nothing, and counting references to its arrays would take half of
-    # the time. Numba marks this option as its own; without it the core runs, but slower.
-    core_options["_nrt"] = False
-
-core = njit(forceinline=True, **core_options)
-"""Decorator of the functions of the compiled core: they become one, with no calls left."""
 
 STALLS = (
     "busy",
@@ -98,7 +87,7 @@ MACHINE = _record(
     "dram_denominator",  # units a byte
     "dram_latency",
     "decode_cost",  # MACs a token of Q or K; 0: no codec
-    "decoder_macs",
+    "decoder_rate",  # MACs a cycle
     "codec_bytes",  # that must be there before anything is decoded
 )
 """`Hardware` and `Mapping` as the integers that the core needs."""
@@ -220,7 +209,7 @@ def machine_of(hardware: Hardware, mapping: Mapping) -> np.void:
         rate.denominator,
         hardware.dram_latency_cycles,
         mapping.decode_macs,
-        hardware.decoder_macs,
+        mapping.decoder_rate,
         mapping.codec_bytes if mapping.decode_macs else 0,
     )
     return machine[0]

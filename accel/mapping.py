@@ -135,6 +135,13 @@ class Mapping:
         return self.group * self.latent_heads * self.op.key_dim
 
     @property
+    def decoder_rate(self) -> int:
+        """MACs that the decoder does in a cycle: no more than what it makes can be written."""
+        hardware, room = self.hardware, self.group * _padded(self.op.key_dim, self.hardware)
+        port = min(hardware.q_banks, hardware.k_banks) * hardware.word_bytes
+        return min(hardware.decoder_macs, max(self.decode_macs * port // room, 1))
+
+    @property
     def codec_bytes(self) -> int:
         """Weights and biases of both decoders (Q's and K's)."""
         return codec_side_bytes(self.op, self.hardware, decoder=True) * 2

@@ -9,7 +9,7 @@ sent is usable after the DRAM's latency, latents of Q and K after decoding.
 
 from __future__ import annotations
 
-from .machine import core
+from .compiled import core
 from .program import CODEC, INDEX, STORE, K, Q
 
 
@@ -136,7 +136,7 @@ def arrive(machine, run, channels, history, counts):
 @core
 def _decode(machine, run, channels, counts):
     """One cycle of the decoder: token after token, Q and K in turn where both wait."""
-    credit = machine.decoder_macs
+    credit = machine.decoder_rate
     while credit > 0:
         if run.decode_left == 0:
             other = Q + K - run.decoding
@@ -150,7 +150,7 @@ def _decode(machine, run, channels, counts):
         run.decode_left -= given
         if run.decode_left == 0:
             channels[run.decoding].arrived += 1
-    if credit < machine.decoder_macs:
-        counts.decoder_macs += machine.decoder_macs - credit
+    if credit < machine.decoder_rate:
+        counts.decoder_macs += machine.decoder_rate - credit
         counts.decoder_cycles += 1
         run.arrived = 1

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from sievit.accel import engine
-from sievit.accel.hardware import ASSIGNMENTS, Hardware, presets
+from sievit.accel.hardware import ASSIGNMENTS, Hardware
 from sievit.accel.machine import COUNTS, PHASES, STALLS
 from sievit.accel.mapping import choose
 from sievit.accel.program import CODEC, INDEX, SDDMM, STORE, K, Q, V, build
-from sievit.masks import AttentionMask, polarize_head
+from sievit.masks import polarize_head
 from sievit.workload import Attention, HeadCodec
 
 SMALL = Hardware(
@@ -73,7 +73,7 @@ class Twin:
             for c in range(6)
         ]
         self.decoding, self.decode_left = K, 0
-        self.decoder_rate = hardware.decoder_macs
+        self.decoder_rate = mapping.decoder_rate
         self.softmax_free = [0, 0, 0]
         self.ready = {}  # (unit, row) -> first cycle in which the probabilities are there
         self.left = {}  # (unit, row) -> scores still missing
