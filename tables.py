@@ -143,26 +143,27 @@ def simulation_table(reports: Mapping[str, Report]) -> RenderableType:
     table.add_column("machine", no_wrap=True)
     for heading in (
         "attention\ncycles",
-        "attention\nms",
+        "attention\nspeed-up",
         "DRAM\nkB",
         "MACs\nin use",
         "network\nms",
-        "attention's\nshare",
+        "network\nspeed-up",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, report in reports.items():
         table.add_row(
             name,
             f"{report.attention_cycles:,}",
-            f"{report.attention_seconds * 1e3:.3f}",
+            f"{first.attention_cycles / report.attention_cycles:.2f}x",
             f"{report.dram_bytes() / 1e3:,.0f}",
             f"{report.utilization():.0%}",
             f"{report.seconds * 1e3:.2f}",
-            f"{report.attention_cycles / report.cycles:.1%}",
+            f"{first.cycles / report.cycles:.2f}x",
         )
     busiest = "; ".join(f"{name} {report.bottleneck()}" for name, report in reports.items())
     notes = [
-        "DRAM and MACs in use: attention alone. Network: every operation of one image, none fused.",
+        f"Speed-ups are against {next(iter(reports))}. DRAM and MACs in use: attention alone. "
+        "Network: every operation of the batch, none fused.",
         f"Busiest in attention: {busiest}.",
     ]
     if first.unknown:
