@@ -48,7 +48,6 @@ def _begin(program, state, stage):
     """Lines at the start of a stage; rows at the start of a unit."""
     run, lines, plan = state.run, state.lines, stage.plan
     run.turn, run.begun = 0, 1
-    run.working = lines.size
     for number in range(lines.size):
         line = lines[number]
         line.piece = program.line_piece[plan, number]

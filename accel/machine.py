@@ -126,7 +126,6 @@ LINE = _record(
     "preload",  # words in the second key register
     "key_address",
     "key_bank",
-    "ready",  # SpMM: the row's probabilities are there
     "draining",  # SpMM: words of the row before that still drain
     "drain_bank",
 )
@@ -144,11 +143,9 @@ RUN = _record(
     "turn",  # lockstep round
     "split",  # cycles of reconfiguration left
     "flush",  # cycles until the last results are through
-    "first_line",  # which line is served first in this cycle
     "slot",  # of the history
     "index_reads",  # in this cycle
     "on_chip",  # entries of the stage's index stream
-    "working",  # lines that are not done with the stage
     "piece_done",  # by a line in this cycle, or a drain
     "moved",  # anything in the lines in this cycle
     "wake_at",  # first cycle in which a row that a line waits for is ready
