@@ -285,15 +285,18 @@ def _largest_tile(
 
 
 def _key_tile(op: Attention, hardware: Hardware, group: int) -> int:
-    """Keys of a tile: all where K and V fit, else half a buffer, so that the next loads."""
+    """Keys of a tile: all where K and V fit, else half a buffer, so that the next one loads
+    beside it (a buffer of one key holds that)."""
     key_row = group * _padded(op.key_dim, hardware)
     value_row = _padded(op.value_dim, hardware)
     fit = min(hardware.k_buffer_bytes // key_row, hardware.v_buffer_bytes // value_row)
     if fit >= op.keys:
         return op.keys
     half = min(hardware.k_buffer_bytes // 2 // key_row, hardware.v_buffer_bytes // 2 // value_row)
-    tiles = -(-op.keys // half) if half else 0
-    return -(-op.keys // tiles) if tiles else 0
+    if half == 0:
+        return fit
+    tiles = -(-op.keys // half)
+    return -(-op.keys // tiles)
 
 
 def _shortages(mapping: Mapping) -> list[tuple[str, int]]:

@@ -1,0 +1,158 @@
+"""Tiles and groups: everything is covered once, everything fits, refusals say what is short."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sievit.accel.hardware import presets
+from sievit.accel.mapping import Pattern, choose, codec_side_bytes, estimate_cycles
+from sievit.accel.program import build
+from sievit.masks import polarize_head
+from sievit.workload import Attention, HeadCodec
+
+VITCOD = presets["vitcod"]
+
+
+def sparse(tokens, heads, dim=64, density=0.1, codec=None, keys=None):
+    keep = np.random.default_rng(tokens).random((tokens, keys or tokens)) < density
+    keep[:, 0] = keep[0] = True
+    masks = (polarize_head(keep, 0.5),) * heads
+    return Attention("call", heads, tokens, keys or tokens, dim, dim, masks=masks, codec=codec)
+
+
+CALLS = {
+    "DeiT-Tiny": sparse(197, 3),
+    "DeiT-Tiny, codec": sparse(197, 3, codec=HeadCodec(3, 2)),
+    "DeiT-Base, codec": sparse(197, 12, codec=HeadCodec(12, 6)),
+    "DeiT-Base, codec in groups": sparse(197, 12, codec=HeadCodec(12, 6, groups=3)),
+    "more tokens than K holds": sparse(1025, 6),
+    "LeViT": sparse(49, 4, dim=16, keys=196),
+    "dense": Attention("call", 2, 300, 300, 64, 32),
+    "one token": Attention("call", 1, 1, 1, 7, 9),
+}
+
+
+@pytest.mark.parametrize("op", CALLS.values(), ids=CALLS)
+def test_units_and_tiles_cover_the_call_once(op):
+    mapping = choose(op, VITCOD)
+    times = np.zeros((2, op.heads, op.queries), dtype=int)
+    for instance, head, rows in mapping.units(2):
+        times[instance, head, rows] += 1
+    assert (times == 1).all()
+    keys = np.zeros(op.keys, dtype=int)
+    for tile in mapping.key_tiles:
+        keys[tile] += 1
+    assert (keys == 1).all()
+    assert estimate_cycles(mapping) > 0
+
+
+@pytest.mark.parametrize("op", CALLS.values(), ids=CALLS)
+def test_what_is_resident_fits(op):
+    """Buffer by buffer, from the sizes alone."""
+    mapping = choose(op, VITCOD)
+    word = VITCOD.word_bytes
+    query, value = mapping.key_words * word, mapping.value_words * word
+    queries = op.queries if mapping.whole_queries else mapping.query_tile
+    assert mapping.group * queries * query <= VITCOD.q_buffer_bytes
+    assert mapping.group * mapping.key_tile * query <= VITCOD.k_buffer_bytes
+    assert mapping.key_tile * value <= VITCOD.v_buffer_bytes
+    alive = 2 if mapping.ahead and op.heads * len(mapping.query_tiles) > 1 else 1
+    scores = max(
+        int(pattern.row_scores[tile].sum())
+        for pattern in mapping.patterns
+        for tile in mapping.query_tiles
+    )
+    sums = mapping.query_tile * mapping.value_words * VITCOD.macs_per_line * 4
+    units = op.heads * len(mapping.query_tiles)
+    regions = min(mapping.output_regions, units)
+    assert alive * scores * 2 + regions * sums <= VITCOD.output_buffer_bytes
+    if op.codec:
+        assert mapping.staging_tokens >= 1
+
+
+@pytest.mark.parametrize("op", CALLS.values(), ids=CALLS)
+def test_no_chunk_is_larger_than_its_buffer(op):
+    program, _ = build(op, VITCOD, choose(op, VITCOD), 1)
+    sizes = (VITCOD.q_buffer_bytes, VITCOD.k_buffer_bytes, VITCOD.v_buffer_bytes)
+    for channel, size in enumerate(sizes):
+        first, last = program.channel_first[channel : channel + 2]
+        assert program.transfers["room"][first:last].max() <= size
+
+
+def test_a_codec_block_is_decoded_in_one_pass_where_it_fits():
+    op = CALLS["DeiT-Tiny, codec"]
+    mapping = choose(op, VITCOD)
+    assert mapping.group == 3
+    assert mapping.token_bytes == 2 * 64
+    assert mapping.decode_macs == 3 * 2 * 64  # heads * latent_heads * d, once a token
+    program, _ = build(op, VITCOD, mapping, 1)
+    assert program.dram_bytes(0) == program.dram_bytes(1) == 197 * 2 * 64
+    # 12 heads x 197 tokens x 64 B do not fit: the latents come once for each group.
+    base = CALLS["DeiT-Base, codec"]
+    mapping = choose(base, VITCOD)
+    assert mapping.group == 4
+    program, _ = build(base, VITCOD, mapping, 1)
+    assert program.dram_bytes(1) == 3 * 197 * 6 * 64
+    # Blocks of 4 heads: each is decoded in one pass, and nothing is loaded twice.
+    grouped = CALLS["DeiT-Base, codec in groups"]
+    mapping = choose(grouped, VITCOD)
+    assert (mapping.group, mapping.latent_heads) == (4, 2)
+    program, _ = build(grouped, VITCOD, mapping, 1)
+    assert program.dram_bytes(1) == 197 * 6 * 64
+
+
+def test_codec_bytes_are_weights_and_biases_of_both_decoders():
+    op = CALLS["DeiT-Base, codec in groups"]
+    assert codec_side_bytes(op, VITCOD, decoder=True) == 12 * 6 // 3 + 12 * 4
+    assert codec_side_bytes(op, VITCOD, decoder=False) == 12 * 6 // 3 + 6 * 4
+    assert choose(op, VITCOD).codec_bytes == 2 * (24 + 48)
+    assert codec_side_bytes(CALLS["dense"], VITCOD, decoder=True) == 0
+
+
+def test_index_entries_are_as_wide_as_the_tokens_need():
+    assert choose(CALLS["DeiT-Tiny"], VITCOD).entry_bytes == 1
+    assert choose(CALLS["more tokens than K holds"], VITCOD).entry_bytes == 2
+
+
+def test_a_pattern_counts_what_the_machine_computes():
+    keep = np.eye(6, dtype=bool)
+    keep[:4, 2] = True
+    pattern = Pattern.of(polarize_head(keep, 3))
+    assert pattern.num_global == 1
+    assert pattern.row_scores.sum() == 6 + 5
+    assert pattern.masked
+    assert not Pattern.of(polarize_head(np.ones((3, 3), dtype=bool), 0)).masked
+    assert Pattern.dense(4, 5).row_scores.tolist() == [5] * 4
+
+
+SHORT = {
+    "q_buffer_bytes": 63,
+    "k_buffer_bytes": 63,
+    "v_buffer_bytes": 63,
+    "index_buffer_bytes": 100,
+    "output_buffer_bytes": 200,
+    "other_buffer_bytes": 200,
+}
+
+
+@pytest.mark.parametrize("field", SHORT)
+def test_a_buffer_too_small_for_one_pass_is_named(field):
+    op = CALLS["DeiT-Tiny, codec"]
+    hardware = replace(VITCOD, name="tight", **{field: SHORT[field]})
+    with pytest.raises(ValueError, match=f"call does not fit the machine 'tight': .*{field}") as e:
+        choose(op, hardware)
+    assert f"{field} is {SHORT[field]}, one pass needs at least " in str(e.value)
+
+
+@pytest.mark.parametrize("field", SHORT)
+def test_what_the_refusal_asks_for_is_enough(field):
+    op = CALLS["DeiT-Tiny, codec"]
+    with pytest.raises(ValueError, match=field) as error:
+        choose(op, replace(VITCOD, **{field: SHORT[field]}))
+    needed = int(str(error.value).split("at least ")[1])
+    assert choose(op, replace(VITCOD, **{field: needed})).op is op
+    with pytest.raises(ValueError, match=field):
+        choose(op, replace(VITCOD, **{field: needed - 1}))
