@@ -11,6 +11,8 @@ from ...workload import Workload
 from ..hardware import Hardware
 from ..report import Report
 from .released import simulate_released
+from .sanger import simulate_sanger
+from .spatten import simulate_spatten
 from .systolic import (
     simulate_input_stationary,
     simulate_output_stationary,
@@ -35,5 +37,7 @@ SIMULATORS: dict[str, Callable[[Workload, Hardware, int], Report]] = {
     "systolic_os": simulate_output_stationary,
     "systolic_ws": simulate_weight_stationary,
     "systolic_is": simulate_input_stationary,
+    "sanger": simulate_sanger,
+    "spatten": simulate_spatten,
     "released": simulate_released,
 }

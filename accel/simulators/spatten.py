@@ -1,0 +1,246 @@
+"""SpAtten (HPCA 2021) on the hardware's MACs: whole tokens pruned, layer after layer.
+
+Modelled: cascade token pruning (a token pruned in a layer is gone from the attention of the
+layers behind it) with tokens kept so that the density of the network's attention equals the
+mask's; for a layer that prunes, on every image, a Q K^T of 4-bit operands over the tokens
+that enter it (all of them in the first), two products a MAC a cycle, its softmax, the sums
+of probabilities as importance, and top-k by quick-select; progressive quantization (the 4
+upper bits of Q and K are fetched and multiplied first, the lower ones for the share of
+queries that are not confident, whose scores are computed again in 8 bits); dense products
+over the tokens kept, each the better way round; V in 8 bits. Head pruning on request: tokens then make up the density.
+
+Not modelled: local value pruning; what pruned tokens save outside attention (the rest of
+the network runs over all tokens, so end to end is against SpAtten); the cascade's effect on
+accuracy, and that a fixed mask keeps single entries where SpAtten keeps whole tokens. A
+codec is not used. The importance sums run at softmax's rate beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ...workload import Attention, Workload
+from ..dense import array_cycles, op_cost
+from ..hardware import Hardware
+from ..report import OpCost, Report, Traffic
+from .sanger import pipelined
+
+
+@dataclass(frozen=True)
+class Spatten:
+    """What the method adds to a `Hardware`; the paper's measures are for language.
+
+    lsb_share    of the queries, whose lower bits are fetched and scores computed again
+    head_share   of the heads kept
+    comparators  elements that the top-k engine looks at in a cycle
+    topk_visits  times that quick-select looks at an element, on average
+    """
+
+    lsb_share: float = 0.06  # choice
+    head_share: float = 1.0  # choice: the density by tokens alone
+    comparators: int = 16  # choice
+    topk_visits: int = 3  # choice: about the expectation of quick-select
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lsb_share <= 1:
+            raise ValueError(f"lsb_share must be in [0, 1], got {self.lsb_share!r}")
+        if not 0 < self.head_share <= 1:
+            raise ValueError(f"head_share must be in (0, 1], got {self.head_share!r}")
+        for name in ("comparators", "topk_visits"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)!r}")
+
+
+def simulate_spatten(
+    workload: Workload, hardware: Hardware, batch: int = 1, method: Spatten = Spatten()
+) -> Report:
+    """The whole network; attention as this file's head says."""
+    shares = iter(cascade(workload.attention))
+    entering, costs = 1.0, []
+    for op in workload.ops:
+        if isinstance(op, Attention):
+            share = next(shares)
+            costs.append(attention_cost(op, hardware, batch, entering, share, method))
+            entering = share
+        else:
+            costs.append(op_cost(op, hardware, batch))
+    made = tuple(cost for cost in costs if cost is not None)
+    unknown = tuple(op.name for op in workload.unknown)
+    return Report("spatten", workload.name, hardware, batch, made, unknown)
+
+
+def cascade(calls: tuple[Attention, ...]) -> list[float]:
+    """Share of entries kept in each layer: never rising, and as many entries in all as the
+    masks keep. It is the least-squares fit of the layers' densities under that order (pool
+    adjacent violators, weighted by entries)."""
+    pools: list[list[float]] = []  # kept entries, entries, layers
+    for op in calls:
+        pools.append([op.kept, op.entries, 1])
+        while len(pools) > 1 and pools[-2][0] * pools[-1][1] < pools[-1][0] * pools[-2][1]:
+            kept, entries, layers = pools.pop()
+            pools[-1] = [pools[-1][0] + kept, pools[-1][1] + entries, pools[-1][2] + layers]
+    return [kept / entries for kept, entries, layers in pools for _ in range(int(layers))]
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Heads, queries and keys that a layer works on."""
+
+    heads: int
+    queries: int
+    keys: int
+
+
+def _alive(op: Attention, share: float, heads: int) -> _Tokens:
+    """Queries and keys, each pruned by the square root of what the heads leave to do."""
+    kept = math.sqrt(min(1.0, share * op.heads / heads))
+    return _Tokens(heads, max(round(op.queries * kept), 1), max(round(op.keys * kept), 1))
+
+
+def _product_cycles(m: int, n: int, k: int, hardware: Hardware) -> int:
+    """A product or its transpose, whichever the array finishes first."""
+    if m == 0:
+        return 0
+    return min(array_cycles(m, n, k, hardware), array_cycles(n, m, k, hardware))
+
+
+def attention_cost(
+    op: Attention,
+    hardware: Hardware,
+    batch: int = 1,
+    entering: float = 1.0,
+    share: float = 1.0,
+    method: Spatten = Spatten(),
+) -> OpCost:
+    """One call: ``entering`` and ``share`` of the entries before and after its pruning."""
+    images = op.windows * batch
+    heads = max(round(op.heads * method.head_share), 1)
+    before = _alive(op, entering, heads)
+    now = _alive(op, share, heads)
+    prunes = (now.queries, now.keys) != (before.queries, before.keys)
+    again = math.ceil(now.queries * method.lsb_share)
+    half, lanes = -(-op.key_dim // 2), hardware.softmax_lanes
+    found = images * heads * _product_cycles(before.queries, before.keys, half, hardware)
+    array = {
+        "predict": found if prunes else 0,
+        "sddmm": images * heads * _product_cycles(now.queries, now.keys, half, hardware),
+        "recompute": images * heads * _product_cycles(again, now.keys, op.key_dim, hardware),
+        "spmm": images * heads * _product_cycles(now.queries, op.value_dim, now.keys, hardware),
+    }
+    scores = {
+        "predict": before.queries * before.keys if prunes else 0,
+        "sddmm": (now.queries + again) * now.keys,
+    }
+    loads = _loads(op, hardware, before if prunes else now, now, again, prunes)
+    loads = {name: images * size for name, size in loads.items()}
+    stored = images * heads * now.queries * op.value_dim * hardware.operand_bytes
+    visits = method.topk_visits * (before.keys + op.heads)
+    topk = images * -(-visits // method.comparators) if prunes else 0
+    busy = {
+        "array": sum(array.values()),
+        "DRAM": hardware.dram_cycles(sum(loads.values()) + stored),
+        "softmax": images * heads * sum(-(-count // lanes) for count in scores.values()),
+        "top-k": topk,
+    }
+    first = -(-hardware.dram_cycles(sum(loads.values())) // (images * heads))
+    ends = sum(-(-count // lanes) + hardware.softmax_latency_cycles for count in scores.values())
+    exposed = {
+        "load": first + hardware.dram_latency_cycles,
+        "top-k": topk,
+        "softmax": ends - (0 if prunes else hardware.softmax_latency_cycles),
+    }
+    phases = pipelined(array, exposed, busy)
+    kept = images * heads * now.queries * now.keys
+    predicted = images * heads * scores["predict"] * op.key_dim
+    # Scores of 4-bit operands take half a MAC; those of unsure queries are computed again.
+    executed = -(-(kept * op.key_dim + predicted) // 2) + kept * op.value_dim
+    executed += images * heads * again * now.keys * op.key_dim
+    return OpCost(
+        op.name,
+        "attention",
+        sum(phases.values()),
+        phases,
+        macs=executed,
+        kept_macs=executed - -(-predicted // 2),
+        traffic=_traffic(op, hardware, images, scores, now, loads, stored, again),
+        busy=busy,
+        details={
+            "heads_kept": heads,
+            "queries_kept": now.queries,
+            "keys_kept": now.keys,
+            "density": kept / (op.entries * batch),
+            "predicted_4bit_products": predicted,
+            "queries_recomputed": again,
+        },
+    )
+
+
+def _loads(
+    op: Attention, hardware: Hardware, before: _Tokens, now: _Tokens, again: int, prunes: bool
+) -> dict[str, int]:
+    """Bytes of one image: upper halves of Q and K of all tokens that are scored (again for
+    the second pass, where all heads do not stay on chip), lower halves where needed."""
+    upper = op.key_dim * hardware.operand_bytes / 2
+    loads = {}
+    for name, first, second, lower in (
+        ("Q", before.queries, now.queries, again),
+        ("K", before.keys, now.keys, now.keys if again else 0),
+    ):
+        room = getattr(hardware, f"{name.lower()}_buffer_bytes")
+        stays = now.heads * first * upper <= room
+        tokens = first + lower + (second if prunes and not stays else 0)
+        loads[name] = math.ceil(now.heads * tokens * upper)
+    tiles = _query_tiles(op, hardware, now)
+    values = now.heads * now.keys * op.value_dim * hardware.operand_bytes
+    fits = now.keys * op.value_dim * hardware.operand_bytes <= hardware.v_buffer_bytes
+    if now.keys * upper > hardware.k_buffer_bytes:
+        loads["K"] *= tiles
+    return loads | {"V": values * (1 if fits else tiles)}
+
+
+def _query_tiles(op: Attention, hardware: Hardware, now: _Tokens) -> int:
+    """Tiles of queries whose scores fit the output buffer, two at a time."""
+    row = 2 * now.keys * hardware.score_bytes
+    if row > hardware.output_buffer_bytes:
+        raise ValueError(
+            f"{op.name}: one row of {now.keys} scores takes {row} bytes twice, "
+            f"output_buffer_bytes is {hardware.output_buffer_bytes}"
+        )
+    return -(-now.queries // (hardware.output_buffer_bytes // row))
+
+
+def _traffic(
+    op: Attention,
+    hardware: Hardware,
+    images: int,
+    scores: dict[str, int],
+    now: _Tokens,
+    loads: dict[str, int],
+    stored: int,
+    again: int,
+) -> tuple[Traffic, ...]:
+    """Operands once a MAC line's worth of the other side, as an output-stationary array."""
+    size, width, height = hardware.operand_bytes, hardware.macs_per_line, hardware.lines
+    heads = images * now.heads
+    computed = sum(scores.values()) + again * now.keys  # in upper halves, 8 bits take two
+    halves = computed * op.key_dim * size
+    products = now.queries * now.keys * op.value_dim * size
+    reads = {
+        "Q": heads * -(-halves // (2 * width)),
+        "K": heads * -(-halves // (2 * height)),
+        "V": heads * -(-products // height),
+    }
+    rows = [Traffic(name, "dram", loaded, 0) for name, loaded in loads.items()]
+    rows.append(Traffic("output", "dram", 0, stored))
+    rows += [Traffic(name, "buffer", reads[name], loads[name]) for name in reads]
+    rows += [Traffic(name, "lines", reads[name], 0) for name in reads]
+    held = heads * sum(scores.values())
+    summed = held * hardware.accumulator_bytes
+    moved = held * hardware.score_bytes
+    rows += [
+        Traffic("scores", "buffer", 3 * moved, 2 * moved),
+        Traffic("importance", "buffer", summed, summed),
+        Traffic("output", "buffer", stored, stored),
+    ]
+    return tuple(rows)
