@@ -190,10 +190,14 @@ def _next_stage(machine, program, state, trace):
 
 
 @core
-def _transfers_left(channels):
+def _left(channels):
+    """Transfers to be done and tokens to be decoded."""
     left = 0
     for number in range(channels.size):
-        left += channels[number].last - channels[number].current
+        channel = channels[number]
+        left += channel.last - channel.current
+        if channel.staging >= 0:
+            left += channel.landed - channel.arrived
     return left
 
 
@@ -206,13 +210,13 @@ def _compiled(sources: str):
 
     @njit(cache=True, **core_options)
     def step(machine, program, state, trace, counts):
-        """Step until every stage and transfer is done; False where nothing moves any more."""
+        """Step until all stages and channels are done; False where nothing moves any more."""
         assert sources
         run, channels, transfers = state.run, state.channels, program.transfers
         patience = machine.dram_latency + 8
         while run.still < patience or run.cycle <= run.wake_at < NEVER:
             ended = run.stage == program.stages.size
-            if ended and _transfers_left(channels) == 0:
+            if ended and _left(channels) == 0:
                 counts.cycles = run.cycle
                 return True
             run.still += 1

@@ -50,7 +50,7 @@ P_LOAD, P_DECODE, P_SOFTMAX, P_STORE, P_RECONFIGURE = range(2, len(PHASES))
 
 COUNTS = (
     "cycles",
-    "tail_cycles",  # after the last stage, until the last transfer is done
+    "tail_cycles",  # after the last stage, until the channels are done
     "dram_units",  # moved, in 1/denominator bytes
     "dram_cycles",  # in which anything moved
     "decoder_macs",
