@@ -17,7 +17,7 @@ from .codec import QKCodec
 
 PUBLISHED_WEIGHT = 1e-4
 RELATIVE_WEIGHT = 0.01
-CODEC_RECIPE = Recipe(learning_rate=1e-3, weight_decay=0.0)
+CODEC_RECIPE = Recipe(learning_rate=1e-3, weight_decay=0.0, full_rate_loss=0.0)
 
 
 def train_codec(

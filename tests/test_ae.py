@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -22,9 +23,8 @@ from sievit.ae import (
     train_codec,
 )
 from sievit.ae.closed_form import agreeing_turn
-from sievit.ae.train import error_norm, relative_error
+from sievit.ae.train import CODEC_RECIPE, error_norm, relative_error
 from sievit.models import create, features
-from sievit.models.distill import Recipe
 from sievit.models.vit import Attention
 from sievit.workload import HeadCodec
 
@@ -265,7 +265,7 @@ def test_training_moves_the_codecs_alone(published):
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     fitted = fit_codecs(head_moments(student, [images]), latent_heads=2, turn=True)
     weights = {n: v.clone() for n, v in student.state_dict().items()}
-    recipe = Recipe(learning_rate=5e-3, weight_decay=0.0, warmup_steps=2, bf16=False)
+    recipe = replace(CODEC_RECIPE, learning_rate=5e-3, warmup_steps=2, bf16=False)
     log = train_codec(
         student,
         teacher,
@@ -289,7 +289,7 @@ def test_the_reconstruction_term_is_in_the_loss():
     for published in (False, True):
         for weight in (0.0, 0.5):
             fitted = fit_codecs(head_moments(model, [images]), latent_heads=2)
-            recipe = Recipe(bf16=False)
+            recipe = replace(CODEC_RECIPE, bf16=False)
             log = train_codec(
                 model,
                 teacher,

