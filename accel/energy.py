@@ -173,6 +173,8 @@ def _uncounted(report: Report) -> list[str]:
     missing: dict[tuple[str, str], set[str]] = {}
     for op in report.ops:
         at = {level: {r.tensor for r in op.traffic if r.level == level} for level in LEVELS}
+        if op.cycles and not (op.macs or op.traffic):
+            missing.setdefault((op.kind, "MACs and all"), set()).add("all tensors")
         if op.macs and not at["dram"]:
             missing.setdefault((op.kind, "DRAM"), set()).add("all tensors")
         if op.kind != "unknown" and at["dram"] - at["buffer"]:

@@ -117,6 +117,22 @@ def test_sanger_by_hand():
     assert cost.phases["spmm"] == 4 * (24 + 2 + 8 - 2)
 
 
+def test_a_product_is_laid_the_better_way_round():
+    wide, tall = array_cycles(20, 4096, 32, VITCOD), array_cycles(4096, 20, 32, VITCOD)
+    assert tall < wide
+    for m, n in ((20, 4096), (4096, 20)):
+        assert sanger.product_cycles(m, n, 32, VITCOD) == tall
+    assert sanger.product_cycles(0, 9, 9, VITCOD) == 0
+
+
+def test_spatten_waits_for_the_softmax_of_a_tile_not_of_a_head():
+    op = masked(random_mask(0, 1, 512, 512, 0.2))
+    roomy = replace(VITCOD, output_buffer_bytes=1 << 24)
+    few, one = (simulate(network(op), h, "spatten").attention[0] for h in (VITCOD, roomy))
+    assert few.phases["softmax"] < one.phases["softmax"]
+    assert few.busy["softmax"] == one.busy["softmax"]
+
+
 def test_sanger_pays_for_prediction_whatever_the_mask_keeps():
     costs = [
         simulate(network(masked(random_mask(0, 2, 64, 64, d))), VITCOD, "sanger").attention[0]

@@ -107,6 +107,8 @@ def test_what_is_left_out_is_listed():
     assert "line register bytes of all operands" in text
     assert "odd: its MACs are not known" in text
     assert "vector unit" not in text
+    bare = energy(report(attention(macs=0, kept_macs=0, traffic=())), ALADDIN)
+    assert "MACs and all bytes of all tensors in attention operations" in bare.not_charged[0]
     lop = energy(report(attention()), PROFILES["horowitz-28nm-lop"])
     assert "SRAM leakage: the profile has no figure" in lop.not_charged
     assert "SRAM leakage" not in lop.components_pj()

@@ -84,7 +84,7 @@ def attention_cost(op: Attention, hardware: Hardware, batch: int = 1) -> OpCost:
     last = min(tile, op.queries - starts[-1])
     sizes = [tile] * (len(starts) - 1) + [last]
     half = -(-op.key_dim // 2)
-    predict = images * op.heads * sum(array_cycles(r, op.keys, half, hardware) for r in sizes)
+    predict = images * op.heads * sum(product_cycles(r, op.keys, half, hardware) for r in sizes)
     sddmm = images * sum(_held(p.rows, op.key_dim, height, width, hardware) for p in packed)
     spmm = images * sum(_held(p.rows, op.value_dim, height, width, hardware) for p in packed)
     kept, lanes = int(kept_rows.sum()), hardware.softmax_lanes
@@ -126,6 +126,13 @@ def attention_cost(op: Attention, hardware: Hardware, batch: int = 1) -> OpCost:
             "predicted_4bit_products": predicted,
         },
     )
+
+
+def product_cycles(m: int, n: int, k: int, hardware: Hardware) -> int:
+    """A product or its transpose, whichever the array finishes first."""
+    if m == 0:
+        return 0
+    return min(array_cycles(m, n, k, hardware), array_cycles(n, m, k, hardware))
 
 
 def pipelined(

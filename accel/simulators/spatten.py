@@ -22,10 +22,10 @@ import math
 from dataclasses import dataclass
 
 from ...workload import Attention, Workload
-from ..dense import array_cycles, op_cost
+from ..dense import op_cost
 from ..hardware import Hardware
 from ..report import OpCost, Report, Traffic
-from .sanger import pipelined
+from .sanger import pipelined, product_cycles
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,6 @@ def _alive(op: Attention, share: float, heads: int) -> _Tokens:
     return _Tokens(heads, max(round(op.queries * kept), 1), max(round(op.keys * kept), 1))
 
 
-def _product_cycles(m: int, n: int, k: int, hardware: Hardware) -> int:
-    """A product or its transpose, whichever the array finishes first."""
-    if m == 0:
-        return 0
-    return min(array_cycles(m, n, k, hardware), array_cycles(n, m, k, hardware))
-
-
 def attention_cost(
     op: Attention,
     hardware: Hardware,
@@ -122,12 +115,12 @@ def attention_cost(
     prunes = (now.queries, now.keys) != (before.queries, before.keys)
     again = math.ceil(now.queries * method.lsb_share)
     half, lanes = -(-op.key_dim // 2), hardware.softmax_lanes
-    found = images * heads * _product_cycles(before.queries, before.keys, half, hardware)
+    found = images * heads * product_cycles(before.queries, before.keys, half, hardware)
     array = {
         "predict": found if prunes else 0,
-        "sddmm": images * heads * _product_cycles(now.queries, now.keys, half, hardware),
-        "recompute": images * heads * _product_cycles(again, now.keys, op.key_dim, hardware),
-        "spmm": images * heads * _product_cycles(now.queries, op.value_dim, now.keys, hardware),
+        "sddmm": images * heads * product_cycles(now.queries, now.keys, half, hardware),
+        "recompute": images * heads * product_cycles(again, now.keys, op.key_dim, hardware),
+        "spmm": images * heads * product_cycles(now.queries, op.value_dim, now.keys, hardware),
     }
     scores = {
         "predict": before.queries * before.keys if prunes else 0,
@@ -145,11 +138,17 @@ def attention_cost(
         "top-k": topk,
     }
     first = -(-hardware.dram_cycles(sum(loads.values())) // (images * heads))
-    ends = sum(-(-count // lanes) + hardware.softmax_latency_cycles for count in scores.values())
+    # The last tile's softmax, before top-k and before the end, has nothing to hide behind.
+    tails = {
+        "predict": _query_tiles(op, hardware, before),
+        "sddmm": _query_tiles(op, hardware, now),
+    }
+    ends = sum(-(-scores[name] // (lanes * tiles)) for name, tiles in tails.items())
+    latencies = (2 if prunes else 1) * hardware.softmax_latency_cycles
     exposed = {
         "load": first + hardware.dram_latency_cycles,
         "top-k": topk,
-        "softmax": ends - (0 if prunes else hardware.softmax_latency_cycles),
+        "softmax": ends + latencies,
     }
     phases = pipelined(array, exposed, busy)
     kept = images * heads * now.queries * now.keys
