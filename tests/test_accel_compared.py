@@ -195,6 +195,18 @@ def test_spatten_bytes_of_progressive_quantization():
     assert shares[1.0]["Q"] == 2 * half
 
 
+def test_spatten_loads_k_and_v_again_for_tiles_of_queries():
+    op = masked(random_mask(0, 1, 100, 100, 0.25), dim=16)
+    # A row of 100 scores takes 400 bytes twice, one of 50 takes 200: 5 and 10 rows a tile.
+    small = replace(VITCOD, k_buffer_bytes=256, v_buffer_bytes=256, output_buffer_bytes=2000)
+    cost = spatten.attention_cost(op, small, 1, 1.0, 0.25, spatten.Spatten(lsb_share=0.0))
+    loads = {r.tensor: r.read_bytes for r in cost.traffic if r.level == "dram"}
+    assert cost.details["keys_kept"] == 50
+    assert loads["K"] == 100 * 8 * 20 + 50 * 8 * 5
+    assert loads["V"] == 50 * 16 * 5
+    assert loads["Q"] == 100 * 8  # they stay on chip between the two passes
+
+
 def test_dense_attention_without_a_mask_runs_on_both():
     op = Attention("attn", 2, 32, 32, 16, 16)
     for simulator in ("sanger", "spatten"):

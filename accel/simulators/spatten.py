@@ -181,7 +181,8 @@ def _loads(
 ) -> dict[str, int]:
     """Bytes of one image: upper halves of Q and K of all tokens that are scored (again for
     the second pass, where all heads do not stay on chip), lower halves where needed."""
-    upper = op.key_dim * hardware.operand_bytes / 2
+    size = hardware.operand_bytes
+    upper = op.key_dim * size / 2
     loads = {}
     for name, first, second, lower in (
         ("Q", before.queries, now.queries, again),
@@ -189,14 +190,15 @@ def _loads(
     ):
         room = getattr(hardware, f"{name.lower()}_buffer_bytes")
         stays = now.heads * first * upper <= room
-        tokens = first + lower + (second if prunes and not stays else 0)
+        if name == "K":  # a head's K that does not fit comes again for each tile of queries
+            first *= _query_tiles(op, hardware, before) if first * upper > room else 1
+            passes = _query_tiles(op, hardware, now) if second * upper > room else 1
+            second, lower = second * passes, lower * passes
+        tokens = first + lower + second if prunes and not stays else first + lower
         loads[name] = math.ceil(now.heads * tokens * upper)
-    tiles = _query_tiles(op, hardware, now)
-    values = now.heads * now.keys * op.value_dim * hardware.operand_bytes
-    fits = now.keys * op.value_dim * hardware.operand_bytes <= hardware.v_buffer_bytes
-    if now.keys * upper > hardware.k_buffer_bytes:
-        loads["K"] *= tiles
-    return loads | {"V": values * (1 if fits else tiles)}
+    values = now.keys * op.value_dim * size
+    again_v = _query_tiles(op, hardware, now) if values > hardware.v_buffer_bytes else 1
+    return loads | {"V": now.heads * values * again_v}
 
 
 def _query_tiles(op: Attention, hardware: Hardware, now: _Tokens) -> int:
