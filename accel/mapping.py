@@ -312,11 +312,10 @@ def _shortages(mapping: Mapping) -> list[tuple[str, int]]:
     accumulators = mapping.query_tile * mapping.value_words * hardware.macs_per_line
     bitmap = max(mapping.bitmap_bytes(h, t) for h in range(op.heads) for t in mapping.query_tiles)
     starts = max(mapping.query_tile, mapping.key_tile) + hardware.lines
-    queries = op.queries if mapping.whole_queries else mapping.query_tile
     row = _padded(op.key_dim, hardware)
     latents = 2 * mapping.token_bytes + mapping.codec_bytes if op.codec else 0
     needs = {
-        "q_buffer_bytes": mapping.group * queries * row,
+        "q_buffer_bytes": mapping.group * _resident_queries(mapping) * row,
         "k_buffer_bytes": mapping.group * mapping.key_tile * row,
         "v_buffer_bytes": mapping.key_tile * _padded(op.value_dim, hardware),
         "index_buffer_bytes": alive * bitmap
@@ -327,6 +326,15 @@ def _shortages(mapping: Mapping) -> list[tuple[str, int]]:
         "other_buffer_bytes": latents,
     }
     return [(name, need) for name, need in needs.items() if need > getattr(hardware, name)]
+
+
+def _resident_queries(mapping: Mapping) -> int:
+    """All of them, or two tiles, so that the next one loads beside the one in work (a buffer
+    of one query holds that)."""
+    tile, queries = mapping.query_tile, mapping.op.queries
+    if mapping.whole_queries:
+        return queries
+    return min(2 * tile, queries) if tile > 1 else 1
 
 
 def _refusal(op: Attention, hardware: Hardware, patterns: tuple[Pattern, ...]) -> str:

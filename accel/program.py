@@ -101,7 +101,7 @@ class Counts:
     index_dram_bytes: int
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _tile(indptr, indices, first, last, low, high, shift):
     """Vectors first..last of a compressed matrix, operands in low..high, moved by shift."""
     pointer = np.zeros(last - first + 1, np.int64)

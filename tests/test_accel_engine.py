@@ -365,7 +365,7 @@ class Twin:
         at, begun, flush = 0, False, 0
         split = int(self.p.stages["reconfigure"][0])
         for cycle in range(limit):
-            busy = any(c.queue or c.decoded and c.landed > c.arrived for c in self.channels)
+            busy = any(c.queue or (c.decoded and c.landed > c.arrived) for c in self.channels)
             if at == len(self.p.stages) and not busy:
                 self.count["cycles"] = cycle
                 return self

@@ -55,7 +55,7 @@ def test_what_is_resident_fits(op):
     mapping = choose(op, VITCOD)
     word = VITCOD.word_bytes
     query, value = mapping.key_words * word, mapping.value_words * word
-    queries = op.queries if mapping.whole_queries else mapping.query_tile
+    queries = op.queries if mapping.whole_queries else 2 * mapping.query_tile
     assert mapping.group * queries * query <= VITCOD.q_buffer_bytes
     assert mapping.group * mapping.key_tile * query <= VITCOD.k_buffer_bytes
     assert mapping.key_tile * value <= VITCOD.v_buffer_bytes
