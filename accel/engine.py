@@ -6,7 +6,18 @@ one word a bank and cycle, the same word for several lines is one read (multicas
 that ask one bank for different words wait. The line that is served first moves on by one
 each cycle.
 
-Arrays in, arrays out: `Program` says what to do, `run` returns a `Trace`.
+A stage is one product (SDDMM or SpMM) of one head, query tile and key tile; stages follow
+each other, each begins when its index bytes up to the stream are there (and, for SpMM, room
+for its output rows), and ends when the last result has left the pipeline. Loads for later
+stages, decoding, softmax and stores run beside it.
+
+Choices: scores and probabilities have ports enough (the lines make at most lines / words
+scores a cycle), and so have the pointers and bitmaps in IdxBuf; all of them are counted, by
+`program` and its user. A cycle in which nothing changes but time is not stepped again: each
+line does what it did before, which is exact.
+
+Arrays in, arrays out: `Program` says what to do, `run` returns a `Trace`. Witnesses: a naive
+twin in the tests, and the lines in Verilog (rtl/).
 """
 
 from __future__ import annotations
