@@ -77,9 +77,12 @@ def codesign(
     ] = None,
     groups: Annotated[int, typer.Option(help="Blocks of a block-diagonal codec.")] = 1,
     turn: Annotated[bool, typer.Option(help="Turn the heads to agree before the codec.")] = True,
-    steps: Annotated[int, typer.Option(help="Recovery steps; 0 for none.")] = 40,
+    steps: Annotated[int, typer.Option(help="Recovery steps; 0 for none.")] = 24,
     seconds: Annotated[
         float | None, typer.Option(help="Recovery seconds, instead of steps.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Recovery's learning rate; default by the photos.")
     ] = None,
     codec_steps: Annotated[int, typer.Option(help="Training steps of the codec.")] = 8,
     learn_crops: Annotated[int, typer.Option(help="Crops for the averaged attention.")] = 64,
@@ -111,6 +114,7 @@ def codesign(
             codec_steps=codec_steps,
             recovery_steps=steps,
             recovery_seconds=seconds,
+            recovery_rate=rate,
             batch_size=batch_size,
             seed=seed,
         )

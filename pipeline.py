@@ -24,9 +24,9 @@ from .ae import FittedCodecs, attach_codec, fit_codecs, fold, head_moments, trai
 from .images import Photos, batches, center_crops, endless_crops, random_crops, sample_photos
 from .masks import AttentionMask
 from .models import create, prefix_tokens, trace
-from .models.distill import Distilled
+from .models.distill import Distilled, Recipe
 from .result import CodecSummary, CodesignResult
-from .settings import Settings
+from .settings import Settings, rate_for
 from .sparsify import (
     Fidelity,
     attach,
@@ -199,6 +199,7 @@ class _Run:
         else:
             attach(student, mask, image_size=size)
         seconds, steps = settings.recovery_seconds, settings.recovery_steps
+        photos = len(self.learn)
         if seconds or steps:
             with self.stage("recovering") as tell:
                 recovery_log = recover(
@@ -207,6 +208,7 @@ class _Run:
                     stream,
                     steps=None if seconds else steps,
                     seconds=seconds,
+                    recipe=Recipe(learning_rate=settings.recovery_rate or rate_for(photos)),
                     progress=lambda share, loss: tell(share),
                 )
             with self.stage("judging the recovered model"):

@@ -27,12 +27,11 @@ from .figures import draw
 from .files import written_whole
 from .masks import AttentionMask
 from .models.distill import Distilled
-from .settings import Settings
+from .settings import FEW_PHOTOS, Settings
 from .sparsify import Fidelity
 from .sparsify.reorder import Polarized
 from .workload import HeadCodec, Workload
 
-FEW_PHOTOS = 100
 PACKAGES = ("torch", "numpy", "scipy", "numba", "safetensors", "pillow", "onnx", "scikit-image")
 
 

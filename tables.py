@@ -104,12 +104,12 @@ def _table(title: str) -> Table:
 def fidelity_table(rows: Mapping[str, Fidelity]) -> Table:
     """Variant by variant, against the dense model's tokens."""
     table = _table("Fidelity to the dense model (1 = the same)")
-    table.add_column("variant")
+    table.add_column("variant", no_wrap=True)
     saliency = any(row.saliency_iou is not None for row in rows.values())
-    for heading in ("patch cosine", "CLS cosine", "relative L2"):
+    for heading in ("patch\ncosine", "CLS\ncosine", "relative\nL2"):
         table.add_column(heading, justify="right")
     if saliency:
-        table.add_column("saliency IoU", justify="right")
+        table.add_column("saliency\nIoU", justify="right")
     for name, row in rows.items():
         cells = [f"{row.patch_cosine:.3f}", _optional(row.cls_cosine), f"{row.relative_l2:.3f}"]
         table.add_row(name, *cells, *([_optional(row.saliency_iou)] if saliency else []))
@@ -143,11 +143,11 @@ def simulation_table(reports: Mapping[str, Report]) -> RenderableType:
     table.add_column("machine", no_wrap=True)
     for heading in (
         "attention\ncycles",
-        "attention\nspeed-up",
+        "attention\nfaster",
         "DRAM\nkB",
         "MACs\nin use",
         "network\nms",
-        "network\nspeed-up",
+        "network\nfaster",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, report in reports.items():
@@ -162,7 +162,7 @@ def simulation_table(reports: Mapping[str, Report]) -> RenderableType:
         )
     busiest = "; ".join(f"{name} {report.bottleneck()}" for name, report in reports.items())
     notes = [
-        f"Speed-ups are against {next(iter(reports))}. DRAM and MACs in use: attention alone. "
+        f"Faster than {next(iter(reports))} by so much. DRAM and MACs in use: attention alone. "
         "Network: every operation of the batch, none fused.",
         f"Busiest in attention: {busiest}.",
     ]

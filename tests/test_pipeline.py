@@ -155,6 +155,7 @@ def test_masks_alone_and_their_simulation():
         ("learn_crops", 0),
         ("recovery_steps", -1),
         ("recovery_seconds", 0.0),
+        ("recovery_rate", -1.0),
         ("batch_size", 2.5),
         ("groups", 0),
     ],
