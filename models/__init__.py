@@ -8,7 +8,6 @@ from .intercept import AttentionHook, Handle, intercept
 from .registry import create, names
 from .replace import replace_attention, replace_depthwise
 from .saliency import SaliencyDecoder
-from .scaling import scale
 from .trace import trace
 from .weights import LoadReport, load_weights
 
@@ -33,3 +32,12 @@ __all__ = [
     "scale",
     "trace",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """`scale` brings the networks it scales along: it is loaded when it is asked for."""
+    if name == "scale":
+        from .scaling import scale
+
+        return scale
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
