@@ -18,7 +18,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from .compiled import cached, compiled
 
 BALANCED, ROUND_ROBIN, LOCKSTEP = range(3)
 POLICIES = {"balanced": BALANCED, "round_robin": ROUND_ROBIN, "lockstep": LOCKSTEP}
@@ -64,7 +65,7 @@ class Assignment(NamedTuple):
     starts: int
 
 
-@njit(error_model="numpy")
+@compiled
 def denser_length(vectors: int, operands: int, lines: int) -> int:
     """Operands that the busiest of ``lines`` takes from a block of vectors x operands.
 
@@ -78,7 +79,7 @@ def denser_length(vectors: int, operands: int, lines: int) -> int:
     return full * operands + (operands + sharing - 1) // sharing
 
 
-@njit(error_model="numpy")
+@compiled
 def split_lines(vectors: int, operands: int, entries: int, lines: int) -> tuple[int, int]:
     """Lines for the denser and the sparser engine, in proportion to their work.
 
@@ -100,7 +101,7 @@ def split_lines(vectors: int, operands: int, entries: int, lines: int) -> tuple[
     return best, lines - best
 
 
-@njit(error_model="numpy")
+@compiled
 def _cut(pieces, count, vector, first, total, parts, line, turn):
     """Cut ``total`` operands of a vector into ``parts`` pieces on lines ``line``, ...;
     returns the number of pieces then."""
@@ -112,7 +113,7 @@ def _cut(pieces, count, vector, first, total, parts, line, turn):
     return count + parts
 
 
-@njit(error_model="numpy")
+@compiled
 def _denser_pieces(pieces, vectors, operands, lines):
     """Pieces of the dense block; returns their number."""
     full, rest = divmod(vectors, lines)
@@ -129,7 +130,7 @@ def _denser_pieces(pieces, vectors, operands, lines):
     return count
 
 
-@njit(error_model="numpy")
+@compiled
 def _sorted_by(keys):
     """Positions of small non-negative numbers in ascending order, equals in their order."""
     most = 0
@@ -147,7 +148,7 @@ def _sorted_by(keys):
     return order
 
 
-@njit(error_model="numpy")
+@compiled
 def _lightest(loads):
     """The line with the least load; ties: the lowest."""
     best = 0
@@ -157,7 +158,7 @@ def _lightest(loads):
     return best
 
 
-@njit(error_model="numpy")
+@compiled
 def _balanced_pieces(pieces, start, indptr, indices, base, lines, shift):
     """Cut at the fair share; longest first to the lightest line."""
     count, fair = start, (indptr[-1] + lines - 1) // lines
@@ -185,7 +186,7 @@ def _balanced_pieces(pieces, start, indptr, indices, base, lines, shift):
     return count
 
 
-@njit(error_model="numpy")
+@compiled
 def _round_robin_pieces(pieces, count, indptr, base, lines):
     for vector in range(indptr.size - 1):
         total, line = indptr[vector + 1] - indptr[vector], base + vector % lines
@@ -194,7 +195,7 @@ def _round_robin_pieces(pieces, count, indptr, base, lines):
     return count
 
 
-@njit(error_model="numpy")
+@compiled
 def _lockstep_pieces(pieces, count, indptr, base, lines):
     turn = ZERO
     for vector in range(indptr.size - 1):
@@ -205,7 +206,7 @@ def _lockstep_pieces(pieces, count, indptr, base, lines):
     return count
 
 
-@njit(error_model="numpy")
+@compiled
 def _line_starts(pieces, lines):
     """First piece, and first entry, of each line once they stand line after line."""
     line_piece = np.zeros(lines + 1, np.int64)
@@ -221,7 +222,7 @@ def _line_starts(pieces, lines):
     return line_piece, line_entry
 
 
-@njit(error_model="numpy")
+@compiled
 def _by_line(pieces, indices, line_piece, line_entry, in_turn):
     """Pieces and their entries line after line, the order inside a line kept.
 
@@ -250,7 +251,7 @@ def _by_line(pieces, indices, line_piece, line_entry, in_turn):
     return moved, entries
 
 
-@njit(cache=True, error_model="numpy")
+@cached
 def _assign(indptr, indices, dense_vectors, dense_operands, lines, policy, shift):
     total = indptr[-1]
     denser, sparser = split_lines(dense_vectors, dense_operands, total, lines)

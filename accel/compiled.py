@@ -1,27 +1,50 @@
-"""How the simulator's compiled cores are made: options, the disk cache, the word to the user.
+"""How the simulator's compiled functions are made: options, disk cache, the word to the user.
 
-Numba compiles on the first call and caches on disk (beside the package, or in the user's
-cache folder where that cannot be written).
+Numba compiles on the first call and caches on disk: beside the package, or in the user's
+cache folder where that cannot be written, or not at all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from numba import njit
 from numba.core import event
 from numba.core.options import DefaultOptions
 
-core_options: dict[str, object] = {"error_model": "numpy"}
+_OPTIONS: dict[str, object] = {"error_model": "numpy"}
+_CORE_OPTIONS = dict(_OPTIONS)
 if hasattr(DefaultOptions, "_nrt"):
-    # The core allocates nothing, and counting references to its arrays would take most of
-    # the time. Numba keeps this option to itself; without it the core runs, but slower.
-    core_options["_nrt"] = False
+    # A core allocates nothing, and counting references to its arrays would take most of the
+    # time. Numba keeps this option to itself; without it cores run, but slower.
+    _CORE_OPTIONS["_nrt"] = False
 
-core = njit(forceinline=True, **core_options)
-"""Decorator of the functions of a core: they become one, with no calls left."""
+compiled = njit(**_OPTIONS)
+"""Decorator of a compiled function that may make arrays."""
+
+core = njit(forceinline=True, **_CORE_OPTIONS)
+"""Decorator of a part of a core, which works on its arguments alone: all parts become one
+function, with no calls left."""
+
+
+def cached(function: Callable) -> Callable:
+    """As `compiled`, for a function called from Python: cached on disk."""
+    return _cached(function, _OPTIONS)
+
+
+def cached_core(function: Callable) -> Callable:
+    """As `core`, for the function that Python calls: cached on disk."""
+    return _cached(function, _CORE_OPTIONS)
+
+
+def _cached(function: Callable, options: dict[str, object]) -> Callable:
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # there is no folder that can be written
+        return njit(**options)(function)
 
 
 def sources_digest(*names: str) -> str:

@@ -22,9 +22,7 @@ twin in the tests, and the lines in Verilog (rtl/).
 
 from __future__ import annotations
 
-from numba import njit
-
-from .compiled import core, core_options, sources_digest
+from .compiled import cached_core, core, sources_digest
 from .hardware import Hardware
 from .lines import open_piece, step_scores, step_values
 from .machine import (
@@ -219,7 +217,7 @@ def _compiled(sources: str):
     files of the core, makes a change in any of them count.
     """
 
-    @njit(cache=True, **core_options)
+    @cached_core
     def step(machine, program, state, trace, counts):
         """Step until all stages and channels are done; False where nothing moves any more."""
         assert sources

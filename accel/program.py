@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from ..workload import Attention
 from .assign import DENSE_ROUND, Assignment, assign
+from .compiled import cached
 from .hardware import Hardware
 from .mapping import Mapping, Pattern
 
@@ -101,7 +101,7 @@ class Counts:
     index_dram_bytes: int
 
 
-@njit(cache=True, error_model="numpy")
+@cached
 def _tile(indptr, indices, first, last, low, high, shift):
     """Vectors first..last of a compressed matrix, operands in low..high, moved by shift."""
     pointer = np.zeros(last - first + 1, np.int64)

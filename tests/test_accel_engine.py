@@ -565,3 +565,11 @@ def test_compiling_is_announced_once(caplog, monkeypatch):
     assert [record.message for record in caplog.records] == [
         "compiling the simulator, once on this machine: about 10 seconds"
     ]
+
+
+def test_a_core_that_cannot_be_cached_is_compiled_all_the_same():
+    """Code without a file has no place for a cache, like a package nobody can write beside."""
+    names = {}
+    exec("def twice(x):\n    return 2 * x", names)
+    for decorator in (compiled.cached, compiled.cached_core):
+        assert decorator(names["twice"])(21) == 42
