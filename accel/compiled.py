@@ -62,7 +62,7 @@ class _Announcer(event.Listener):
         self.said = False
 
     def on_start(self, event: event.Event) -> None:
-        module = event.data["dispatcher"].py_func.__module__
+        module = str(event.data["dispatcher"].py_func.__module__)  # None where it has no file
         if not self.said and module.startswith(f"{__package__}."):
             self.said = True
             logging.getLogger("sievit.accel").info(
