@@ -97,7 +97,7 @@ def codesign(
     quiet: Quiet = False,
 ) -> None:
     """Sparsify a pretrained ViT, recover it, and simulate what it costs in silicon."""
-    with one_line_errors():
+    with one_line_errors(quiet):
         from .settings import Settings
 
         settings = Settings(
@@ -179,7 +179,7 @@ def masks(
     quiet: Quiet = False,
 ) -> None:
     """Learn fixed attention masks from photos and save them."""
-    with one_line_errors():
+    with one_line_errors(quiet):
         from .pipeline import learn_mask
         from .settings import Settings
         from .tables import mask_table
@@ -228,7 +228,7 @@ def simulate(
     quiet: Quiet = False,
 ) -> None:
     """Simulate a network, dense or with a saved mask, on the accelerator."""
-    with one_line_errors():
+    with one_line_errors(quiet):
         from .masks import AttentionMask
         from .pipeline import simulate_model
         from .tables import simulation_table

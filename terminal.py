@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +20,10 @@ ERR = Console(stderr=True)
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Errors of use end in one line on standard error; warnings are shown as one line."""
-    with warnings.catch_warnings():
+def one_line_errors(quiet: bool = False) -> Iterator[None]:
+    """Errors of use end in one line on standard error; warnings are shown as one line, and
+    so, unless ``quiet``, is what the library logs (that the engine is being compiled)."""
+    with warnings.catch_warnings(), _logged(quiet):
         warnings.simplefilter("default")
         warnings.showwarning = _show_warning
         try:
@@ -33,6 +35,25 @@ def one_line_errors() -> Iterator[None]:
         except KeyboardInterrupt:
             ERR.print("interrupted; nothing half-written is left", style="red")
             raise typer.Exit(130) from None
+
+
+@contextlib.contextmanager
+def _logged(quiet: bool) -> Iterator[None]:
+    logger, handler = logging.getLogger("sievit"), _Notes()
+    if not quiet:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Notes(logging.Handler):
+    """One line a record on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        ERR.print(f"note: {record.getMessage()}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_warning(message: Warning | str, *_details: Any, **_more: Any) -> None:

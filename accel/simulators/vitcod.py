@@ -187,13 +187,12 @@ def _traffic(
     if op.codec:
         latents = moved[Q] + moved[K]
         rows.append(Traffic("latent Q and K", "buffer", latents, latents))
-    index = got["index_reads"] * mapping.entry_bytes
     # Scores: written once, read for the maximum and again for the exponential, written as
     # probabilities after the division and read once by SpMM.
     scores = counts.scores * hardware.score_bytes
     sums = got["drained_words"] * hardware.macs_per_line * hardware.accumulator_bytes
     rows += [
-        Traffic("index", "buffer", index, moved[INDEX]),
+        Traffic("index", "buffer", moved[INDEX], moved[INDEX]),  # pointers and bitmaps too
         Traffic("scores", "buffer", 3 * scores, 2 * scores),
         Traffic("output", "buffer", sums + moved[STORE], sums),
     ]
