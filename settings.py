@@ -72,7 +72,8 @@ def rate_for(photos: int) -> float:
     """A learning rate for a recovery on so many photos.
 
     A handful is soon learned by heart. Five photos, 90 % sparsity, ViT-S/14, patch cosine
-    on other photos from .782: 24 steps at 5e-5 give .757, 20 at 1e-5 give .804 (chosen on those photos).
+    on other photos from .782: 24 steps at 5e-5 give .757, 20 at 1e-5 give .804. The rate
+    was chosen on those other photos.
     """
     return 5e-5 if photos >= FEW_PHOTOS else 1e-5
 
