@@ -49,7 +49,7 @@ from .machine import (
 )
 from .mapping import Mapping
 from .memory import arrive, serve_dram
-from .program import INDEX, SDDMM, Program
+from .program import INDEX, SDDMM, SPMM, Program
 
 
 @core
@@ -165,7 +165,8 @@ def _whole_array(machine, run, stage, channels, stalls, phases, counts):
 def _step_stage(machine, program, state, trace, counts):
     """One cycle of the stage in work; returns whether it has ended."""
     run, lines = state.run, state.lines
-    stage, stalls, phases = program.stages[run.stage], trace.stage_stalls[run.stage], trace.phases
+    stage, stalls = program.stages[run.stage], trace.stage_stalls[run.stage]
+    phases = trace.stage_phases[run.stage]
     if _whole_array(machine, run, stage, state.channels, stalls, phases, counts):
         return run.begun == 1 and run.flush == 0
     if run.begun == 0:
@@ -185,11 +186,26 @@ def _step_stage(machine, program, state, trace, counts):
 
 
 @core
+def _log_rows(program, rows, unit, row_ready):
+    """When the probabilities of a unit's rows were there."""
+    first = program.unit_row[unit]
+    for row in range(program.unit_row[unit + 1] - first):
+        if program.row_scores[first + row] > 0:
+            row_ready[first + row] = rows[row].ready_at
+
+
+@core
 def _next_stage(machine, program, state, trace):
     """Close the stage in work and free what only it needed of the index buffer."""
     run = state.run
+    stage = program.stages[run.stage]
     trace.stage_times[run.stage, 1] = run.cycle + 1
-    freed = program.stages[run.stage].index_frees
+    trace.stage_engines[run.stage, 0] = run.denser_end
+    trace.stage_engines[run.stage, 1] = run.sparser_end
+    run.denser_end = run.sparser_end = 0
+    if stage.kind == SPMM:
+        _log_rows(program, state.rows[stage.unit % 2], stage.unit, trace.row_ready)
+    freed = stage.index_frees
     state.channels[INDEX].used -= freed * machine.dram_denominator
     run.stage += 1
     run.begun = 0
@@ -230,10 +246,10 @@ def _compiled(sources: str):
                 return True
             run.still += 1
             serve_dram(machine, run, channels, transfers, trace.transfer_times, counts)
-            arrive(machine, run, channels, state.history, counts)
+            arrive(machine, run, channels, state.history, trace.decoded_at, counts)
             if ended:
                 counts.tail_cycles += 1
-                trace.phases[P_STORE] += 1
+                trace.stage_phases[run.stage, P_STORE] += 1
             elif _step_stage(machine, program, state, trace, counts):
                 _next_stage(machine, program, state, trace)
             run.cycle += 1
@@ -254,7 +270,7 @@ def run(program: Program, hardware: Hardware, mapping: Mapping) -> Trace:
     the machine comes to a stand: a fault of the program or of the engine.
     """
     machine, state = machine_of(hardware, mapping), initial_state(program, hardware, mapping)
-    trace = empty_trace(program)
+    trace = empty_trace(program, mapping)
     counts = trace.counts.view(COUNT)[0]
     if not _step(machine, program, state, trace, counts):
         raise RuntimeError(

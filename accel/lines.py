@@ -192,6 +192,10 @@ def _operand_done(run, line, pieces):
         line.consumed += 1
     if line.left > 0:
         return False
+    if line.round == DENSE_ROUND:
+        run.denser_end = run.cycle + 1
+    else:
+        run.sparser_end = run.cycle + 1
     line.piece += 1
     run.piece_done = 1
     open_piece(line, pieces)

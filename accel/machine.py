@@ -147,6 +147,8 @@ RUN = _record(
     "index_reads",  # in this cycle
     "on_chip",  # entries of the stage's index stream
     "piece_done",  # by a line in this cycle, or a drain
+    "denser_end",  # cycle after the last piece of each engine in the stage
+    "sparser_end",
     "moved",  # anything in the lines in this cycle
     "wake_at",  # first cycle in which a row that a line waits for is ready
     "arrived",  # anything in this cycle
@@ -182,8 +184,11 @@ class Trace(NamedTuple):
 
     stage_times: np.ndarray  # (stages, 2) first cycle, reconfiguration included, and end
     stage_stalls: np.ndarray  # (stages, stalls) line-cycles
-    phases: np.ndarray  # (phases) cycles; they sum to all cycles
+    stage_phases: np.ndarray  # (stages + 1, phases) cycles; the last row: after all stages
+    stage_engines: np.ndarray  # (stages, 2) end of the denser, the sparser engine; 0: no work
     transfer_times: np.ndarray  # (transfers, 2)
+    row_ready: np.ndarray  # (rows of all units) first cycle of the probabilities; 0: no score
+    decoded_at: np.ndarray  # (2, tokens) end of decoding each token of Q and of K
     counts: np.ndarray  # totals, see COUNTS
 
     def count(self, name: str) -> int:
@@ -258,13 +263,17 @@ def _channels(program: Program, hardware: Hardware, mapping: Mapping) -> np.ndar
     return channels
 
 
-def empty_trace(program: Program) -> Trace:
+def empty_trace(program: Program, mapping: Mapping) -> Trace:
     """All zero."""
     stages = len(program.stages)
+    tokens = max(map(program.tokens, (Q, K))) if mapping.decode_macs else 0
     return Trace(
         np.zeros((stages, 2), np.int64),
         np.zeros((stages, len(STALLS)), np.int64),
-        np.zeros(len(PHASES), np.int64),
+        np.zeros((stages + 1, len(PHASES)), np.int64),
+        np.zeros((stages, 2), np.int64),
         np.zeros((len(program.transfers), 2), np.int64),
+        np.zeros(len(program.row_scores), np.int64),
+        np.zeros((2, tokens), np.int64),
         np.zeros(len(COUNTS), np.int64),
     )

@@ -113,7 +113,7 @@ def _move(machine, run, channel, number, transfers, transfer_times, given):
 
 
 @core
-def arrive(machine, run, channels, history, counts):
+def arrive(machine, run, channels, history, decoded_at, counts):
     """Data that was sent a latency ago is usable; latents of Q and K pass the decoder."""
     run.arrived = 0
     now = run.slot
@@ -128,13 +128,13 @@ def arrive(machine, run, channels, history, counts):
         if channel.staging < 0:
             channel.arrived = channel.sent
     if machine.decode_cost > 0 and channels[CODEC].arrived >= machine.codec_bytes:
-        _decode(machine, run, channels, counts)
+        _decode(machine, run, channels, decoded_at, counts)
     if run.arrived:
         run.still = 0
 
 
 @core
-def _decode(machine, run, channels, counts):
+def _decode(machine, run, channels, decoded_at, counts):
     """One cycle of the decoder: token after token, Q and K in turn where both wait."""
     credit = machine.decoder_rate
     while credit > 0:
@@ -149,6 +149,7 @@ def _decode(machine, run, channels, counts):
         credit -= given
         run.decode_left -= given
         if run.decode_left == 0:
+            decoded_at[run.decoding, channels[run.decoding].arrived] = run.cycle + 1
             channels[run.decoding].arrived += 1
     if credit < machine.decoder_rate:
         counts.decoder_macs += machine.decoder_rate - credit

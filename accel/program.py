@@ -89,6 +89,14 @@ class Program(NamedTuple):
         first, last = self.channel_first[channel : channel + 2]
         return int(self.transfers["bytes"][first:last].sum())
 
+    def tokens(self, channel: int) -> int:
+        """All tokens that a channel (Q, K or V) moves, those loaded again counted again."""
+        first, last = self.channel_first[channel : channel + 2]
+        if first == last:
+            return 0
+        final = self.transfers[last - 1]
+        return int(final["token"] + final["bytes"] // final["token_bytes"])
+
 
 @dataclass(frozen=True)
 class Counts:

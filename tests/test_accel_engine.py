@@ -48,8 +48,10 @@ class Twin:
         rate = hardware.dram_bytes_per_cycle
         self.unit, self.rate = rate.denominator, rate.numerator
         self.count = Counter()
-        self.phases = Counter()
+        self.phases = [Counter() for _ in range(len(program.stages) + 1)]
         self.stalls = [Counter() for _ in program.stages]
+        self.engines = [[0, 0] for _ in program.stages]
+        self.decoded = {Q: [], K: []}
         self.stage_times = [[0, 0] for _ in program.stages]
         self.transfer_times = {}
         word = hardware.word_bytes
@@ -143,9 +145,9 @@ class Twin:
             if not c.decoded:
                 c.arrived = c.sent
         if self.mp.decode_macs and self.channels[CODEC].arrived >= self.mp.codec_bytes:
-            self.decode()
+            self.decode(cycle)
 
-    def decode(self):
+    def decode(self, cycle):
         credit = self.decoder_rate
         waits = lambda c: self.channels[c].sent > self.channels[c].arrived  # noqa: E731
         while credit:
@@ -159,7 +161,9 @@ class Twin:
             given = min(credit, self.decode_left)
             credit -= given
             self.decode_left -= given
-            self.channels[self.decoding].arrived += self.decode_left == 0
+            if self.decode_left == 0:
+                self.channels[self.decoding].arrived += 1
+                self.decoded[self.decoding].append(cycle + 1)
         self.count["decoder_macs"] += self.decoder_rate - credit
         self.count["decoder_cycles"] += credit < self.decoder_rate
 
@@ -304,6 +308,7 @@ class Twin:
         line.registers -= not piece.dense
         if not piece.operands:
             line.pieces.pop(0)
+            self.engines[self.at][0 if piece.dense else 1] = self.cycle + 1
         return True
 
     def score_done(self, unit, row):
@@ -373,32 +378,32 @@ class Twin:
             self.arrive(cycle)
             if at == len(self.p.stages):
                 self.count["tail_cycles"] += 1
-                self.phases["store"] += 1
+                self.phases[at]["store"] += 1
                 continue
-            stage, stalls, ended = self.p.stages[at], self.stalls[at], False
+            stage, stalls, ended, self.at = self.p.stages[at], self.stalls[at], False, at
             product = "sddmm" if stage["kind"] == SDDMM else "spmm"
             if flush:
                 flush -= 1
                 ended = flush == 0
                 stalls["pipeline"] += self.hw.lines
-                self.phases[product] += 1
+                self.phases[at][product] += 1
             elif split:
                 split -= 1
                 stalls["reconfigure"] += self.hw.lines
-                self.phases["reconfigure"] += 1
+                self.phases[at]["reconfigure"] += 1
             elif not begun and self.count["stores_done"] < stage["stores"]:
                 stalls["store"] += self.hw.lines
-                self.phases["store"] += 1
+                self.phases[at]["store"] += 1
             elif not begun and self.channels[INDEX].arrived < stage["index_bytes"]:
                 stalls["index_refill"] += self.hw.lines
-                self.phases["load"] += 1
+                self.phases[at]["load"] += 1
             else:
                 if not begun:
                     self.begin(stage)
                     begun = True
                 did = self.step_lines(stage, cycle)
                 stalls.update(did)
-                self.phases[self.phase(stage, did)] += 1
+                self.phases[at][self.phase(stage, did)] += 1
                 if not any(line.pieces or line.drain for line in self.lines):
                     flush = self.hw.pipeline_cycles
                     ended = flush == 0
@@ -436,13 +441,17 @@ def both(op, hardware, instances=1):
 
 def assert_equal_runs(trace, twin):
     assert {name: trace.count(name) for name in COUNTS} == {n: twin.count[n] for n in COUNTS}
-    assert dict(zip(PHASES, trace.phases.tolist(), strict=True)) == {
-        name: twin.phases[name] for name in PHASES
-    }
+    assert trace.stage_phases.tolist() == [[p[name] for name in PHASES] for p in twin.phases]
+    assert trace.stage_engines.tolist() == twin.engines
     assert trace.stage_stalls.tolist() == [[s[name] for name in STALLS] for s in twin.stalls]
     assert trace.stage_times.tolist() == twin.stage_times
     times = [twin.transfer_times[i] for i in range(len(trace.transfer_times))]
     assert trace.transfer_times.tolist() == times
+    units = [(u, r) for u, n in enumerate(np.diff(twin.p.unit_row)) for r in range(n)]
+    assert trace.row_ready.tolist() == [twin.ready.get(place, 0) for place in units]
+    for side, ends in twin.decoded.items():
+        assert trace.decoded_at[side, : len(ends)].tolist() == ends
+        assert not trace.decoded_at[side, len(ends) :].any()
 
 
 def random_case(seed):

@@ -126,7 +126,8 @@ def assert_laws(op, hardware, mapping, program, counts, trace, instances):
     assert trace.stage_stalls.sum(axis=1).tolist() == (lines * spans).tolist()
     assert trace.stage_times[0, 0] == 0
     assert trace.stage_times[1:, 0].tolist() == trace.stage_times[:-1, 1].tolist()
-    assert trace.phases.sum() == cycles == trace.stage_times[-1, 1] + got["tail_cycles"]
+    assert trace.stage_phases.sum() == cycles == trace.stage_times[-1, 1] + got["tail_cycles"]
+    assert trace.stage_phases[:-1].sum(axis=1).tolist() == spans.tolist()
     busy = int(trace.stage_stalls[:, STALLS.index("busy")].sum())
     assert busy == computed * (mapping.key_words + mapping.value_words) <= lines * cycles
     for resource in ("dram_cycles", "softmax_cycles", "decoder_cycles"):

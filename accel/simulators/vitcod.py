@@ -128,7 +128,7 @@ def attention_cost(op: Attention, hardware: Hardware, batch: int = 1) -> OpCost:
     got = dict(zip(COUNTS, (int(x) for x in trace.counts), strict=True))
     stalls = trace.stage_stalls.sum(axis=0)
     stalled = dict(zip(STALLS, map(int, stalls), strict=True))
-    phases = dict(zip(PHASES, map(int, trace.phases), strict=True))
+    phases = dict(zip(PHASES, map(int, trace.stage_phases.sum(axis=0)), strict=True))
     rate = hardware.dram_bytes_per_cycle
     computed = counts.scores * (op.key_dim + op.value_dim)
     decoded = got["decoder_macs"]
