@@ -80,6 +80,8 @@ def codesign(
     maps, mask = run.learn_mask()
     codecs, plain = run.fit_codecs() if settings.codec else (None, None)
     run.judge_masks(mask)
+    if settings.codec and settings.turn:
+        run.judge_unturned(plain)
     student, codec_log, recovery_log = run.train(mask, codecs)
     polarized = polarize(mask, settings.min_kept)
     shapes = codecs.shapes if codecs else [None] * len(polarized)
@@ -184,6 +186,15 @@ class _Run:
                 with attach(self.model, variant, image_size=self.settings.image_size):
                     self.fidelity[name] = self.judge(self.model)
                 tell((index + 1) / len(variants))
+
+    def judge_unturned(self, plain: FittedCodecs) -> None:
+        """Codecs for heads as they are, to show what turning them is worth."""
+        size = self.settings.image_size
+        with (
+            self.stage("judging the codec without turn"),
+            attach_codec(self.model, plain.codecs, size),
+        ):
+            self.fidelity["codec alone, heads not turned"] = self.judge(self.model)
 
     def train(
         self, mask: AttentionMask, codecs: FittedCodecs | None

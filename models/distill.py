@@ -7,9 +7,10 @@ recovery of a sparse model (`sievit.sparsify.recover`) and the training of codec
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -74,8 +75,8 @@ def distill(
     progress    called with (share done, loss) after each step
 
     Raises ValueError for a budget that is not exactly one of the two or not positive or a
-    teacher that is the student, and
-    FloatingPointError with step and rate when the loss is not finite.
+    teacher that is the student, and FloatingPointError with step and rate when the loss is
+    not finite.
     """
     if student is teacher:
         raise ValueError("the teacher must be a separate copy of the model, not the student itself")
@@ -85,13 +86,9 @@ def distill(
         trained, lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay
     )
     bf16 = has_bf16(trained[0].device) if recipe.bf16 is None else recipe.bf16
-    was_training = student.training, teacher.training
-    frozen = _only_training(student, trained)
-    student.eval()
-    teacher.eval()
     losses: list[float] = []
     begin = time.perf_counter()
-    try:
+    with _training_only(trained, student, teacher):
         for images in batches:
             share = _share(len(losses), steps, time.perf_counter() - begin, seconds)
             if share >= 1.0:
@@ -105,12 +102,6 @@ def distill(
             if progress is not None:
                 done = _share(len(losses), steps, time.perf_counter() - begin, seconds)
                 progress(min(done, 1.0), losses[-1])
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        optimizer.zero_grad(set_to_none=True)
-        student.train(was_training[0])
-        teacher.train(was_training[1])
     return Distilled(len(losses), time.perf_counter() - begin, tuple(losses))
 
 
@@ -128,13 +119,27 @@ def _check_budget(steps: int | None, seconds: float | None) -> None:
         raise ValueError(f"the budget must be above 0, got steps={steps}, seconds={seconds}")
 
 
-def _only_training(model: nn.Module, trained: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Freeze the rest of ``model``; returns what was frozen."""
+@contextlib.contextmanager
+def _training_only(
+    trained: list[nn.Parameter], student: nn.Module, teacher: nn.Module
+) -> Iterator[None]:
+    """Both models in eval mode and the rest of ``student`` frozen; then as they were."""
     chosen = {id(p) for p in trained}
-    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    frozen = [p for p in student.parameters() if p.requires_grad and id(p) not in chosen]
+    was_training = student.training, teacher.training
     for parameter in frozen:
         parameter.requires_grad_(False)
-    return frozen
+    student.eval()
+    teacher.eval()
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.grad = None
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        student.train(was_training[0])
+        teacher.train(was_training[1])
 
 
 def _share(done: int, steps: int | None, spent: float, seconds: float | None) -> float:
