@@ -109,7 +109,7 @@ def product_cost(
         *_array_traffic(product, hardware, read_inputs, read_weights, stored),
     )
     dram = hardware.dram_cycles(read_inputs + read_weights + stored)
-    work = {"compute": compute, "dram": dram}
+    work = {"MAC lines": compute, "DRAM": dram}
     if encode_cycles:
         work["encoder"] = encode_cycles
     return overlapped(op.name, "dense", work, op.macs * batch, traffic, hardware)
@@ -165,7 +165,7 @@ def vector_cost(op: Elementwise | Deform | Unknown, hardware: Hardware, batch: i
     )
     work = {
         "vector": _ceil(steps, hardware.vector_lanes),
-        "dram": hardware.dram_cycles(read + params + written),
+        "DRAM": hardware.dram_cycles(read + params + written),
     }
     return overlapped(op.name, kind, work, macs, traffic, hardware)
 
@@ -189,8 +189,8 @@ def overlapped(
     waiting = work[longest] - work[first]
     if waiting:
         phases[f"{longest} beyond {first}"] = waiting
-    if work.get("dram"):
-        phases["dram latency"] = hardware.dram_latency_cycles
+    if work.get("DRAM"):
+        phases["DRAM latency"] = hardware.dram_latency_cycles
     cycles = sum(phases.values())
     return OpCost(name, kind, cycles, phases, macs, macs, traffic, busy=dict(work))
 

@@ -35,6 +35,30 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class HeadCost:
+    """One head's share of an attention call, all windows and images.
+
+    cycles        of its stages; what the call does after its last stage is nobody's
+    phases        they sum to ``cycles``
+    stalls        MAC-line cycles by what lines did ("busy") or waited for
+    scores        computed, the pruned entries of a dense block included
+    dram_bytes    read and written; what heads share is split evenly
+    """
+
+    head: int
+    cycles: int
+    phases: Mapping[str, int]
+    stalls: Mapping[str, int]
+    global_keys: int
+    scores: int
+    kept_scores: int
+    dram_bytes: int
+
+    def __post_init__(self) -> None:
+        _check_phases(f"head {self.head}", self.phases, self.cycles)
+
+
+@dataclass(frozen=True)
 class OpCost:
     """One operation on the machine, the whole batch.
 
@@ -42,9 +66,11 @@ class OpCost:
     phases          cycles by what the array did or waited for; they sum to ``cycles``
     macs            executed, the pruned entries of a dense block included
     kept_macs       those of kept entries alone (equal to ``macs`` for dense products)
-    stalls          MAC-line cycles by cause, where the engine stepped them
-    busy            cycles in which a resource worked (DRAM, softmax, decoder, ...)
+    stalls          MAC-line cycles by what lines did ("busy") or waited for, where the
+                    engine stepped them
+    busy            cycles in which a resource worked ("MAC lines", "DRAM", "softmax", ...)
     details         further counts of this simulator
+    heads           of attention, where the engine stepped it
     """
 
     name: str
@@ -57,12 +83,20 @@ class OpCost:
     stalls: Mapping[str, int] = field(default_factory=dict)
     busy: Mapping[str, int] = field(default_factory=dict)
     details: Mapping[str, int | float | str] = field(default_factory=dict)
+    heads: tuple[HeadCost, ...] = ()
 
     def __post_init__(self) -> None:
-        if sum(self.phases.values()) != self.cycles:
-            raise ValueError(
-                f"{self.name}: phases {dict(self.phases)} do not sum to {self.cycles} cycles"
-            )
+        _check_phases(self.name, self.phases, self.cycles)
+
+    @property
+    def dram_bytes(self) -> int:
+        """Read and written."""
+        return sum(row.total_bytes for row in self.traffic if row.level == "dram")
+
+    @property
+    def bottleneck(self) -> str:
+        """The resource that works for the largest share of the cycles; "-" for none."""
+        return max(self.busy, key=lambda name: self.busy[name], default="-")
 
 
 @dataclass(frozen=True)
@@ -110,8 +144,12 @@ class Report:
         return _summed(op.phases for op in self._chosen(attention_only))
 
     def stalls(self, attention_only: bool = True) -> dict[str, int]:
-        """MAC-line cycles by what lines did or waited for."""
+        """MAC-line cycles by what lines did ("busy") or waited for."""
         return _summed(op.stalls for op in self._chosen(attention_only))
+
+    def busy(self, attention_only: bool = True) -> dict[str, int]:
+        """Cycles in which each resource worked."""
+        return _summed(op.busy for op in self._chosen(attention_only))
 
     def traffic(self, attention_only: bool = True) -> tuple[Traffic, ...]:
         """Bytes by tensor and level."""
@@ -136,13 +174,17 @@ class Report:
 
     def bottleneck(self, attention_only: bool = True) -> str:
         """The resource that is busy for the largest share of the cycles, and that share."""
-        ops = self._chosen(attention_only)
-        cycles = sum(op.cycles for op in ops)
-        busy = _summed(op.busy for op in ops)
-        if not busy or not cycles:
+        shares = self.busy_shares(attention_only)
+        if not shares:
             return "-"
-        name = max(busy, key=lambda resource: busy[resource])
-        return f"{name} {busy[name] / cycles:.0%}"
+        name = max(shares, key=lambda resource: shares[resource])
+        return f"{name} {shares[name]:.0%}"
+
+    def busy_shares(self, attention_only: bool = True) -> dict[str, float]:
+        """Share of all cycles in which each resource worked."""
+        cycles = sum(op.cycles for op in self._chosen(attention_only))
+        busy = self.busy(attention_only)
+        return {name: value / cycles for name, value in busy.items()} if cycles else {}
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON: totals first, then every operation."""
@@ -168,6 +210,7 @@ class Report:
             "utilization": self.utilization(attention_only),
             "bottleneck": self.bottleneck(attention_only),
             "phases": self.phases(attention_only),
+            "busy": self.busy(attention_only),
             "stalls": self.stalls(attention_only),
             "traffic": [asdict(row) for row in self.traffic(attention_only)],
         }
@@ -179,7 +222,13 @@ class Report:
 def _op_dict(op: OpCost) -> dict[str, Any]:
     plain = {name: getattr(op, name) for name in ("name", "kind", "cycles", "macs", "kept_macs")}
     tables = {name: dict(getattr(op, name)) for name in ("phases", "stalls", "busy", "details")}
-    return plain | tables | {"traffic": [asdict(row) for row in op.traffic]}
+    rows = {name: [asdict(row) for row in getattr(op, name)] for name in ("traffic", "heads")}
+    return plain | tables | rows
+
+
+def _check_phases(name: str, phases: Mapping[str, int], cycles: int) -> None:
+    if sum(phases.values()) != cycles:
+        raise ValueError(f"{name}: phases {dict(phases)} do not sum to {cycles} cycles")
 
 
 def _summed(tables: Iterable[Mapping[str, int]]) -> dict[str, int]:

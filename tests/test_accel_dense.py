@@ -100,7 +100,7 @@ def test_a_convolution_is_its_patches():
     op = Conv("patch", 3, 192, (224, 224), (14, 14), (16, 16), (16, 16), bias=True)
     cost = op_cost(op, VITCOD)
     assert cost.macs == op.macs
-    assert cost.busy["compute"] == array_cycles(196, 192, 768, VITCOD)
+    assert cost.busy["MAC lines"] == array_cycles(196, 192, 768, VITCOD)
     # Neither operand fits half the buffers: one is read twice, the smaller sum of the two.
     image, panel = 3 * 224 * 224, (53 * 1024 * 3) // 2
     assert panel < op.params < image < 2 * panel
@@ -185,7 +185,7 @@ def test_traffic_and_cost_check_themselves():
     with pytest.raises(ValueError, match="'cache'"):
         Traffic("Q", "cache", 0, 0)
     with pytest.raises(ValueError, match="do not sum to 3"):
-        OpCost("op", "dense", 3, {"compute": 2}, 0, 0)
+        OpCost("op", "dense", 3, {"MAC lines": 2}, 0, 0)
 
 
 @pytest.mark.parametrize(

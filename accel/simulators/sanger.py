@@ -101,7 +101,7 @@ def attention_cost(op: Attention, hardware: Hardware, batch: int = 1) -> OpCost:
         "softmax": softmax[-1] + hardware.softmax_latency_cycles,
     }
     busy = {
-        "array": sum(array.values()),
+        "MAC lines": sum(array.values()),
         "DRAM": dram,
         "packing": images * op.heads * op.queries * row_reads,
         "softmax": images * -(-kept // lanes),
@@ -144,7 +144,7 @@ def pipelined(
     longest = max(busy, key=lambda resource: busy[resource])
     beyond = busy[longest] - sum(array.values())
     if beyond > 0:
-        phases[f"{longest} beyond array"] = beyond
+        phases[f"{longest} beyond MAC lines"] = beyond
     return phases
 
 

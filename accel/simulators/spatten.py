@@ -132,7 +132,7 @@ def attention_cost(
     visits = method.topk_visits * (before.keys + op.heads)
     topk = images * -(-visits // method.comparators) if prunes else 0
     busy = {
-        "array": sum(array.values()),
+        "MAC lines": sum(array.values()),
         "DRAM": hardware.dram_cycles(sum(loads.values()) + stored),
         "softmax": images * heads * sum(-(-count // lanes) for count in scores.values()),
         "top-k": topk,

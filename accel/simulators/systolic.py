@@ -86,7 +86,7 @@ def _attention_cost(op: Attention, hardware: Hardware, batch: int) -> OpCost:
         macs=macs,
         kept_macs=op.kept * batch * (op.key_dim + op.value_dim),
         traffic=tuple(traffic),
-        busy={"array": products, "DRAM": dram, "softmax": heads * softmax},
+        busy={"MAC lines": products, "DRAM": dram, "softmax": heads * softmax},
     )
 
 

@@ -11,13 +11,13 @@ from dataclasses import replace
 
 from ...masks import polarize_head
 from ...workload import Attention, Gemm, HeadCodec, Op, Workload
-from .. import engine
 from ..dense import op_cost, product_cost
 from ..hardware import Hardware
-from ..machine import COUNTS, PHASES, STALLS
-from ..mapping import Mapping, choose, codec_side_bytes
-from ..program import CODEC, INDEX, STORE, Counts, K, Program, Q, V, build
+from ..machine import COUNTS
+from ..mapping import Mapping, codec_side_bytes
+from ..program import CODEC, INDEX, STORE, Counts, K, Program, Q, V
 from ..report import OpCost, Report, Traffic
+from ..stepped import Stepped, head_costs, step
 
 CHANNELS = {Q: "Q", K: "K", V: "V", INDEX: "index", CODEC: "codec weights", STORE: "output"}
 
@@ -121,14 +121,14 @@ def _projection_cost(op: Gemm, attention: Attention, hardware: Hardware, batch: 
 
 def attention_cost(op: Attention, hardware: Hardware, batch: int = 1) -> OpCost:
     """One attention call, all its windows and images, stepped cycle by cycle."""
-    mapping = choose(op, hardware)
-    instances = op.windows * batch
-    program, counts = build(op, hardware, mapping, instances)
-    trace = engine.run(program, hardware, mapping)
-    got = dict(zip(COUNTS, (int(x) for x in trace.counts), strict=True))
-    stalls = trace.stage_stalls.sum(axis=0)
-    stalled = dict(zip(STALLS, map(int, stalls), strict=True))
-    phases = dict(zip(PHASES, map(int, trace.stage_phases.sum(axis=0)), strict=True))
+    return cost_of(step(op, hardware, batch), batch)
+
+
+def cost_of(run: Stepped, batch: int) -> OpCost:
+    """The cost of a call that was stepped for ``batch`` images."""
+    op, hardware, mapping, counts = run.op, run.hardware, run.mapping, run.counts
+    got = dict(zip(COUNTS, (int(x) for x in run.trace.counts), strict=True))
+    stalls = run.stalls()
     rate = hardware.dram_bytes_per_cycle
     computed = counts.scores * (op.key_dim + op.value_dim)
     decoded = got["decoder_macs"]
@@ -137,13 +137,13 @@ def attention_cost(op: Attention, hardware: Hardware, batch: int = 1) -> OpCost:
         op.name,
         "attention",
         got["cycles"],
-        {name: cycles for name, cycles in phases.items() if cycles},
+        run.phases(),
         macs=computed + decoded,
         kept_macs=kept + decoded,
-        traffic=_traffic(op, hardware, mapping, program, counts, got),
-        stalls={name: cycles for name, cycles in stalled.items() if cycles},
+        traffic=_traffic(op, hardware, mapping, run.program, counts, got),
+        stalls=stalls,
         busy={
-            "MAC lines": stalled["busy"] // hardware.lines,
+            "MAC lines": stalls.get("busy", 0) // hardware.lines,
             "DRAM": -(-got["dram_units"] // rate.numerator),
             "softmax": got["softmax_cycles"],
             "decoder": -(-decoded // hardware.decoder_macs),
@@ -157,6 +157,7 @@ def attention_cost(op: Attention, hardware: Hardware, batch: int = 1) -> OpCost:
             "scores_computed": counts.scores,
             "scores_kept": op.kept * batch,
         },
+        heads=head_costs(run),
     )
 
 
