@@ -97,5 +97,5 @@ def test_the_report_carries_heads_busy_and_bottleneck():
     assert shares[name] == max(shares.values())
     assert report.bottleneck() == f"{name} {shares[name]:.0%}"
     assert OpCost("nothing", "dense", 0, {}, 0, 0).bottleneck == "-"
-    with pytest.raises(ValueError, match="head 2: phases .* do not sum to 3"):
+    with pytest.raises(ValueError, match=r"head 2: phases .* do not sum to 3"):
         HeadCost(2, 3, {"sddmm": 1}, {}, 0, 0, 0, 0)
