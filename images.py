@@ -7,6 +7,7 @@ Everything random comes from a seed.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
@@ -183,12 +184,22 @@ def batches(crops: np.ndarray, batch_size: int) -> Iterator[torch.Tensor]:
         yield normalize(crops[start : start + batch_size])
 
 
-def endless_crops(photos: Photos, size: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Normalised random crops without end: each pass takes the photos in a new order."""
-    generator = np.random.default_rng(seed)
-    queue: list[int] = []
-    while True:
-        while len(queue) < batch_size:
-            queue += generator.permutation(len(photos)).tolist()
-        chosen, queue = queue[:batch_size], queue[batch_size:]
-        yield normalize(random_crops(photos.take(chosen), size, batch_size, generator))
+def endless_crops(
+    photos: Photos, size: int, batch_size: int, seed: int, start: int = 0
+) -> Iterator[torch.Tensor]:
+    """Normalised random crops without end: each pass takes the photos in a new order.
+
+    Batch i depends on ``seed`` and i alone, so that ``start`` continues a stream cheaply.
+    """
+    for index in itertools.count(start):
+        places = range(index * batch_size, (index + 1) * batch_size)
+        turns = {place // len(photos) for place in places}
+        orders = {turn: _order(seed, turn, len(photos)) for turn in turns}
+        chosen = photos.take([orders[p // len(photos)][p % len(photos)] for p in places])
+        generator = np.random.default_rng((seed, 1, index))
+        yield normalize(random_crops(chosen, size, batch_size, generator))
+
+
+def _order(seed: int, turn: int, count: int) -> list[int]:
+    """The order of the photos in one pass through all of them."""
+    return np.random.default_rng((seed, 0, turn)).permutation(count).tolist()

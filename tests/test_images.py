@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sievit.images import (
@@ -122,3 +123,11 @@ def test_sample_photos_are_disjoint_and_named():
     assert not set(learn.names) & set(judge.names)
     assert len(learn) + len(judge) == 8
     assert all(a.dtype == np.uint8 and a.ndim == 3 and a.shape[2] == 3 for a in learn.arrays)
+
+
+def test_endless_crops_continue_where_they_are_told_to():
+    arrays = tuple(np.full((8, 8, 3), i * 40, np.uint8) for i in range(5))
+    photos = Photos(tuple("abcde"), arrays)
+    whole = list(itertools.islice(endless_crops(photos, 8, 3, seed=3), 6))
+    rest = list(itertools.islice(endless_crops(photos, 8, 3, seed=3, start=4), 2))
+    assert all(torch.equal(a, b) for a, b in zip(whole[4:], rest, strict=True))
