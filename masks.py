@@ -8,6 +8,7 @@ compressed sparse columns (CSC). One polarity throughout: True = kept.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zipfile
 from dataclasses import dataclass
@@ -175,6 +176,15 @@ class PolarizedMask:
     def kept(self) -> int:
         """Kept entries, those of the dense block included."""
         return int(np.count_nonzero(self.global_keep)) + self.sparser_kept
+
+    @cached_property
+    def digest(self) -> str:
+        """Names the content: equal masks, and only they, have equal digests."""
+        made = hashlib.blake2b(f"{self.queries} {self.keys} {self.num_global} ".encode())
+        for part in (self.query_order, self.key_order, self.indptr, self.indices):
+            made.update(np.ascontiguousarray(part).data)
+        made.update(np.packbits(self.global_keep, axis=None).data)
+        return made.hexdigest()[:32]
 
     @property
     def computed(self) -> int:

@@ -108,7 +108,8 @@ def energy(report: Report, profile: EnergyProfile = PROFILES["aladdin-28nm"]) ->
     MAC = executed MACs x mac_pj; DRAM, SRAM and registers = bytes of that level; leakage =
     that of all buffers over the operation's time; softmax and vector = busy lane cycles.
     """
-    ops = tuple(_op_energy(op, report.hardware, profile) for op in report.ops)
+    rates = _Rates(report.hardware, profile)
+    ops = tuple(_op_energy(op, rates) for op in report.ops)
     return Energy(
         profile.name,
         report.simulator,
@@ -119,15 +120,32 @@ def energy(report: Report, profile: EnergyProfile = PROFILES["aladdin-28nm"]) ->
     )
 
 
-def _op_energy(op: OpCost, hardware: Hardware, profile: EnergyProfile) -> OpEnergy:
+class _Rates:
+    """A profile's figures for the buffers of one machine, each interpolated once."""
+
+    def __init__(self, hardware: Hardware, profile: EnergyProfile) -> None:
+        self.hardware, self.profile = hardware, profile
+        self.leakage_mw = sum(_leakages_mw(hardware, profile))
+        self._access_pj: dict[str, tuple[float, float]] = {}
+
+    def access_pj(self, tensor: str) -> tuple[float, float]:
+        """A byte of ``tensor`` read from its buffer, and written to it."""
+        if tensor not in self._access_pj:
+            size = _buffer_bytes(tensor, self.hardware)
+            pair = (self.profile.sram_read_pj(size), self.profile.sram_write_pj(size))
+            self._access_pj[tensor] = pair
+        return self._access_pj[tensor]
+
+
+def _op_energy(op: OpCost, rates: _Rates) -> OpEnergy:
+    hardware, profile = rates.hardware, rates.profile
     spent = {"MAC": op.macs * profile.mac_pj, "DRAM": 0.0, "SRAM": 0.0, "registers": 0.0}
     for row in op.traffic:
         if row.level == "dram":
             spent["DRAM"] += 8 * row.total_bytes * profile.dram_pj_per_bit
         elif row.level == "buffer":
-            size = _buffer_bytes(row.tensor, hardware)
-            spent["SRAM"] += row.read_bytes * profile.sram_read_pj(size)
-            spent["SRAM"] += row.written_bytes * profile.sram_write_pj(size)
+            read_pj, write_pj = rates.access_pj(row.tensor)
+            spent["SRAM"] += row.read_bytes * read_pj + row.written_bytes * write_pj
         else:
             spent["registers"] += row.total_bytes * (profile.register_pj_per_byte or 0.0)
     for unit, lanes in (("softmax", hardware.softmax_lanes), ("vector", hardware.vector_lanes)):
@@ -135,7 +153,7 @@ def _op_energy(op: OpCost, hardware: Hardware, profile: EnergyProfile) -> OpEner
         if cost is not None:
             spent[unit] = op.busy.get(unit, 0) * lanes * cost
     seconds = hardware.seconds(op.cycles)
-    spent["SRAM leakage"] = sum(_leakages_mw(hardware, profile)) * seconds * 1e9
+    spent["SRAM leakage"] = rates.leakage_mw * seconds * 1e9
     return OpEnergy(op.name, op.kind, seconds, {k: v for k, v in spent.items() if v})
 
 

@@ -15,18 +15,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
 from ..workload import Attention, PolarizedMask
 from .hardware import Hardware
+from .remembered import Remembered
 
 STAGE_OVERHEAD_CYCLES = 32
 """Ranking only: what starting and draining one more stage costs, about."""
 
 TOLERANCE = 1.02
 """Ranking only: estimates this close to the best count as equal."""
+
+
+PATTERNS = Remembered(64 * 1024**2)
+"""By the digest of the mask."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +41,7 @@ class Pattern:
     columns, rows  (indptr, indices) of the sparser part, keys counted after the global ones
     row_scores     int64 [queries], scores computed in each row
     masked         a bitmap says which entries of the dense block are kept
+    digest         names the content, so that what is made of it can be kept; "": it is not
     """
 
     num_global: int
@@ -43,6 +49,7 @@ class Pattern:
     rows: tuple[np.ndarray, np.ndarray]
     row_scores: np.ndarray
     masked: bool
+    digest: str = ""
 
     @classmethod
     def dense(cls, queries: int, keys: int) -> Pattern:
@@ -54,6 +61,7 @@ class Pattern:
             (_frozen(np.zeros(queries + 1)), none),
             np.full(queries, keys, dtype=np.int64),
             masked=False,
+            digest=f"dense {queries} x {keys}",
         )
 
     @classmethod
@@ -68,7 +76,14 @@ class Pattern:
             (_frozen(indptr), _frozen(columns)),
             scores.astype(np.int64),
             masked=not whole,
+            digest=mask.digest,
         )
+
+    @property
+    def held_bytes(self) -> int:
+        """Of its arrays."""
+        arrays = (*self.columns, *self.rows, self.row_scores)
+        return sum(array.nbytes for array in arrays)
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,8 +265,10 @@ def _load_bytes(mapping: Mapping) -> int:
 def _patterns(op: Attention) -> tuple[Pattern, ...]:
     if op.masks is None:
         return (Pattern.dense(op.queries, op.keys),) * op.heads
-    made: dict[int, Pattern] = {}
-    return tuple(made.setdefault(id(mask), Pattern.of(mask)) for mask in op.masks)
+    return tuple(
+        PATTERNS.get(mask.digest, partial(Pattern.of, mask), lambda made: made.held_bytes)
+        for mask in op.masks
+    )
 
 
 def _groups(op: Attention) -> list[int]:

@@ -21,6 +21,7 @@ from .assign import DENSE_ROUND, Assignment, assign
 from .compiled import cached
 from .hardware import Hardware
 from .mapping import Mapping, Pattern
+from .remembered import Remembered
 
 SDDMM, SPMM = 0, 1
 """Kinds of stage."""
@@ -131,10 +132,31 @@ def _tile(indptr, indices, first, last, low, high, shift):
     return pointer, kept[:count]
 
 
+ASSIGNMENTS = Remembered(256 * 1024**2)
+"""By pattern, tile, product, lines and policy: what an assignment depends on."""
+
+
 def plan_tile(
     pattern: Pattern, rows: slice, keys: slice, kind: int, hardware: Hardware
 ) -> Assignment:
-    """The assignment of one tile of one head to the lines."""
+    """The assignment of one tile of one head to the lines, made once for equal ones."""
+
+    def make() -> Assignment:
+        return _planned(pattern, rows, keys, kind, hardware)
+
+    if not pattern.digest:
+        return make()
+    tile = (pattern.digest, rows.start, rows.stop, keys.start, keys.stop, kind)
+    return ASSIGNMENTS.get((*tile, hardware.lines, hardware.assignment), make, _held_bytes)
+
+
+def _held_bytes(made: Assignment) -> int:
+    return sum(array.nbytes for array in made[:4])
+
+
+def _planned(
+    pattern: Pattern, rows: slice, keys: slice, kind: int, hardware: Hardware
+) -> Assignment:
     dense = max(min(keys.stop, pattern.num_global) - keys.start, 0)
     low = max(keys.start, pattern.num_global) - pattern.num_global
     high = max(keys.stop - pattern.num_global, low)
@@ -280,7 +302,7 @@ def _arrays(builder: _Builder) -> Program:
     made = builder.assignments
     piece_base = np.cumsum([0] + [len(a.pieces) for a in made])
     entry_base = np.cumsum([0] + [len(a.entries) for a in made])
-    pieces = np.concatenate([a.pieces for a in made])
+    pieces = _joined([a.pieces for a in made])
     bases = np.repeat(entry_base[:-1], np.diff(piece_base))
     pieces["first"] += np.where(pieces["round"] == DENSE_ROUND, 0, bases)
     transfers = [tuple(transfer) for queue in builder.transfers for transfer in queue]
@@ -288,13 +310,19 @@ def _arrays(builder: _Builder) -> Program:
         line_piece=np.stack([a.line_piece for a in made]) + piece_base[:-1, None],
         line_entry=np.stack([a.line_entry for a in made]) + entry_base[:-1, None],
         pieces=pieces,
-        entries=np.concatenate([a.entries for a in made]),
+        entries=_joined([a.entries for a in made]),
         stages=np.array(builder.stages, dtype=STAGE),
         unit_row=np.cumsum([0] + [len(rows) for rows in builder.rows]),
         row_scores=np.concatenate(builder.rows),
         channel_first=np.cumsum([0] + [len(queue) for queue in builder.transfers]),
         transfers=np.array(transfers, dtype=TRANSFER),
     )
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Records of one type after each other (numpy compares the types again at each one)."""
+    flat = np.concatenate([part.view(np.int64) for part in parts])
+    return flat.view(parts[0].dtype)
 
 
 def _counts(builder: _Builder) -> Counts:
