@@ -10,7 +10,9 @@ tile of queries, whose mask, scores and Q fit their buffers.
 
 Not modelled, each in Sanger's favour: the softmax that its algorithm puts before the
 threshold, bank conflicts of the gathered keys and values, the sums of split rows; the
-packer keeps all rows of a tile open. A codec is not used. Dense products as in `dense`.
+packer keeps all rows of a tile open. And one against it: its released hardware predicts on
+an array of 4-bit MACs of its own, beside the other; at equal MACs there is no such array. A
+codec is not used. Dense products as in `dense`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from ..hardware import Hardware
 from ..report import OpCost, Report, Traffic
 
 MASK_BITS_PER_CYCLE = 64
-"""Bits of the predicted mask that the packer reads in a cycle: a choice."""
+"""Bits of the predicted mask that the packer reads in a cycle. Sanger's released hardware
+(hatsu3/Sanger, pe_row/pack.scala) takes one bit of each row of a tile, and its array has 64
+rows (bench_sanger.py: 64 x 16 MACs)."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,10 @@ from .sanger import pipelined, product_cycles
 class Spatten:
     """What the method adds to a `Hardware`; the paper's measures are for language.
 
+    Its released RTL (mit-han-lab/spatten) has 512 multipliers for each of the two products,
+    which run at once, and 8 softmax units for 64 dimensions; here both products share the
+    hardware's MACs and its softmax unit.
+
     lsb_share    of the queries, whose lower bits are fetched and scores computed again
     head_share   of the heads kept
     comparators  elements that the top-k engine looks at in a cycle
@@ -40,8 +44,8 @@ class Spatten:
 
     lsb_share: float = 0.06  # choice
     head_share: float = 1.0  # choice: the density by tokens alone
-    comparators: int = 16  # choice
-    topk_visits: int = 3  # choice: about the expectation of quick-select
+    comparators: int = 16  # its released RTL's latency model (TopKLatencyModel.scala)
+    topk_visits: int = 3  # quick-select: 2 for an extreme, 3.4 for the median, 3.2 for a third
 
     def __post_init__(self) -> None:
         if not 0 <= self.lsb_share <= 1:
