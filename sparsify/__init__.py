@@ -3,7 +3,8 @@
 Floor plan: average attention (`probe`) -> masks (`threshold`, `controls`) -> dense block
 and sparse rest (`reorder`) -> into a model (`adapt`) -> what is left of its features
 (`fidelity`) -> recovery (`finetune`). Beside them two analyses of the EfficientViT paper:
-head similarity (`similarity`) and Taylor pruning of channels (`taylor`).
+head similarity (`similarity`) and Taylor pruning of channels (`taylor`); and maps made by
+chance for studies of machines (`synthetic`).
 """
 
 from .adapt import attach
@@ -13,6 +14,7 @@ from .finetune import recover
 from .probe import average_attention
 from .reorder import polarize
 from .similarity import head_similarity
+from .synthetic import synthetic_maps
 from .taylor import prune, redistribute, taylor_importance
 from .threshold import threshold
 
@@ -28,6 +30,7 @@ __all__ = [
     "random_mask",
     "recover",
     "redistribute",
+    "synthetic_maps",
     "taylor_importance",
     "threshold",
     "token_features",
