@@ -6,7 +6,7 @@ ViTCoD, HPCA 2023, section V. What is modelled stands in `engine`, `mapping` and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ...masks import polarize_head
@@ -29,23 +29,32 @@ def simulate_vitcod(workload: Workload, hardware: Hardware, batch: int = 1) -> R
 
 def simulate_no_codec(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
     """Masks polarized, Q and K uncompressed."""
-    return _report("vitcod_no_codec", _changed(workload, codec=False), hardware, batch)
+    return _report("vitcod_no_codec", workload, hardware, batch)
 
 
 def simulate_no_reorder(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
     """The codec, but no global keys: every kept entry goes through the sparser engine."""
-    return _report("vitcod_no_reorder", _changed(workload, reorder=False), hardware, batch)
+    return _report("vitcod_no_reorder", workload, hardware, batch)
 
 
 def simulate_plain(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
     """Neither reordering nor codec: sparse attention alone."""
-    changed = _changed(workload, codec=False, reorder=False)
-    return _report("vitcod_plain", changed, hardware, batch)
+    return _report("vitcod_plain", workload, hardware, batch)
 
 
 def simulate_dense(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
     """The same machine with nothing pruned and nothing compressed."""
-    return _report("vitcod_dense", _changed(workload, masks=False, codec=False), hardware, batch)
+    return _report("vitcod_dense", workload, hardware, batch)
+
+
+WITHOUT: dict[str, dict[str, bool]] = {
+    "vitcod": {},
+    "vitcod_no_codec": {"codec": False},
+    "vitcod_no_reorder": {"reorder": False},
+    "vitcod_plain": {"codec": False, "reorder": False},
+    "vitcod_dense": {"masks": False, "codec": False},
+}
+"""What each variant by name leaves out of a workload's attention."""
 
 
 def _changed(
@@ -66,25 +75,34 @@ def _changed(
 
 
 def _report(name: str, workload: Workload, hardware: Hardware, batch: int) -> Report:
-    costs, repeated = [], {}
-    for index, op in enumerate(workload.ops):
+    costs = tuple(cost for cost, _ in operations(name, workload, hardware, batch))
+    return Report(name, workload.name, hardware, batch, costs, _names(workload))
+
+
+def operations(
+    name: str, workload: Workload, hardware: Hardware, batch: int
+) -> Iterator[tuple[OpCost, Stepped | None]]:
+    """The operations of variant ``name`` in order, attention with the run behind its cost."""
+    repeated: dict[Attention, tuple[OpCost, Stepped]] = {}
+    ops = _changed(workload, **WITHOUT[name]).ops
+    for index, op in enumerate(ops):
         if isinstance(op, Attention):
             key = replace(op, name="")
-            if op.masks is None and key in repeated:  # equal dense layers take equal time
-                costs.append(replace(repeated[key], name=op.name))
-                continue
-            costs.append(attention_cost(op, hardware, batch))
-            if op.masks is None:
-                repeated[key] = costs[-1]
+            made = repeated.get(key) if op.masks is None else None
+            if made is None:
+                run = step(op, hardware, batch)
+                made = cost_of(run, batch), run
+            if op.masks is None:  # equal dense layers take equal time
+                repeated[key] = made
+            yield replace(made[0], name=op.name), made[1]
+            continue
+        encoded = _encoded_by(ops, index)
+        if encoded is None:
+            cost = op_cost(op, hardware, batch)
         else:
-            encoded = _encoded_by(workload.ops, index)
-            costs.append(
-                op_cost(op, hardware, batch)
-                if encoded is None
-                else _projection_cost(op, encoded, hardware, batch)
-            )
-    made = tuple(cost for cost in costs if cost is not None)
-    return Report(name, workload.name, hardware, batch, made, _names(workload))
+            cost = _projection_cost(op, encoded, hardware, batch)
+        if cost is not None:
+            yield cost, None
 
 
 def _names(workload: Workload) -> tuple[str, ...]:
