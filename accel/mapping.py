@@ -5,14 +5,15 @@ Without a codec a group is one head. With one, decoding a head needs every laten
 block: heads of one group are decoded in one pass over the latents, and the latents are
 loaded again for each further group of the block.
 
-`choose` enumerates the candidates, drops those that do not fit and takes, of those whose
-estimated time is within 2 % of the least, the one that loads the fewest bytes. Estimated
+`candidates` enumerates what fits and puts first, of those whose estimated time is within
+2 % of the least, the one that loads the fewest bytes; `choose` takes that one. Estimated
 time: the largest of DRAM, decoder and line cycles, and a little for each stage. The
 estimate only ranks; cycles come from the engine.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -214,22 +215,30 @@ def choose(op: Attention, hardware: Hardware) -> Mapping:
     Raises ValueError where a buffer cannot hold even one query's pass: which, and how much
     it would need.
     """
-    patterns = _patterns(op)
-    fitting = []
+    fitting = candidates(op, hardware)
+    if not fitting:
+        raise ValueError(_refusal(op, hardware, _patterns(op)))
+    return fitting[0]
+
+
+def candidates(op: Attention, hardware: Hardware) -> list[Mapping]:
+    """Every mapping that fits the buffers, the most promising first."""
+    patterns, fitting = _patterns(op), []
     for group in _groups(op):
         for ahead in (True, False):
             for regions in (2, 1):
                 found = _largest_tile(op, hardware, patterns, group, ahead, regions)
                 if found is not None:
                     fitting.append(found)
-    if not fitting:
-        raise ValueError(_refusal(op, hardware, patterns))
     cycles = {made: estimate_cycles(made) for made in fitting}
-    near = TOLERANCE * min(cycles.values())
-    return min(
-        (made for made in fitting if cycles[made] <= near),
-        key=lambda made: (_load_bytes(made), cycles[made]),
-    )
+    near = TOLERANCE * min(cycles.values(), default=0.0)
+
+    def rank(made: Mapping) -> tuple[float, float]:
+        if cycles[made] <= near:
+            return (_load_bytes(made), cycles[made])
+        return (math.inf, cycles[made])
+
+    return sorted(fitting, key=rank)
 
 
 def estimate_cycles(mapping: Mapping) -> float:
@@ -289,16 +298,24 @@ def _largest_tile(
     key_tile = _key_tile(op, hardware, group)
     if key_tile == 0 or (group > 1 and key_tile < op.keys):
         return None
+    resident = (True, False) if group == 1 or _one_order(op) else (True,)
     tiles = 1
     while True:
         tile = -(-op.queries // tiles)
-        for whole in (True, False):
+        for whole in resident:
             made = Mapping(op, hardware, patterns, group, tile, key_tile, whole, ahead, regions)
             if not _shortages(made):
                 return made
         if tile == 1:
             return None
         tiles = -(-op.queries // (tile - 1))
+
+
+def _one_order(op: Attention) -> bool:
+    """Whether all heads take their queries in one order: a tile of them is then the same
+    tokens for each head that is decoded with it."""
+    orders = [mask.query_order for mask in op.masks or ()]
+    return all(np.array_equal(order, orders[0]) for order in orders[1:])
 
 
 def _key_tile(op: Attention, hardware: Hardware, group: int) -> int:

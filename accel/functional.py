@@ -1,0 +1,420 @@
+"""The simulator with data: int8 Q, K and V in, the attention output out, by the schedule.
+
+What the cycle engine runs (`program`) is carried out on numbers: chunks of tokens are loaded
+and freed, latents pass the decoder, each line takes the pieces that were assigned to it, the
+denser block is computed whole and masked by its bitmap, a row goes through softmax when its
+last score is written, the partial rows of cut pieces and of the two engines are added, heads
+and tiles in pass order. A read of what is not in its buffer, an entry computed twice, or a
+value weighed before its row is through softmax is a RuntimeError. The result is that of
+`arithmetic.integer_attention`, bit for bit, and comes with its distance from float.
+
+Choice: heads that are decoded in one pass lie in the buffers in the token order of the
+first of them; each head of the pass knows where its tokens are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..ops import Attention, HeadCodec
+from ..workload import PolarizedMask
+from .arithmetic import (
+    Arithmetic,
+    HeadMap,
+    Quantized,
+    ScoreRules,
+    checked_rules,
+    fixed_bias,
+    integer_softmax,
+    quantize,
+    quantize_head_map,
+    scale_for,
+)
+from .assign import DENSE_ROUND
+from .hardware import Hardware, presets
+from .mapping import Mapping, choose
+from .program import SDDMM, K, Program, Q, V, build
+from .report import OpCost
+from .simulators.vitcod import attention_cost
+
+__all__ = ["CodecWeights", "FunctionalResult", "coded_operands", "simulate_attention"]
+
+
+@dataclass(frozen=True, eq=False)
+class CodecWeights:
+    """The codec of Q, or of K, in float: x -> decoder (encoder x + b) + c over the heads.
+
+    encoder  [latent_heads, heads / groups]     encoder_bias  [latent_heads]
+    decoder  [heads, latent_heads / groups]     decoder_bias  [heads]
+    """
+
+    shape: HeadCodec
+    encoder: np.ndarray
+    encoder_bias: np.ndarray
+    decoder: np.ndarray
+    decoder_bias: np.ndarray
+
+    def encoded(self, x: np.ndarray) -> np.ndarray:
+        """float [(images,) heads, tokens, dim] -> [(images,) latent_heads, tokens, dim]."""
+        return _over_heads(x, self.encoder, self.encoder_bias, self.shape.groups)
+
+    def decoded(self, x: np.ndarray) -> np.ndarray:
+        return _over_heads(x, self.decoder, self.decoder_bias, self.shape.groups)
+
+
+def _over_heads(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, groups: int) -> np.ndarray:
+    blocks = x.reshape(*x.shape[:-3], groups, -1, *x.shape[-2:])
+    mixed = np.einsum("goi,...gitd->...gotd", weight.reshape(groups, -1, weight.shape[1]), blocks)
+    return mixed.reshape(*x.shape[:-3], -1, *x.shape[-2:]) + bias[:, None, None]
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionalResult:
+    """What the machine computed, how long it took, and how far it is from float.
+
+    output     int64 values and scales, [(images,) heads, queries, value_dim], tokens in the
+               order they were given in
+    reference  float64, the same attention (mask, codec, bias) without any rounding
+    cost       cycles and bytes of this call (`sievit.accel.report.OpCost`)
+    """
+
+    output: Quantized
+    reference: np.ndarray
+    cost: OpCost
+
+    @property
+    def max_error(self) -> float:
+        """Largest |output - reference|."""
+        return float(np.abs(self.output.real - self.reference).max())
+
+    @property
+    def relative_error(self) -> float:
+        """Norm of the difference over the norm of the reference (0 where both are 0)."""
+        norm = float(np.linalg.norm(self.reference))
+        distance = float(np.linalg.norm(self.output.real - self.reference))
+        return distance / norm if norm else distance
+
+
+def simulate_attention(
+    q: np.ndarray | Quantized,
+    k: np.ndarray | Quantized,
+    v: np.ndarray | Quantized,
+    masks: Sequence[PolarizedMask] | None = None,
+    hardware: Hardware = presets["vitcod"],
+    *,
+    codecs: tuple[CodecWeights, CodecWeights] | None = None,
+    softmax_scale: float | None = None,
+    output_scale: np.ndarray | float | None = None,
+    bias: np.ndarray | None = None,
+    arithmetic: Arithmetic | None = None,
+) -> FunctionalResult:
+    """One attention call on the machine, with data: [(images,) heads, tokens, dim].
+
+    q, k, v        float, quantized here with a scale a head, or already `Quantized`
+    masks          one polarized mask a head, shared by all images; None is dense
+    codecs         of Q and of K: both are encoded, kept in DRAM as latents, and decoded
+    softmax_scale  None is key_dim^-1/2
+    output_scale   of the result, a head each; None takes V's
+    bias           real [heads, queries, keys], added to the scores before softmax
+    arithmetic     None takes the widths of ``hardware``
+
+    Raises ValueError for shapes that do not fit, operands beyond their width, sums that the
+    accumulator might not hold, and a call that the machine's buffers cannot run.
+    """
+    arithmetic = arithmetic_of(hardware) if arithmetic is None else arithmetic
+    given = [_real(x) for x in (q, k, v)]
+    q, k, v = (x if isinstance(x, Quantized) else quantize(x, arithmetic) for x in (q, k, v))
+    shape = codecs[0].shape if codecs else None
+    op = _op(q, k, v, masks, shape, bias)
+    plain = [codec.decoded(codec.encoded(x)) for codec, x in zip(codecs or (), given, strict=False)]
+    sides = coded_operands(q, k, codecs, arithmetic) if codecs else (Side(q), Side(k))
+    rules = checked_rules(*(s.operands for s in sides), v, softmax_scale, output_scale, arithmetic)
+    mapping = choose(op, hardware)
+    images = _images(v.values)
+    program, _ = build(op, hardware, mapping, len(images))
+    added = None if bias is None else fixed_bias(bias, arithmetic)
+    memory = (_images(sides[0].stored.values), _images(sides[1].stored.values), images)
+    run = _Run(mapping, program, memory, tuple(s.decoder for s in sides), rules, added)
+    made = run.all_stages().reshape(*v.values.shape[:-2], op.queries, op.value_dim)
+    scale = op.key_dim**-0.5 if softmax_scale is None else softmax_scale
+    reference = float_attention(*(plain or given[:2]), given[2], masks, scale, bias)
+    cost = attention_cost(op, hardware, len(images))
+    return FunctionalResult(Quantized(made, rules.output_scale), reference, cost)
+
+
+def arithmetic_of(hardware: Hardware) -> Arithmetic:
+    """The machine's widths, the other fields at their defaults."""
+    return Arithmetic(
+        operand_bits=8 * hardware.operand_bytes,
+        weight_bits=8 * hardware.operand_bytes,
+        score_bits=8 * hardware.score_bytes,
+        accumulator_bits=8 * hardware.accumulator_bytes,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """Q or K as DRAM holds it, and as the lines see it.
+
+    stored   the operands themselves, or latents [(images,) latent_heads, tokens, dim]
+    decoder  None without a codec
+    """
+
+    stored: Quantized
+    decoder: HeadMap | None = None
+
+    @property
+    def operands(self) -> Quantized:
+        """[(images,) heads, tokens, dim], decoded."""
+        if self.decoder is None:
+            return self.stored
+        return Quantized(self.decoder(self.stored.values), self.decoder.scale)
+
+
+def coded_operands(
+    q: Quantized,
+    k: Quantized,
+    codecs: tuple[CodecWeights, CodecWeights],
+    arithmetic: Arithmetic = Arithmetic(),
+) -> tuple[Side, Side]:
+    """Q and K through their encoders, and the integer decoders.
+
+    The scale of each latent, and of each decoded head, puts the largest value that float
+    arithmetic gives at the limit.
+    """
+    limit, made = arithmetic.operand_limit, []
+    for x, codec in zip((q, k), codecs, strict=True):
+        latent, back = codec.encoded(x.real), codec.decoded(codec.encoded(x.real))
+        scales = [scale_for(_largest(part), limit) for part in (latent, back)]
+        shape = codec.shape
+        encoder = quantize_head_map(
+            codec.encoder, codec.encoder_bias, shape, x.scale, scales[0], arithmetic
+        )
+        decoder = quantize_head_map(
+            codec.decoder, codec.decoder_bias, shape, scales[0], scales[1], arithmetic
+        )
+        made.append(Side(Quantized(encoder(x.values), scales[0]), decoder))
+    return made[0], made[1]
+
+
+def float_attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    masks: Sequence[PolarizedMask] | None,
+    scale: float,
+    bias: np.ndarray | None = None,
+) -> np.ndarray:
+    """float64 attention over the kept entries; a row with none kept gives 0."""
+    scores = q @ k.swapaxes(-1, -2) * scale + (0.0 if bias is None else bias)
+    if masks is not None:
+        scores = np.where(np.stack([mask.dense() for mask in masks]), scores, -np.inf)
+    top = scores.max(axis=-1, keepdims=True)
+    terms = np.exp(scores - np.where(np.isfinite(top), top, 0.0))
+    sums = terms.sum(axis=-1, keepdims=True)
+    return terms / np.where(sums > 0, sums, 1.0) @ v
+
+
+def _real(x: np.ndarray | Quantized) -> np.ndarray:
+    return x.real if isinstance(x, Quantized) else np.asarray(x, dtype=np.float64)
+
+
+def _largest(x: np.ndarray) -> np.ndarray:
+    """Of each head of [(images,) heads, tokens, dim]."""
+    return np.abs(_images(x)).max(axis=(0, 2, 3))
+
+
+def _images(x: np.ndarray) -> np.ndarray:
+    """[images, heads, tokens, dim]"""
+    return x if x.ndim == 4 else x[None]
+
+
+def _op(
+    q: Quantized,
+    k: Quantized,
+    v: Quantized,
+    masks: Sequence[PolarizedMask] | None,
+    codec: HeadCodec | None,
+    bias: np.ndarray | None,
+) -> Attention:
+    heads, queries, key_dim = q.values.shape[-3:]
+    keys, value_dim = v.values.shape[-2:]
+    if bias is not None and np.shape(bias) != (heads, queries, keys):
+        raise ValueError(f"bias must be {[heads, queries, keys]}, got {list(np.shape(bias))}")
+    kept = None if masks is None else tuple(masks)
+    return Attention("attention", heads, queries, keys, key_dim, value_dim, masks=kept, codec=codec)
+
+
+class _Chunk:
+    """Tokens of Q, K or V in a buffer: ``data`` [heads, tokens, dim] from channel token
+    ``first`` on, free when ``release`` stages are done."""
+
+    def __init__(self, first: int, release: int, data: np.ndarray) -> None:
+        self.first, self.release, self.data = first, release, data
+
+
+class _Unit:
+    """One head's tile of queries in work: what the score and output buffers hold of it."""
+
+    def __init__(self, left: np.ndarray, keys: int, value_dim: int) -> None:
+        self.left = left.copy()  # scores of each row that are missing
+        self.scores = np.zeros((len(left), keys), dtype=np.int64)
+        self.written = np.zeros((len(left), keys), dtype=bool)
+        self.probabilities = np.zeros((len(left), keys), dtype=np.int64)
+        self.ready = np.zeros(len(left), dtype=bool)
+        self.sums = np.zeros((len(left), value_dim), dtype=np.int64)
+        self.tiles = [0, 0]  # key tiles begun, by kind of stage
+
+
+class _Run:
+    """One program carried out on data."""
+
+    def __init__(
+        self,
+        mapping: Mapping,
+        program: Program,
+        memory: tuple[np.ndarray, np.ndarray, np.ndarray],
+        decoders: tuple[HeadMap | None, HeadMap | None],
+        rules: ScoreRules,
+        bias: np.ndarray | None,
+    ) -> None:
+        self.mapping, self.program, self.op = mapping, program, mapping.op
+        self.memory, self.decoders, self.rules, self.bias = memory, decoders, rules, bias
+        self.places = list(mapping.units(len(memory[V])))
+        self.units: dict[int, _Unit] = {}
+        self.chunks: dict[int, list[_Chunk]] = {Q: [], K: [], V: []}
+        self.output = np.zeros(
+            (len(memory[V]), self.op.heads, self.op.queries, self.op.value_dim), dtype=np.int64
+        )
+
+    def all_stages(self) -> np.ndarray:
+        """int64 [images, heads, queries, value_dim], original token order."""
+        for number, stage in enumerate(self.program.stages):
+            for held in self.chunks.values():
+                held[:] = [chunk for chunk in held if chunk.release > number]
+            unit = self._unit(stage)
+            kind = int(stage["kind"])
+            keys = self.mapping.key_tiles[unit.tiles[kind]]
+            unit.tiles[kind] += 1
+            for channel in (Q, K) if kind == SDDMM else (V,):
+                self._load(number, stage, channel, keys)
+            if kind == SDDMM:
+                self._scores(stage, unit, keys)
+            else:
+                self._values(stage, unit, keys)
+                if unit.tiles[kind] == len(self.mapping.key_tiles):
+                    self._store(int(stage["unit"]))
+        return self.output
+
+    def _unit(self, stage: np.void) -> _Unit:
+        number = int(stage["unit"])
+        if stage["opens_unit"]:
+            first, last = self.program.unit_row[number : number + 2]
+            left = self.program.row_scores[first:last]
+            self.units[number] = _Unit(left, self.op.keys, self.op.value_dim)
+        return self.units[number]
+
+    def _order(self, head: int, channel: int) -> np.ndarray:
+        """Original token at each place of this head's order."""
+        if self.op.masks is None:
+            return np.arange(self.op.queries if channel == Q else self.op.keys)
+        mask = self.op.masks[head]
+        return mask.query_order if channel == Q else mask.key_order
+
+    def _load(self, number: int, stage: np.void, channel: int, keys: slice) -> None:
+        """The chunk that the DMA brings for this stage, if it brings one."""
+        first, last = self.program.channel_first[channel : channel + 2]
+        mine = self.program.transfers[first:last]
+        for transfer in mine[mine["need"] == number]:
+            image, head, rows = self.places[int(stage["unit"])]
+            queries = slice(0, self.op.queries) if self.mapping.whole_queries else rows
+            tokens = queries if channel == Q else keys
+            lead = head // self.mapping.group * self.mapping.group
+            shared = channel != V
+            order = self._order(lead if shared else head, channel)[tokens]
+            stored = self.memory[channel][image][:, order]
+            heads = slice(lead, lead + self.mapping.group) if shared else slice(head, head + 1)
+            decoder = self.decoders[channel] if shared else None
+            data = stored[heads] if decoder is None else decoder(stored, heads)
+            chunk = _Chunk(int(transfer["token"]), int(transfer["release"]), data)
+            self.chunks[channel].append(chunk)
+
+    def _resident(self, channel: int, token: int) -> tuple[_Chunk, int]:
+        """The chunk that holds a channel's token, and the token's place in it."""
+        for chunk in self.chunks[channel]:
+            if 0 <= token - chunk.first < chunk.data.shape[1]:
+                return chunk, token - chunk.first
+        raise RuntimeError(f"{self.op.name}: token {token} of channel {channel} is not on chip")
+
+    def _tile(self, channel: int, stage: np.void, token: int, tile: slice) -> np.ndarray:
+        """[tokens, dim] of the stage's head, in the head's own order, ``tile`` of it."""
+        chunk, place = self._resident(channel, token)
+        member = int(stage["head"]) if channel != V else 0
+        head = self.places[int(stage["unit"])][1]
+        mine, lead = (self._order(h, channel) for h in (head, head - member))
+        if channel == V or np.array_equal(mine, lead):
+            return chunk.data[member, place : place + tile.stop - tile.start]
+        if len(chunk.data[member]) != len(lead):
+            raise RuntimeError(f"{self.op.name}: heads of one pass need different tokens")
+        where = np.argsort(lead)[mine[tile]]
+        return chunk.data[member, where]
+
+    def _pieces(self, stage: np.void):
+        """(vector, operands) of each piece, line after line."""
+        program, plan = self.program, int(stage["plan"])
+        first, last = program.line_piece[plan, [0, -1]]
+        for piece in program.pieces[first:last]:
+            operands = np.arange(piece["first"], piece["first"] + piece["length"])
+            if piece["round"] != DENSE_ROUND:
+                operands = program.entries["operand"][operands]
+            yield int(piece["vector"]), operands
+
+    def _scores(self, stage: np.void, unit: _Unit, keys: slice) -> None:
+        """SDDMM: a line holds a key, queries stream past it."""
+        _, head, rows = self.places[int(stage["unit"])]
+        q = self._tile(Q, stage, int(stage["operand_token"]), rows)
+        k = self._tile(K, stage, int(stage["vector_token"]), keys)
+        for vector, operands in self._pieces(stage):
+            key = keys.start + vector
+            if unit.written[operands, key].any():
+                raise RuntimeError(f"{self.op.name}: a score of head {head} is made twice")
+            score = self.rules.score(q[operands] @ k[vector], head)
+            if self.bias is not None:
+                score = self._biased(score, head, rows.start + operands, key)
+            unit.scores[operands, key] = score
+            unit.written[operands, key] = True
+            unit.left[operands] -= 1
+        done = np.flatnonzero((unit.left == 0) & ~unit.ready)
+        self._softmax(unit, head, rows, done)
+
+    def _biased(self, score: np.ndarray, head: int, rows: np.ndarray, key: int) -> np.ndarray:
+        queries, keys = self._order(head, Q), self._order(head, K)
+        added = score + self.bias[head, queries[rows], keys[key]]
+        return np.clip(added, *self.rules.arithmetic.score_limits)
+
+    def _softmax(self, unit: _Unit, head: int, rows: slice, done: np.ndarray) -> None:
+        """Rows whose last score is written: pruned entries of the dense block leave."""
+        keep = unit.written[done]
+        if self.op.masks is not None:
+            mask = self.op.masks[head]
+            keep[:, : mask.num_global] &= mask.global_keep[rows][done]
+        made = integer_softmax(unit.scores[done], keep, self.rules.arithmetic)
+        unit.probabilities[done] = made
+        unit.ready[done] = True
+
+    def _values(self, stage: np.void, unit: _Unit, keys: slice) -> None:
+        """SpMM: a line holds an output row, which is added to the output buffer."""
+        v = self._tile(V, stage, int(stage["operand_token"]), keys)
+        for vector, operands in self._pieces(stage):
+            if not unit.ready[vector]:
+                raise RuntimeError(f"{self.op.name}: a row is weighed before its softmax")
+            weights = unit.probabilities[vector, keys.start + operands]
+            unit.sums[vector] += weights @ v[operands]
+
+    def _store(self, number: int) -> None:
+        image, head, rows = self.places[number]
+        made = self.rules.result(self.units.pop(number).sums, head)
+        self.output[image, head, self._order(head, Q)[rows]] = made
