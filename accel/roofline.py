@@ -1,9 +1,10 @@
-"""CPUs and GPUs beside the accelerator: a modelled roofline, and logs that others measured.
+"""CPUs and GPUs beside the accelerator: a modelled roofline, and what a clock said.
 
 Two types that do not mix: `Modelled` is arithmetic on a device's published peaks, kernel by
 kernel, the longest of launch, computing and memory; it is a lower bound on time, since no
-kernel reaches its peaks. `Measured` holds what ViTCoD's authors logged. A `Speedup` names
-which of the two it is against, and the batches. Seconds, FLOPs (two a MAC), bytes.
+kernel reaches its peaks. `Measured` is a clock's: ViTCoD's authors' logs (`MEASURED`), or
+the machine at hand. A `Speedup` names what it is against, and the batches. Seconds, FLOPs
+(two a MAC), bytes.
 
 Devices compute dense attention: pruned entries inside a dense kernel save no time.
 """
@@ -263,9 +264,17 @@ def _attention_works(op: Attention, precision: str, batch: int, style: str) -> l
     ]
 
 
+ORIGINS = {"log": "measured log", "here": "measured here"}
+"""Basis of a measurement by its origin."""
+
+
 @dataclass(frozen=True)
 class Measured:
-    """Somebody's clock: seconds of one image, at the batch at which it was measured."""
+    """Somebody's clock: seconds of one image, at the batch at which it was measured.
+
+    origin  "log" (published by others) or "here" (this machine); the basis of a `Speedup`
+    seconds_per_image  of the whole network; None where attention alone was measured
+    """
 
     name: str
     device: str
@@ -274,16 +283,26 @@ class Measured:
     precision: str
     batch: int
     attention_seconds_per_image: float
-    seconds_per_image: float
+    seconds_per_image: float | None
     source: str
+    origin: str = "log"
+
+    def __post_init__(self) -> None:
+        if self.origin not in ORIGINS:
+            raise ValueError(f"origin must be one of {', '.join(ORIGINS)}, got {self.origin!r}")
+
+    @property
+    def basis(self) -> str:
+        return ORIGINS[self.origin]
 
     @property
     def label(self) -> str:
-        return f"{self.device}, {self.software}, {self.precision}, batch {self.batch} (measured)"
+        what = f"{self.device}, {self.software}, {self.precision}, batch {self.batch}"
+        return f"{what} ({self.basis})"
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return {"basis": "measured", "label": self.label} | asdict(self)
+        return {"basis": self.basis, "label": self.label} | asdict(self)
 
 
 MEASURED: dict[str, Measured] = {
@@ -342,7 +361,9 @@ def speedup(report: Report, against: Modelled | Measured, attention_only: bool =
         other, basis = other / against.batch, "modelled"
     else:
         other = against.attention_seconds_per_image if attention_only else against.seconds_per_image
-        basis = "measured"
+        basis = against.basis
+        if other is None:
+            raise ValueError(f"{against.label}: attention alone was measured, not the network")
     part = "attention" if attention_only else "end to end"
     subject = f"{report.workload} on {report.simulator}, batch {report.batch} (simulated)"
     return Speedup(other * report.batch / own, part, subject, against.label, basis)

@@ -134,7 +134,7 @@ def test_the_jetson_log(golden):
     log = MEASURED["jetson-tx2"]
     assert log.attention_seconds_per_image == pytest.approx(attention)
     assert log.seconds_per_image == pytest.approx(sum(ms for _, ms in rows) * 1e-3)
-    assert json.loads(json.dumps(log.to_dict()))["basis"] == "measured"
+    assert json.loads(json.dumps(log.to_dict()))["basis"] == "measured log"
 
 
 def test_a_speedup_says_against_what():
@@ -151,8 +151,8 @@ def test_a_speedup_says_against_what():
     log = MEASURED["jetson-tx2"]
     whole = speedup(report, log, attention_only=False)
     assert whole.factor == pytest.approx(log.seconds_per_image / (report.seconds / 2))
-    assert (whole.basis, whole.part) == ("measured", "end to end")
-    assert "(measured)" in str(whole)
+    assert (whole.basis, whole.part) == ("measured log", "end to end")
+    assert "(measured log)" in str(whole)
     empty = simulate(Workload("none", SMALL.ops[:1]), presets["vitcod"], "systolic")
     with pytest.raises(ValueError, match="none on systolic takes no time"):
         speedup(empty, log)
@@ -183,6 +183,16 @@ def test_bad_arguments_are_named(arguments, message):
 def test_devices_check_themselves(field, value, message):
     with pytest.raises(ValueError, match=message):
         replace(SLOW, **{field: value})
+
+
+def test_attention_alone_gives_no_speedup_end_to_end():
+    here = replace(MEASURED["jetson-tx2"], origin="here", seconds_per_image=None)
+    report = simulate(SMALL, presets["vitcod"], "systolic")
+    assert speedup(report, here).basis == "measured here"
+    with pytest.raises(ValueError, match="attention alone was measured"):
+        speedup(report, here, attention_only=False)
+    with pytest.raises(ValueError, match="origin must be one of log, here, got 'there'"):
+        replace(here, origin="there")
 
 
 def test_basis_is_part_of_the_type():

@@ -1,8 +1,9 @@
 """Attention timed on the machine at hand, through PyTorch: what a speed-up is against.
 
 The ViTCoD paper compares with eager attention (scores written out, softmax, product);
-PyTorch's fused attention is the fairer baseline. Only the core is timed: queries, keys
-and values are there, the output projection is not. Times are wall-clock medians over
+PyTorch's fused attention is the fairer baseline, and fused attention given the mask shows
+what a fixed mask is worth without kernels made for it. Only the core is timed: queries,
+keys and values are there, the output projection is not. Times are wall-clock medians over
 whole passes through all layers; they vary with the machine and are never a test.
 """
 
@@ -11,10 +12,11 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +26,7 @@ from ...workload import Attention, Workload
 
 @dataclass(frozen=True)
 class MeasuredAttention:
-    """Dense attention of all layers of a network, timed.
+    """Attention of all layers of a network, timed, by one of `KERNELS`.
 
     ``seconds_per_image`` is the median pass over ``batch`` images, divided by the batch;
     ``fastest`` and ``slowest`` pass alike. ``threads`` is PyTorch's, 0 on a GPU.
@@ -47,10 +49,24 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(dim=-1) @ v
 
 
-KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "eager": eager_attention,
-    "fused": F.scaled_dot_product_attention,
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _masked(op: Attention, device: torch.device) -> Step:
+    """PyTorch's fused attention with the layer's mask, [heads, queries, keys]."""
+    if op.masks is None:
+        raise ValueError(f"'masked' needs masks, {op.name} has none")
+    keep = torch.from_numpy(np.stack([mask.dense() for mask in op.masks]))
+    return partial(F.scaled_dot_product_attention, attn_mask=keep.to(device))
+
+
+KERNELS: dict[str, Callable[[Attention, torch.device], Step]] = {
+    "eager": lambda op, device: eager_attention,
+    "fused": lambda op, device: F.scaled_dot_product_attention,
+    "masked": _masked,
 }
+"""By name: what runs a layer, made ready beforehand. "eager" and "fused" are dense whatever
+the masks say, "masked" is fused and takes the layer's mask."""
 
 
 @torch.inference_mode()
@@ -62,12 +78,11 @@ def measure_attention(
     dtype: torch.dtype = torch.float32,
     passes: int = 7,
 ) -> tuple[MeasuredAttention, ...]:
-    """Time dense attention of ``workload`` for each of ``kernels``.
+    """Time the attention of ``workload`` for each of ``kernels``, names of `KERNELS`.
 
-    Layers of one shape share their operands; masks and codecs of the workload are not
-    used: this is the dense baseline. Kernels take turns, so that a change in the
-    machine's speed meets all of them. Raises ValueError for an unknown kernel or a
-    workload without attention.
+    Layers of one shape share their operands; codecs are not used. Kernels take turns, so
+    that a change in the machine's speed meets all of them. Raises ValueError for an unknown
+    kernel, a workload without attention and a kernel that needs masks where there are none.
     """
     unknown = [name for name in kernels if name not in KERNELS]
     if unknown:
@@ -76,10 +91,11 @@ def measure_attention(
         raise ValueError(f"{workload.name} has no attention to measure")
     device = torch.device(device)
     operands = _operands(workload.attention, batch, device, dtype)
+    steps = {name: [KERNELS[name](op, device) for op in workload.attention] for name in kernels}
     times: dict[str, list[float]] = {name: [] for name in kernels}
     for turn in range(passes + 1):  # the first pass of each warms up
         for name in kernels:
-            spent = _timed_pass(KERNELS[name], operands, device)
+            spent = _timed_pass(steps[name], operands, device)
             if turn:
                 times[name].append(spent / batch)
     threads = torch.get_num_threads() if device.type == "cpu" else 0
@@ -111,36 +127,34 @@ def device_name(device: torch.device) -> str:
         return platform.processor() or platform.machine()
 
 
-Operands = list[tuple[Tensor, Tensor, Tensor, int]]
+Operands = list[tuple[Tensor, Tensor, Tensor]]
 
 
 def _operands(
     calls: tuple[Attention, ...], batch: int, device: torch.device, dtype: torch.dtype
 ) -> Operands:
-    """(q, k, v, number of layers) for each distinct shape."""
-    shapes = Counter(
-        (op.windows, op.heads, op.queries, op.keys, op.key_dim, op.value_dim) for op in calls
-    )
+    """(q, k, v) a layer."""
     generator = torch.Generator().manual_seed(0)
+    made: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
     operands = []
-    for (windows, heads, queries, keys, key_dim, value_dim), layers in shapes.items():
-        sizes = ((queries, key_dim), (keys, key_dim), (keys, value_dim))
-        tensors = (
-            torch.randn(batch * windows, heads, *size, generator=generator).to(device, dtype)
-            for size in sizes
-        )
-        operands.append((*tensors, layers))
+    for op in calls:
+        shape = (op.windows, op.heads, op.queries, op.keys, op.key_dim, op.value_dim)
+        if shape not in made:
+            sizes = ((op.queries, op.key_dim), (op.keys, op.key_dim), (op.keys, op.value_dim))
+            q, k, v = (
+                torch.randn(batch * op.windows, op.heads, *size, generator=generator)
+                for size in sizes
+            )
+            made[shape] = (q.to(device, dtype), k.to(device, dtype), v.to(device, dtype))
+        operands.append(made[shape])
     return operands
 
 
-def _timed_pass(
-    kernel: Callable[[Tensor, Tensor, Tensor], Tensor], operands: Operands, device: torch.device
-) -> float:
+def _timed_pass(steps: list[Step], operands: Operands, device: torch.device) -> float:
     _wait(device)
     begin = time.perf_counter()
-    for q, k, v, layers in operands:
-        for _ in range(layers):
-            kernel(q, k, v)
+    for step, (q, k, v) in zip(steps, operands, strict=True):
+        step(q, k, v)
     _wait(device)
     return time.perf_counter() - begin
 
