@@ -292,6 +292,23 @@ def learn_mask(
     return _Run(model, (photos, photos), settings, None, progress).learn_mask()[1]
 
 
+def model_workload(
+    name: str,
+    mask: AttentionMask | None = None,
+    codec: HeadCodec | None = None,
+    *,
+    image_size: int | None = None,
+    min_kept: int | float = Settings.min_kept,
+) -> Workload:
+    """A registered model as operations, dense or with ``mask`` and ``codec``.
+
+    ``image_size`` None is the model's own; a mask's tokens must fit it.
+    """
+    model = create(name)
+    workload = trace(model, image_size or getattr(model, "image_size", None) or 224)
+    return workload.with_attention(mask, codec, min_kept)
+
+
 def simulate_model(
     name: str,
     mask: AttentionMask | None = None,
@@ -303,13 +320,8 @@ def simulate_model(
     simulators: tuple[str, ...] = ("systolic", "vitcod"),
     batch: int = 1,
 ) -> dict[str, Report]:
-    """A registered model, dense or with ``mask`` and ``codec``, on each of ``simulators``.
-
-    ``image_size`` None is the model's own; a mask's tokens must fit it.
-    """
-    model = create(name)
-    workload = trace(model, image_size or getattr(model, "image_size", None) or 224)
-    workload = workload.with_attention(mask, codec, min_kept)
+    """`model_workload` on each of ``simulators``."""
+    workload = model_workload(name, mask, codec, image_size=image_size, min_kept=min_kept)
     return {s: simulate(workload, hardware, simulator=s, batch=batch) for s in simulators}
 
 

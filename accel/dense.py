@@ -115,19 +115,25 @@ def product_cost(
     return overlapped(op.name, "dense", work, op.macs * batch, traffic, hardware)
 
 
-def _array_traffic(
-    product: Product, hardware: Hardware, inputs: int, weights: int, stored: int
-) -> tuple[Traffic, ...]:
-    """Buffer and array side: every tile reads its operands from the buffers."""
-    height, width, size = hardware.lines, hardware.macs_per_line, hardware.operand_bytes
-    m, n, k = product.m, product.n, product.k
+def operand_reads(m: int, n: int, k: int, hardware: Hardware) -> tuple[int, int]:
+    """Elements of the left and of the right operand that the array reads: what stays in it
+    once, what streams past it once for each tile."""
+    height, width = hardware.lines, hardware.macs_per_line
     again_rows, again_cols = {
         "os": (_ceil(n, width), _ceil(m, height)),
         "ws": (_ceil(n, width), 1),
         "is": (1, _ceil(m, width)),
     }[hardware.dense_dataflow]
-    rows = product.count * m * k * size * again_rows
-    cols = product.count * k * n * size * again_cols
+    return m * k * again_rows, k * n * again_cols
+
+
+def _array_traffic(
+    product: Product, hardware: Hardware, inputs: int, weights: int, stored: int
+) -> tuple[Traffic, ...]:
+    """Buffer and array side: every tile reads its operands from the buffers."""
+    left, right = operand_reads(product.m, product.n, product.k, hardware)
+    rows = product.count * left * hardware.operand_bytes
+    cols = product.count * right * hardware.operand_bytes
     return (
         Traffic("activations", "buffer", rows, inputs),
         Traffic("weights", "buffer", cols, weights),

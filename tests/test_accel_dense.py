@@ -194,3 +194,35 @@ def test_traffic_and_cost_check_themselves():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         simulate(network(), **arguments)
+
+
+@pytest.mark.parametrize("dataflow", ["os", "ws", "is"])
+def test_systolic_attention_counts_every_tensor_at_every_level(dataflow):
+    """Operand reads against a walk over the tiles."""
+    machine = replace(VITCOD, lines=4, macs_per_line=3, dense_dataflow=dataflow)
+    op = Attention("attn", 2, 10, 7, 5, 6)
+    (cost,) = simulate(Workload("one", (op,)), machine, "systolic").attention
+    at = {(row.tensor, row.level): row for row in cost.traffic}
+
+    def walked(m, n, k):
+        tall, wide = {"os": (m, n), "ws": (k, n), "is": (k, m)}[dataflow]
+        left = right = 0
+        for i in range(0, tall, 4):
+            for j in range(0, wide, 3):
+                high, broad = min(4, tall - i), min(3, wide - j)
+                left += {"os": high * k, "ws": high * m, "is": high * broad}[dataflow]
+                right += {"os": broad * k, "ws": high * broad, "is": high * n}[dataflow]
+        return left, right
+
+    queries, keys = walked(10, 7, 5)
+    weights, values = walked(10, 6, 7)
+    size = machine.operand_bytes
+    for tensor, reads in (("Q", queries), ("K", keys), ("V", values)):
+        assert at[tensor, "lines"].read_bytes == 2 * reads * size
+        assert at[tensor, "buffer"].read_bytes == 2 * reads * size
+        assert at[tensor, "buffer"].written_bytes == at[tensor, "dram"].read_bytes
+    scores = 2 * 10 * 7 * machine.score_bytes
+    assert at["scores", "lines"].read_bytes == 2 * weights * machine.score_bytes
+    assert at["scores", "buffer"].read_bytes == 2 * scores + 2 * weights * machine.score_bytes
+    assert at["scores", "buffer"].written_bytes == 2 * scores
+    assert at["output", "buffer"].written_bytes == at["output", "dram"].written_bytes == 120 * size

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...workload import Attention, Workload
-from ..dense import array_cycles, op_cost
+from ..dense import array_cycles, op_cost, operand_reads
 from ..hardware import Hardware
 from ..report import OpCost, Report, Traffic
 
@@ -74,10 +74,6 @@ def _attention_cost(op: Attention, hardware: Hardware, batch: int) -> OpCost:
         waited = "softmax" if heads * softmax >= dram else "load"
         phases[waited] += beyond
     macs = op.entries * batch * (op.key_dim + op.value_dim)
-    traffic = [Traffic(name, "dram", loaded, 0) for name, loaded in loads.items()]
-    traffic.append(Traffic("output", "dram", 0, stored))
-    on_chip = op.entries * batch * hardware.score_bytes
-    traffic.append(Traffic("scores", "buffer", 3 * on_chip, 2 * on_chip))
     return OpCost(
         op.name,
         "attention",
@@ -85,9 +81,31 @@ def _attention_cost(op: Attention, hardware: Hardware, batch: int) -> OpCost:
         phases,
         macs=macs,
         kept_macs=op.kept * batch * (op.key_dim + op.value_dim),
-        traffic=tuple(traffic),
+        traffic=_traffic(op, hardware, heads, loads, stored),
         busy={"MAC lines": products, "DRAM": dram, "softmax": heads * softmax},
     )
+
+
+def _traffic(
+    op: Attention, hardware: Hardware, heads: int, loads: dict[str, int], stored: int
+) -> tuple[Traffic, ...]:
+    """Operands go to the array tile by tile; scores are written, read twice by the softmax
+    unit, written as probabilities and read as the left operand of the second product."""
+    size, width = hardware.operand_bytes, hardware.score_bytes
+    queries, keys = operand_reads(op.queries, op.keys, op.key_dim, hardware)
+    weights, values = operand_reads(op.queries, op.value_dim, op.keys, hardware)
+    reads = {"Q": heads * queries * size, "K": heads * keys * size, "V": heads * values * size}
+    scores, again = heads * op.queries * op.keys * width, heads * weights * width
+    rows = [Traffic(name, "dram", loaded, 0) for name, loaded in loads.items()]
+    rows.append(Traffic("output", "dram", 0, stored))
+    rows += [Traffic(name, "buffer", reads[name], loads[name]) for name in reads]
+    rows += [Traffic(name, "lines", reads[name], 0) for name in reads]
+    rows += [
+        Traffic("scores", "buffer", 2 * scores + again, 2 * scores),
+        Traffic("scores", "lines", again, 0),
+        Traffic("output", "buffer", stored, stored),
+    ]
+    return tuple(rows)
 
 
 def _query_tiles(op: Attention, hardware: Hardware) -> int:
