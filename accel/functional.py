@@ -352,8 +352,8 @@ class _Run:
     def _tile(self, channel: int, stage: np.void, token: int, tile: slice) -> np.ndarray:
         """[tokens, dim] of the stage's head, in the head's own order, ``tile`` of it."""
         chunk, place = self._resident(channel, token)
-        member = int(stage["head"]) if channel != V else 0
         head = self.places[int(stage["unit"])][1]
+        member = head % self.mapping.group if channel != V else 0
         mine, lead = (self._order(h, channel) for h in (head, head - member))
         if channel == V or np.array_equal(mine, lead):
             return chunk.data[member, place : place + tile.stop - tile.start]

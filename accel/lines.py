@@ -135,7 +135,7 @@ def _query_word(run, stage, line, entries, channel, banks, counts):
         if token >= channel.arrived:
             line.waiting = 1
             return _missing(channel)
-        line.address = (token * stage.heads + stage.head) * stage.words
+        line.address = (stage.operand_place + line.row) * stage.words
         line.bank = line.address % banks.size
     granted = grant(banks[line.bank], line.address, run.cycle)
     if granted == 0:
@@ -155,10 +155,10 @@ def _value_word(run, stage, line, entries, channel, banks, counts):
     if line.draining > 0 and line.left == 1 and line.word == stage.words - 1:
         return DRAIN
     if line.address < 0:
-        token = stage.operand_token + _operand(line, entries)
-        if token >= channel.arrived:
+        operand = _operand(line, entries)
+        if stage.operand_token + operand >= channel.arrived:
             return DRAM
-        line.address = token * stage.words
+        line.address = (stage.operand_place + operand) * stage.words
         line.bank = line.address % banks.size
     granted = grant(banks[line.bank], line.address, run.cycle)
     if granted == 0:
@@ -226,10 +226,10 @@ def _load_key(run, stage, line, pieces, preloading, channel, banks, counts):
     """Read a word of a piece's key into the second register; use it once it is whole."""
     if line.preload < stage.words and preloading < line.last_piece:
         if line.preload == 0:
-            token = stage.vector_token + pieces[preloading].vector
-            if token >= channel.arrived:
+            vector = pieces[preloading].vector
+            if stage.vector_token + vector >= channel.arrived:
                 return
-            line.key_address = (token * stage.heads + stage.head) * stage.words
+            line.key_address = (stage.vector_place + vector) * stage.words
             line.key_bank = line.key_address % banks.size
         granted = grant(banks[line.key_bank], line.key_address, run.cycle)
         if granted > 0:

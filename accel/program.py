@@ -39,12 +39,12 @@ STAGE = np.dtype(
             "unit",  # (instance, head, rows) it belongs to
             "opens_unit",  # the first of its unit
             "words",  # of an operand
-            # Token t of head `head` of a chunk that `heads` share begins at word
-            # (t * heads + head) * words; tokens count through the whole DMA channel.
+            # Tokens count through the whole DMA channel. A buffer holds a chunk head after
+            # head: vector v begins at word (vector_place + v) * words, operands likewise.
             "vector_token",
             "operand_token",
-            "heads",
-            "head",
+            "vector_place",
+            "operand_place",
             "index_bytes",  # of the index channel, that lie before its index stream
             "index_frees",  # bytes of the index buffer that are free after it
             "stores",  # stores that must be done before it
@@ -264,14 +264,20 @@ def _scores(builder: _Builder, number: int, unit: tuple[int, int, slice]) -> Non
     room = mapping.group * mapping.key_words * builder.hardware.word_bytes
     for keys in mapping.key_tiles:
         first = (instance, group, keys.start, *mapping.reload(unit))
-        vector = builder.chunk(K, first, keys.stop - keys.start, size, room)
+        key_count, query_count = keys.stop - keys.start, tokens.stop - tokens.start
+        vector = builder.chunk(K, first, key_count, size, room)
         first = (instance, group, tokens.start)
-        operand = builder.chunk(Q, first, tokens.stop - tokens.start, size, room)
-        operand += rows.start - tokens.start
+        operand = builder.chunk(Q, first, query_count, size, room)
+        skipped = rows.start - tokens.start
         opens = keys.start == 0
         bitmap = mapping.bitmap_bytes(head, rows) if opens else 0
         plan = builder.plan(head, rows, keys, SDDMM)
-        place = (vector, operand, mapping.group, member)
+        place = (
+            vector,
+            operand + skipped,
+            vector * mapping.group + member * key_count,
+            operand * mapping.group + member * query_count + skipped,
+        )
         builder.stage(SDDMM, number, plan, opens, mapping.key_words, place, (bitmap, 0))
     builder.rows.append(mapping.patterns[head].row_scores[rows])
 
@@ -288,7 +294,7 @@ def _values(builder: _Builder, number: int, unit: tuple[int, int, slice]) -> Non
         stores = max(number + 1 - mapping.output_regions, 0) if keys.start == 0 else 0
         bitmap = mapping.bitmap_bytes(head, rows) if keys.stop == op.keys else 0
         plan = builder.plan(head, rows, keys, SPMM)
-        place = (0, operand, 1, 0)
+        place = (0, operand, 0, operand)
         builder.stage(
             SPMM, number, plan, False, mapping.value_words, place, (0, bitmap), stores
         )  # fmt: skip

@@ -45,6 +45,7 @@ class Twin:
 
     def __init__(self, program, hardware, mapping):
         self.p, self.hw, self.mp = program, hardware, mapping
+        self.places = list(mapping.units(len(program.unit_row)))
         rate = hardware.dram_bytes_per_cycle
         self.unit, self.rate = rate.denominator, rate.numerator
         self.count = Counter()
@@ -246,6 +247,20 @@ class Twin:
             self.count["index_reads"] += 1
         return stall
 
+    def place(self, stage, side, number):
+        """Vectors before this one in its buffer: whole chunks head after head, then its own
+        chunk's heads before its head."""
+        channel = (K if side == "vector" else Q) if stage["kind"] == SDDMM else V
+        token = int(stage[f"{side}_token"]) + number
+        first, last = self.p.channel_first[channel : channel + 2]
+        heads = self.mp.group if channel != V else 1
+        _, head, _ = self.places[int(stage["unit"])]
+        for transfer in self.p.transfers[first:last]:
+            begin, count = int(transfer["token"]), int(transfer["bytes"] // transfer["token_bytes"])
+            if begin <= token < begin + count:
+                return begin * heads + head % heads * count + token - begin
+        raise AssertionError(f"token {token} is in no chunk")
+
     def missing(self, c):
         return "decoder" if c.sent > c.arrived else "dram"
 
@@ -257,7 +272,7 @@ class Twin:
         words, keys = int(stage["words"]), self.channels[K]
         if preloading and line.preload < words:
             token = int(stage["vector_token"]) + preloading[0].vector
-            word = (token * int(stage["heads"]) + int(stage["head"])) * words + line.preload
+            word = self.place(stage, "vector", preloading[0].vector) * words + line.preload
             if token < keys.arrived:
                 got = self.ask(self.hw.k_banks, self.key_reads, word)
                 line.preload += got > 0
@@ -283,7 +298,7 @@ class Twin:
         if token >= queries.arrived:
             line.asked = True
             return self.missing(queries)
-        word = (token * int(stage["heads"]) + int(stage["head"])) * words + line.word
+        word = self.place(stage, "operand", row) * words + line.word
         got = self.ask(self.hw.q_banks, self.operand_reads, word)
         if not got:
             return "bank"

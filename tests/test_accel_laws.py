@@ -205,6 +205,21 @@ def test_many_tokens_overflow_the_buffers_and_the_bytes_say_so(codec):
         assert program.dram_bytes(Q) == once * codec.latent_heads // codec.groups
 
 
+def test_heads_of_one_pass_share_the_banks_as_one_head_does():
+    """4 heads of 8 words in 32 banks: were they laid out token after token, each token of a
+    head would begin in the same bank."""
+    keep = np.random.default_rng(3).random((4, 96, 96)) < 0.3
+    masks = tuple(polarize_head(head, 96) for head in keep)
+    stalled = []
+    for groups in (1, 4):
+        codec = HeadCodec(4, 4, groups)
+        op = Attention("call", 4, 96, 96, 64, 64, masks=masks, codec=codec)
+        mapping, _, trace = run(op, replace(presets["vitcod"], decoder_macs=10**5))
+        assert mapping.group == 4 // groups
+        stalled.append(int(trace.stage_stalls[:, STALLS.index("bank")].sum()))
+    assert stalled[0] < 1.1 * stalled[1]
+
+
 def test_4096_tokens():
     keep = np.random.default_rng(1).random((4096, 4096)) < 0.005
     keep[0] = keep[:, 0] = True
