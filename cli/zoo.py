@@ -1,20 +1,200 @@
-"""`sievit zoo`: the registered models."""
+"""`sievit zoo`: the registered models, what each costs, and where its run time goes."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..terminal import OUT, one_line_errors
+from ..terminal import OUT, one_line_errors, progress_bars
+from .options import Quiet
+
+if TYPE_CHECKING:
+    from ..models import Complexity
+
+Size = tuple[int, int] | None
+Counting = tuple[int, int | None]  # bytes of an element, of a cache
 
 
-def zoo(pattern: Annotated[str, typer.Argument(help="Shell wildcards.")] = "*") -> None:
-    """List the registered models."""
-    with one_line_errors():
-        from ..models import names
+def zoo(
+    patterns: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names or shell wildcards; '*' is every model. None lists the names."),
+    ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="Pixels, 224 or 192x256. Default: each model's own.")
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Every layer of every model.")] = False,
+    cache: Annotated[
+        str | None, typer.Option(help="Also bytes accessed with a cache: bytes, or 320kB, 2MB.")
+    ] = None,
+    element_bytes: Annotated[int, typer.Option(min=1, help="Width of every element.")] = 4,
+    profile: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Measure a model's run time by operation.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images a batch, when measuring.")] = 4,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads, when measuring. Default: PyTorch's.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Batches measured.")] = 5,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write all figures there.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a picture there.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """List the registered models; count what they cost; measure where run time goes."""
+    with one_line_errors(quiet):
+        size, counting = _size(image_size), (element_bytes, _bytes(cache))
+        if profile is not None and patterns:
+            raise ValueError(f"--profile takes one model, drop {' '.join(patterns)!r}")
+        if profile is not None:
+            measured = {"batch": batch, "threads": threads, "repeats": repeats}
+            result = _profile(profile, size, counting, measured, layers, plot, quiet)
+        elif not patterns:
+            _list(json_out, plot, quiet)
+            return
+        else:
+            result = _costs(patterns, size, counting, layers, plot, quiet)
+        if json_out is not None:
+            from ..result import versions, write_json
 
-        found = names(pattern)
-        if not found:
-            raise ValueError(f"no registered model matches {pattern!r}; `sievit zoo` lists all")
-        OUT.print("\n".join(found), highlight=False)
+            write_json({**result, "versions": versions()}, json_out)
+
+
+def _list(json_out: Path | None, plot: Path | None, quiet: bool) -> None:
+    from ..models import names
+
+    if json_out is not None or plot is not None:
+        raise ValueError("--json and --plot need models to count: give names, or '*' for all")
+    if not quiet:
+        OUT.print("\n".join(names()), highlight=False)
+
+
+def _costs(
+    patterns: list[str],
+    size: Size,
+    counting: Counting,
+    layers: bool,
+    plot: Path | None,
+    quiet: bool,
+) -> dict[str, Any]:
+    from ..models.plots import plot_costs, plot_layers
+    from ..zoo_tables import cost_table, costs_table
+
+    found = _matching(patterns)
+    costs, sizes = [], []
+    with progress_bars(quiet or len(found) == 1) as progress:
+        for done, name in enumerate(found):
+            progress("counting", done / len(found))
+            cost, sides = _count(name, size, *counting)
+            costs.append(cost)
+            sizes.append(sides)
+        progress("counting", 1.0)
+    if plot is not None:
+        plot_layers(costs[0], plot) if len(costs) == 1 else plot_costs(costs, plot)
+    if not quiet and len(costs) > 1 and not layers:
+        OUT.print(costs_table(costs, sizes))
+    elif not quiet:
+        for cost, sides in zip(costs, sizes, strict=True):
+            OUT.print(cost_table(cost, sides, layers))
+    return {"models": [_plain(c, s, layers) for c, s in zip(costs, sizes, strict=True)]}
+
+
+def _plain(cost: Complexity, sides: tuple[int, int], layers: bool) -> dict[str, Any]:
+    plain = cost.to_dict()
+    if not layers:
+        del plain["layers"]
+    return {"name": plain.pop("name"), "image_size": list(sides), **plain}
+
+
+def _profile(
+    name: str,
+    size: Size,
+    counting: Counting,
+    measured: dict[str, Any],
+    layers: bool,
+    plot: Path | None,
+    quiet: bool,
+) -> dict[str, Any]:
+    from ..models import complexity, trace
+    from ..models.dcn_traffic import sampling_traffic
+    from ..models.plots import plot_layers
+    from ..models.registry import create_for
+    from ..models.run_profile import profile_run
+    from ..zoo_tables import intensity_table, profile_table, traffic_table
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else PyTorch's profiler writes lines
+    model = create_for(name, size)
+    workload = trace(model, size or model.image_size)
+    cost = complexity(workload, None, *counting)
+    traffic = sampling_traffic(workload)
+    with progress_bars(quiet) as progress:
+        run = profile_run(
+            model, size, **measured, progress=lambda share: progress("measuring", share)
+        )
+    if plot is not None:
+        plot_layers(cost, plot)
+    if not quiet:
+        OUT.print(profile_table(run))
+        OUT.print(intensity_table(cost, layers))
+        if traffic:
+            OUT.print(traffic_table(traffic))
+    return {
+        "profile": run.to_dict(),
+        "cost": cost.to_dict(),
+        "sampling": [row.to_dict() for row in traffic],
+    }
+
+
+def _count(
+    name: str, size: Size, element_bytes: int, cache_bytes: int | None
+) -> tuple[Complexity, tuple[int, int]]:
+    import torch
+
+    from ..models import complexity
+    from ..models.registry import create_for
+
+    with torch.device("meta"):
+        model = create_for(name, size)
+    sides = size or (model.image_size, model.image_size)
+    return complexity(model, sides, element_bytes, cache_bytes), sides
+
+
+def _matching(patterns: list[str]) -> list[str]:
+    from ..models import names
+    from ..models.registry import unknown_name
+
+    found: list[str] = []
+    for pattern in patterns:
+        matches = names(pattern)
+        if not matches:
+            raise ValueError(unknown_name(pattern))
+        found += [name for name in matches if name not in found]
+    return found
+
+
+def _size(text: str | None) -> Size:
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) not in (1, 2) or not all(side.isdigit() and int(side) for side in sides):
+        raise ValueError(f"--image-size is pixels, as 224 or 192x256, got {text!r}")
+    return int(sides[0]), int(sides[-1])
+
+
+def _bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    number = text.lower().removesuffix("b")
+    unit = {"k": 1e3, "m": 1e6, "g": 1e9}.get(number[-1:], 1)
+    try:
+        size = float(number[:-1] if unit > 1 else number) * unit
+        whole = int(size)
+    except (ValueError, OverflowError):
+        whole = size = 0
+    if whole < 1 or whole != size:
+        raise ValueError(f"--cache is a number of bytes, as 65536, 320kB or 2MB, got {text!r}")
+    return whole

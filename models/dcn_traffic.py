@@ -9,10 +9,11 @@ cache without end is `sievit.models.accesses.unlimited_cache`.
 
 from __future__ import annotations
 
-from ..workload import Deform
+from dataclasses import asdict, dataclass
+from typing import Any
 
-CORNERS = 4
-"""Values that one bilinear sample reads."""
+from ..workload import Deform, Workload
+from .accesses import CORNERS, unlimited_cache
 
 DCNV4_CHANNELS = 8
 """Channels a thread of DCNv4's released forward kernel makes."""
@@ -39,3 +40,49 @@ def thread_accesses(op: Deform, channels_per_thread: int = 1) -> int:
     values = CORNERS * op.samples * outputs
     offsets_and_weights = 3 * op.samples * outputs // channels_per_thread
     return values + offsets_and_weights + outputs
+
+
+@dataclass(frozen=True)
+class SamplingTraffic:
+    """One operator's computation and element accesses under each kernel's sharing of work.
+
+    ``dcnv3`` and ``dcnv4`` keep nothing between threads; ``unlimited`` is the least that
+    any kernel can move. ``dcnv4`` is None where eight channels do not divide a group.
+    """
+
+    name: str
+    flops: int
+    dcnv3: int
+    dcnv4: int | None
+    unlimited: int
+
+    @property
+    def saved(self) -> float | None:
+        """Share of DCNv3's accesses that DCNv4's threads save."""
+        return None if self.dcnv4 is None else 1 - self.dcnv4 / self.dcnv3
+
+    @property
+    def intensities(self) -> tuple[float, float]:
+        """Operations an element accessed: DCNv3's threads, and with an unlimited cache."""
+        return self.flops / self.dcnv3, self.flops / self.unlimited
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "saved": self.saved, "flops_an_element": list(self.intensities)}
+
+
+def sampling_traffic(workload: Workload) -> tuple[SamplingTraffic, ...]:
+    """Every sampling operator of a network, in order."""
+    return tuple(
+        SamplingTraffic(
+            name=op.name,
+            flops=sampling_flops(op),
+            dcnv3=thread_accesses(op),
+            dcnv4=None
+            if op.channels // op.groups % DCNV4_CHANNELS
+            else thread_accesses(op, DCNV4_CHANNELS),
+            unlimited=unlimited_cache(op),
+        )
+        for op in workload.ops
+        if isinstance(op, Deform)
+    )

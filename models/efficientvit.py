@@ -186,6 +186,7 @@ class EfficientViT(nn.Module):
     """
 
     num_prefix_tokens = 0
+    one_image_size = True
 
     def __init__(
         self,

@@ -112,6 +112,7 @@ class LeViT(nn.Module):
     """
 
     num_prefix_tokens = 0
+    one_image_size = True
 
     def __init__(
         self,

@@ -44,7 +44,7 @@ def create(
     """
     builder = _builders().get(name)
     if builder is None:
-        raise ValueError(_unknown(name))
+        raise ValueError(unknown_name(name))
     model = builder(**overrides)
     model.registered_name = name
     if pretrained is not None:
@@ -52,6 +52,24 @@ def create(
 
         load_pretrained(model, pretrained)
     return model
+
+
+def create_for(name: str, image_size: int | tuple[int, int] | None = None) -> nn.Module:
+    """`create`, for one image size where the network is built for just one.
+
+    image_size  pixels of a side or (height, width); None for the model's own
+
+    A network with ``one_image_size`` (LeViT, EfficientViT) is built for ``image_size``; the
+    others take any, as their forward says. Raises ``ValueError`` for a size that is not
+    square where the network needs a square one.
+    """
+    model = create(name)
+    if image_size is None or not getattr(model, "one_image_size", False):
+        return model
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if sides[0] != sides[1]:
+        raise ValueError(f"{name} takes square images, got {sides[0]} x {sides[1]}")
+    return create(name, image_size=sides[0])
 
 
 @cache
@@ -65,7 +83,8 @@ def _builders() -> dict[str, Callable[..., nn.Module]]:
     return builders
 
 
-def _unknown(name: str) -> str:
+def unknown_name(name: str) -> str:
+    """What to tell who asked for ``name``, which is not registered."""
     near = difflib.get_close_matches(str(name), names(), n=5, cutoff=0.4)
     hint = f"near names: {', '.join(near)}" if near else f"allowed: {', '.join(names())}"
     return f"no model is called {name!r}; {hint}"

@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 
 from sievit.models.accesses import no_cache, unlimited_cache
-from sievit.models.dcn_traffic import DCNV4_CHANNELS, sampling_flops, thread_accesses
-from sievit.workload import Deform
+from sievit.models.dcn_traffic import (
+    DCNV4_CHANNELS,
+    sampling_flops,
+    sampling_traffic,
+    thread_accesses,
+)
+from sievit.workload import Deform, Gemm, Workload
 
 SIDE, CHANNELS, GROUPS = 56, 128, 8  # 16 channels a group
 OP = Deform("dcn", CHANNELS, GROUPS, samples=9, in_size=(SIDE, SIDE), points=SIDE * SIDE)
@@ -46,3 +51,14 @@ def test_counts_by_walking_over_the_threads():
 def test_uneven_sharing_is_named():
     with pytest.raises(ValueError, match="must divide the 16 channels of a group, got 3"):
         thread_accesses(OP, 3)
+
+
+def test_every_operator_of_a_network_is_listed():
+    odd = Deform("odd", channels=12, groups=4, samples=9, in_size=(2, 2), points=4)
+    first, second = sampling_traffic(Workload("net", (OP, Gemm("fc", 1, 2, 3), odd)))
+    assert (first.dcnv3, first.unlimited) == (64 * HWC, 2 * HWC + 27 * HWG)
+    assert first.dcnv4 == 37 * HWC + 27 * HWC // 8
+    assert first.saved == pytest.approx(27 / 64 * 7 / 8)
+    assert first.intensities == pytest.approx((0.5625, 9.76), abs=0.01)
+    assert (second.dcnv4, second.saved) == (None, None)
+    assert second.to_dict()["name"] == "odd"
