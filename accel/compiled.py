@@ -30,6 +30,10 @@ core = njit(forceinline=True, **_CORE_OPTIONS)
 function, with no calls left."""
 
 
+part = njit(**_CORE_OPTIONS)
+"""Decorator of a part of a core that stays a function of its own."""
+
+
 def cached(function: Callable) -> Callable:
     """As `compiled`, for a function called from Python: cached on disk."""
     return _cached(function, _OPTIONS)
