@@ -24,7 +24,8 @@ from .ae import FittedCodecs, attach_codec, fit_codecs, fold, head_moments, trai
 from .images import Photos, batches, center_crops, endless_crops, random_crops, sample_photos
 from .masks import AttentionMask
 from .models import create, prefix_tokens, trace
-from .models.distill import Distilled, Recipe
+from .models.recipe import Recipe
+from .models.training import Trained
 from .result import CodecSummary, CodesignResult
 from .settings import Settings, rate_for
 from .sparsify import (
@@ -198,7 +199,7 @@ class _Run:
 
     def train(
         self, mask: AttentionMask, codecs: FittedCodecs | None
-    ) -> tuple[nn.Module, Distilled | None, Distilled | None]:
+    ) -> tuple[nn.Module, Trained | None, Trained | None]:
         """A copy of the model with mask and codecs in it, trained and judged step by step."""
         settings = self.settings
         size, suffix = settings.image_size, " + codec" if codecs else ""
@@ -220,7 +221,7 @@ class _Run:
                     steps=None if seconds else steps,
                     seconds=seconds,
                     recipe=Recipe(learning_rate=settings.recovery_rate or rate_for(photos)),
-                    progress=lambda share, loss: tell(share),
+                    listener=lambda step, rate, terms, share: tell(share),
                 )
             with self.stage("judging the recovered model"):
                 self.fidelity[f"learned mask{suffix}, recovered"] = self.judge(student)
@@ -232,7 +233,7 @@ class _Run:
         mask: AttentionMask,
         codecs: FittedCodecs,
         stream: Iterator[torch.Tensor],
-    ) -> Distilled | None:
+    ) -> Trained | None:
         """Fold the turn, judge the codec alone, attach the mask, train, attach the codec."""
         size, steps, log = self.settings.image_size, self.settings.codec_steps, None
         with self.stage("judging the codec"):
@@ -248,7 +249,7 @@ class _Run:
                     codecs.codecs,
                     stream,
                     steps=steps,
-                    progress=lambda share, loss: tell(share),
+                    listener=lambda step, rate, terms, share: tell(share),
                 )
         attach_codec(student, codecs.codecs, size)
         with self.stage("judging mask and codec"):

@@ -26,7 +26,7 @@ from .ae import ExplainedVariance
 from .figures import draw
 from .files import written_whole
 from .masks import AttentionMask
-from .models.distill import Distilled
+from .models.training import Trained
 from .settings import FEW_PHOTOS, Settings
 from .sparsify import Fidelity
 from .sparsify.reorder import Polarized
@@ -75,8 +75,8 @@ class CodesignResult:
     codecs: nn.ModuleList | None
     codec_summary: CodecSummary | None
     fidelity: Mapping[str, Fidelity]
-    codec_log: Distilled | None
-    recovery_log: Distilled | None
+    codec_log: Trained | None
+    recovery_log: Trained | None
     student: nn.Module
     workload: Workload
     reports: Mapping[str, Report]
@@ -190,7 +190,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _log_dict(log: Distilled | None) -> dict[str, Any] | None:
+def _log_dict(log: Trained | None) -> dict[str, Any] | None:
     return None if log is None else {"steps": log.steps, "losses": list(log.losses)}
 
 

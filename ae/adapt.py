@@ -19,8 +19,8 @@ from .closed_form import ExplainedVariance, HeadMoments, fit_closed_form
 from .codec import QKCodec, latent_heads_for
 
 Pair = tuple[Tensor, Tensor]
-Watcher = Callable[[Pair, Pair], None]
-"""Called in each forward of a layer with (Q, K) in the codec's basis, plain and decoded."""
+Watcher = Callable[[int, Pair, Pair], None]
+"""Called in each forward of a layer: its number, (Q, K) in the codec's basis, plain and decoded."""
 
 
 class _Coded(AttentionHook):
@@ -40,7 +40,7 @@ class _Coded(AttentionHook):
         plain = self.codec.in_basis(q, k)
         coded = self.codec.coded(*plain)
         if self.watcher is not None:
-            self.watcher(plain, coded)
+            self.watcher(self.layer, plain, coded)
         return coded
 
 

@@ -7,11 +7,14 @@ size; the default here is the relative squared error, ``published`` is the paper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..models.distill import Distilled, Recipe, distill
+from ..models.distill import distill
+from ..models.feeding import Batches
+from ..models.recipe import Recipe
+from ..models.training import Checkpointing, Listener, Trained
 from .adapt import Pair, attach_codec
 from .codec import QKCodec
 
@@ -20,19 +23,48 @@ RELATIVE_WEIGHT = 0.01
 CODEC_RECIPE = Recipe(learning_rate=1e-3, weight_decay=0.0, full_rate_loss=0.0)
 
 
+class Reconstruction(nn.Module):
+    """The codecs' own term of a loss: how far decoded Q and K are from what was coded.
+
+    Attach it with ``attach_codec(model, codecs, watcher=reconstruction.watch)``; its value
+    after a forward of the model is the sum over layers and over Q and K.
+
+    published  the paper's form instead of the relative error
+    weight     factor; 1e-4 for the paper's form, else 0.01
+    """
+
+    def __init__(
+        self, codecs: Sequence[QKCodec], published: bool = False, weight: float | None = None
+    ) -> None:
+        super().__init__()
+        self.codecs = codecs if isinstance(codecs, nn.ModuleList) else nn.ModuleList(codecs)
+        default = PUBLISHED_WEIGHT if published else RELATIVE_WEIGHT
+        self.weight = default if weight is None else weight
+        self.measure = error_norm if published else relative_error
+        self.errors: dict[int, Tensor] = {}
+
+    def watch(self, layer: int, plain: Pair, coded: Pair) -> None:
+        q, k = (self.measure(c, p) for p, c in zip(plain, coded, strict=True))
+        self.errors[layer] = q + k
+
+    def forward(self) -> Tensor:
+        return self.weight * sum(self.errors.values())
+
+
 def train_codec(
     student: nn.Module,
     teacher: nn.Module,
     codecs: Sequence[QKCodec],
-    batches: Iterable[Tensor],
+    batches: Batches,
     *,
     steps: int | None = None,
     seconds: float | None = None,
     published: bool = False,
     weight: float | None = None,
     recipe: Recipe = CODEC_RECIPE,
-    progress: Callable[[float, float], None] | None = None,
-) -> Distilled:
+    checkpointing: Checkpointing | None = None,
+    listener: Listener | None = None,
+) -> Trained:
     """Train ``codecs`` so that ``student``, coded by them, keeps ``teacher``'s tokens.
 
     student    the model, with a mask attached or not; its own weights stay. The codecs
@@ -40,31 +72,21 @@ def train_codec(
     published  the paper's reconstruction term instead of the relative error
     weight     of the reconstruction term; 1e-4 for the paper's, else 0.01
 
-    Budget, progress and errors as in `sievit.models.distill.distill`.
+    The rest, and errors, as in `sievit.models.training.train`.
     """
-    factor = weight if weight is not None else PUBLISHED_WEIGHT if published else RELATIVE_WEIGHT
-    measure = error_norm if published else relative_error
-    terms: list[Tensor] = []
-
-    def watch(plain: Pair, coded: Pair) -> None:
-        terms.extend(measure(c, p) for p, c in zip(plain, coded, strict=True))
-
-    def reconstruction() -> Tensor:
-        total = factor * sum(terms)
-        terms.clear()
-        return total
-
-    with attach_codec(student, codecs, watcher=watch):
+    reconstruction = Reconstruction(codecs, published, weight)
+    with attach_codec(student, codecs, watcher=reconstruction.watch):
         return distill(
             student,
             teacher,
             batches,
-            (parameter for codec in codecs for parameter in codec.parameters()),
+            reconstruction.parameters(),
             steps=steps,
             seconds=seconds,
             recipe=recipe,
-            extra_loss=reconstruction,
-            progress=progress,
+            extra=reconstruction,
+            checkpointing=checkpointing,
+            listener=listener,
         )
 
 

@@ -173,7 +173,7 @@ def test_golden_attention(golden, case):
         attach_codec(
             model,
             [codec],
-            watcher=lambda plain, coded: losses.extend(map(error_norm, coded, plain)),
+            watcher=lambda layer, plain, coded: losses.extend(map(error_norm, coded, plain)),
         )
     with torch.no_grad():
         got = model(x)
@@ -304,7 +304,7 @@ def test_the_reconstruction_term_is_in_the_loss():
     fitted = fit_codecs(head_moments(model, [images]), latent_heads=2)
     terms: dict[bool, list[torch.Tensor]] = {False: [], True: []}
 
-    def watch(plain, coded):
+    def watch(layer, plain, coded):
         terms[False].extend(map(relative_error, coded, plain))
         terms[True].extend(map(error_norm, coded, plain))
 

@@ -11,7 +11,8 @@ import torch
 from sievit.images import batches, center_crops, load_folder
 from sievit.masks import AttentionMask
 from sievit.models import SaliencyDecoder, create, features
-from sievit.models.distill import Recipe, _rate_scale, distill
+from sievit.models.distill import distill
+from sievit.models.recipe import Recipe, rate_scale
 from sievit.models.weights import load_pretrained
 from sievit.sparsify import (
     attach,
@@ -197,8 +198,8 @@ def test_recovery_repeats():
 
 
 def test_the_rate_shrinks_with_a_small_first_loss():
-    assert _rate_scale(0.4, 0.2) == _rate_scale(0.05, 0.0) == 1.0
-    assert _rate_scale(0.05, 0.2) == pytest.approx(0.25)
+    assert rate_scale(0.4, 0.2) == rate_scale(0.05, 0.0) == 1.0
+    assert rate_scale(0.05, 0.2) == pytest.approx(0.25)
     bold, careful = recovery(steps=1), recovery(steps=1, full_rate_loss=100.0)
     moved = []
     for student, log, _ in (bold, careful):

@@ -22,7 +22,7 @@ import torch
 from sievit.files import written_whole
 from sievit.images import batches, center_crops, endless_crops, load_folder, sample_photos
 from sievit.models import create
-from sievit.models.distill import Recipe
+from sievit.models.recipe import Recipe
 from sievit.pipeline import codesign
 from sievit.result import versions
 from sievit.settings import Settings

@@ -1,0 +1,49 @@
+"""Batches for a training that may be taken up anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
+"""Micro-batches of this process, or a function: number of the first -> batches from there."""
+
+
+def repeated(loader: Iterable[Any], start: int = 0) -> Iterator[Any]:
+    """The batches of ``loader`` again and again, from the ``start``-th on.
+
+    A sampler with ``set_epoch`` is told the number of the pass. Batches before ``start``
+    are read and dropped within their pass; whole passes are not read where the loader
+    has a length. Raises ValueError for a loader that gives nothing.
+    """
+    length = len(loader) if hasattr(loader, "__len__") else None
+    turn, skip = divmod(start, length) if length else (0, start)
+    while True:
+        sampler = getattr(loader, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(turn)
+        empty = True
+        for batch in loader:
+            empty = False
+            if skip:
+                skip -= 1
+                continue
+            yield batch
+        if empty:
+            raise ValueError("the data gives no batch: fewer images than a batch holds?")
+        turn += 1
+
+
+def steps_of(batches: Batches, done: int, accumulate: int) -> Iterator[list[Any]]:
+    """Micro-batches step by step, from step ``done`` on."""
+    skip = done * accumulate
+    stream = iter(batches(skip)) if callable(batches) else iter(batches)
+    if not callable(batches):
+        for _ in range(skip):
+            if next(stream, None) is None:
+                return
+    while True:
+        micro = [batch for _, batch in zip(range(accumulate), stream, strict=False)]
+        if len(micro) < accumulate:
+            return
+        yield micro

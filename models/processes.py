@@ -1,0 +1,46 @@
+"""Training in several processes, as `torchrun` starts them; with one, nothing happens here."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    return dist.getrank() if several() else 0
+
+
+def over_processes(objective: nn.Module) -> nn.Module:
+    if not several():
+        return objective
+    return nn.parallel.DistributedDataParallel(objective, find_unused_parameters=True)
+
+
+def exchanged(whole: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """Gradients go over the wire with the last micro-batch alone."""
+    several = isinstance(whole, nn.parallel.DistributedDataParallel)
+    return whole.no_sync() if several and not last else contextlib.nullcontext()
+
+
+def mean_over_processes(terms: dict[str, float], device: torch.device) -> dict[str, float]:
+    if not several():
+        return terms
+    values = torch.tensor(list(terms.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return dict(zip(terms, (values / dist.get_world_size()).tolist(), strict=True))
+
+
+def from_first(value: float, device: torch.device) -> float:
+    if not several():
+        return value
+    shared = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.broadcast(shared, 0)
+    return float(shared)
