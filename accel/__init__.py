@@ -2,27 +2,43 @@
 
 Floor plan: the machine (`hardware`) -> how an attention call is cut up (`mapping`), assigned
 to lines (`assign`) and written down (`program`) -> the compiled core (`engine`) -> dense
-products beside it (`dense`) -> one function a machine (`simulators`) -> `simulate`, `Report`.
-Beside it the machine's integers (`arithmetic`), carried by the same schedule (`functional`).
+products beside it (`dense`) -> one function a machine (`simulators`) -> `simulate`, `Report`
+-> `energy`, `area` -> many machines at once (`explore`). Beside it the machine's integers (`arithmetic`), carried by the same schedule (`functional`).
 """
 
 from .arithmetic import Arithmetic, Quantized, integer_attention, quantize
+from .configurations import grid
+from .energy import Area, Energy, EnergyProfile, area, energy, load_profile
+from .explore import explore
 from .functional import CodecWeights, FunctionalResult, simulate_attention
 from .hardware import Hardware, presets
+from .points import Exploration, Point
+from .profiles import PROFILES
 from .report import OpCost, Report, Traffic
 from .simulate import compare, simulate
 
 __all__ = [
+    "PROFILES",
+    "Area",
     "Arithmetic",
     "CodecWeights",
+    "Energy",
+    "EnergyProfile",
+    "Exploration",
     "FunctionalResult",
     "Hardware",
     "OpCost",
+    "Point",
     "Quantized",
     "Report",
     "Traffic",
+    "area",
     "compare",
+    "energy",
+    "explore",
+    "grid",
     "integer_attention",
+    "load_profile",
     "presets",
     "quantize",
     "simulate",
