@@ -3,7 +3,8 @@
 Floor plan: the machine (`hardware`) -> how an attention call is cut up (`mapping`), assigned
 to lines (`assign`) and written down (`program`) -> the compiled core (`engine`) -> dense
 products beside it (`dense`) -> one function a machine (`simulators`) -> `simulate`, `Report`
--> `energy`, `area` -> many machines at once (`explore`). Beside it the machine's integers (`arithmetic`), carried by the same schedule (`functional`).
+-> `energy`, `area` -> many machines at once (`explore`). Beside it the machine's
+integers (`arithmetic`), carried by the same schedule (`functional`).
 """
 
 from .arithmetic import Arithmetic, Quantized, integer_attention, quantize
