@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..accel.kernels import AttentionPlan, plan_layers, sparse_attention
 from ..masks import AttentionMask
 from ..models import AttentionCall, AttentionHook, Handle, find_attention, intercept
 
@@ -16,11 +17,13 @@ BACKENDS = ("auto", "dense")
 
 
 class _Masked(AttentionHook):
-    """Keeps only the mask's entries of one call."""
+    """Keeps only the mask's entries of one call; with a plan, by `sparse_attention`."""
 
-    def __init__(self, layer: int, keep: Tensor) -> None:
+    def __init__(self, layer: int, keep: Tensor, plan: AttentionPlan | None = None) -> None:
         self.layer = layer
         self.keep = keep
+        self.plan = plan
+        self.kernel = None if plan is None else self._sparse
 
     def transform(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         got = (q.shape[1], q.shape[2], k.shape[2])
@@ -32,6 +35,11 @@ class _Masked(AttentionHook):
         self.keep = self.keep.to(q.device)
         return q, k
 
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if self.plan.device != q.device:
+            self.plan = self.plan.to(q.device)
+        return sparse_attention(q, k, v, self.plan, scale)
+
 
 def attach(
     model: nn.Module,
@@ -42,8 +50,10 @@ def attach(
     """Make ``model`` compute only the entries that ``mask`` keeps, in every forward.
 
     backend     "dense": dense attention with the pruned entries set to -inf before
-                softmax, differentiable; "auto": the fastest one there is for the device,
-                today always "dense"
+                softmax; "auto": `sievit.accel.kernels.sparse_attention`, which computes the
+                kept entries alone where that is faster. Where a model writes its softmax
+                out, or something else acts on the same call, it is dense all the same.
+                Both are differentiable and give the same up to rounding
     image_size  the size the mask was learned at, where the model itself does not say
 
     Returns a handle; ``handle.remove()`` (or leaving a ``with``) restores the model.
@@ -58,7 +68,11 @@ def attach(
         )
     for layer, (call, keep) in enumerate(zip(calls, mask.keep, strict=True)):
         _check_fit(layer, call, keep.shape, exact=image_size is not None)
-    hooks = [_Masked(i, torch.from_numpy(keep.copy())) for i, keep in enumerate(mask.keep)]
+    plans = plan_layers(mask) if backend == "auto" else [None] * len(calls)
+    hooks = [
+        _Masked(i, torch.from_numpy(keep.copy()), plan)
+        for i, (keep, plan) in enumerate(zip(mask.keep, plans, strict=True))
+    ]
     return intercept(model, hooks, calls)
 
 

@@ -1,5 +1,30 @@
-"""Attention on real processors: the only part of `sievit.accel` that imports torch."""
+"""Attention on real processors: the only part of `sievit.accel` that imports torch.
 
+Floor plan: rows of floats for compiled loops (`vectors`) -> order and tiles of a mask
+(`tiling`) -> a layer's plan (`plan`) -> kernels (`attention_cpu`, `attention_gpu`) -> the
+operator and the choice between them (`attention`). Beside them dense attention, timed
+(`measure`).
+"""
+
+from .attention import (
+    Choice,
+    SparseAttention,
+    choose_kernel,
+    reference_attention,
+    sparse_attention,
+)
 from .measure import MeasuredAttention, measure_attention
+from .plan import AttentionPlan, plan_attention, plan_layers
 
-__all__ = ["MeasuredAttention", "measure_attention"]
+__all__ = [
+    "AttentionPlan",
+    "Choice",
+    "MeasuredAttention",
+    "SparseAttention",
+    "choose_kernel",
+    "measure_attention",
+    "plan_attention",
+    "plan_layers",
+    "reference_attention",
+    "sparse_attention",
+]

@@ -1,0 +1,260 @@
+"""Exact attention under a fixed mask: `sparse_attention`, its operators and its choice.
+
+softmax(scale Q K^T) V over the entries that the mask keeps; a query that keeps none gives
+0. Three operators of PyTorch (`torch.ops.sievit`) stand behind it, with shapes for tracing
+and with gradients: compiled loops on a CPU, Triton on a GPU, and PyTorch's own attention
+where that is faster or nothing else is there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .plan import DENSE_SHARE, SHORT_KEYS, AttentionPlan
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LEAST_DIM, MOST_DIM = 1, 256
+KERNELS = ("compiled", "tiles", "short", "dense", "reference")
+
+HAVE_NUMBA = importlib.util.find_spec("numba") is not None
+HAVE_TRITON = importlib.util.find_spec("triton") is not None
+
+_log = logging.getLogger("sievit.accel.kernels")
+
+Kernel = Literal["auto", "compiled", "tiles", "short", "dense", "reference"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which kernel computes a call, and why.
+
+    compiled   loops over the kept entries (CPU)
+    tiles      gathered keys of tiles of queries (GPU)
+    short      all keys of a short sequence in one tile, masked (GPU)
+    dense      PyTorch's scaled_dot_product_attention with the mask
+    reference  `reference_attention`
+    """
+
+    kernel: str
+    reason: str
+
+
+def choose_kernel(plan: AttentionPlan, device: torch.device, dtype: torch.dtype) -> Choice:
+    """The kernel that ``sparse_attention`` takes by itself."""
+    if dtype == torch.float64:
+        return Choice("reference", "float64 is computed by the reference alone")
+    if plan.density > DENSE_SHARE:
+        reason = f"{plan.density:.0%} is kept, above {DENSE_SHARE:.0%} dense is faster"
+        return Choice("dense", reason)
+    if device.type == "cpu":
+        if HAVE_NUMBA:
+            return Choice("compiled", f"{plan.density:.1%} is kept")
+        return Choice("dense", "numba is not installed")
+    if device.type == "cuda":
+        if not HAVE_TRITON:
+            return Choice("dense", "triton is not installed")
+        if plan.keys <= SHORT_KEYS:
+            return Choice("short", f"{plan.keys} keys fit one tile")
+        return Choice("tiles", f"tiles compute {plan.area:.0%} of all entries")
+    return Choice("dense", f"there is no kernel for {device.type}")
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    scale: float | None = None,
+    *,
+    kernel: Kernel = "auto",
+) -> Tensor:
+    """Attention over the entries that ``plan`` keeps, exact and differentiable.
+
+    q       [batch, heads, queries, key_dim], float32, float16 or bfloat16 (float64 by the
+            reference), any strides
+    k, v    [batch, heads, keys, key_dim] and [..., value_dim], of the same dtype and device
+    scale   key_dim ** -0.5 by default
+    kernel  one of `Choice`'s, or "auto" for `choose_kernel`
+
+    Returns [batch, heads, queries, value_dim]. A query that keeps no key gives 0. Under
+    autocast the operands are cast as those of ``scaled_dot_product_attention``. Gradients
+    for q, k and v are the same in every run. Raises ValueError for other shapes, dtypes,
+    devices or kernels than these.
+    """
+    if q.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(q.device.type):
+        lower = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (t.to(lower) if t.is_floating_point() else t for t in (q, k, v))
+    _check(q, k, v, plan)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if kernel == "auto":
+        choice = choose_kernel(plan, q.device, q.dtype)
+        kernel = choice.kernel
+        if not torch.compiler.is_compiling():
+            _say(choice, q.device)
+    if kernel == "compiled":
+        return torch.ops.sievit.attention_by_rows(
+            q, k, v, plan.order, plan.indptr, plan.columns, scale
+        )[0]
+    if kernel == "dense":
+        return dense_attention(q, k, v, plan.dense(), scale)
+    if kernel == "reference":
+        return reference_attention(q, k, v, plan.dense(), scale)
+    raise ValueError(f"kernel must be 'auto' or one of {', '.join(KERNELS)}, got {kernel!r}")
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float | None = None
+) -> Tensor:
+    """The equation, written out: what every kernel is tested against, in float64."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q @ k.mT * scale).masked_fill(~keep, -math.inf)
+    empty = ~keep.any(dim=-1, keepdim=True)
+    weights = scores.masked_fill(empty, 0.0).softmax(dim=-1)
+    return weights.masked_fill(~keep, 0.0) @ v
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> Tensor:
+    """PyTorch's attention with the mask ``keep``, bool [heads, queries, keys]."""
+    empty = ~keep.any(dim=-1, keepdim=True)
+    allowed = (keep | empty)[None]  # four axes: with three, the fast kernels refuse the mask
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
+    return mixed.masked_fill(empty, 0.0)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
+    if {q.ndim, k.ndim, v.ndim} != {4}:
+        raise ValueError(
+            "q, k and v are [batch, heads, tokens, dim], "
+            f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        )
+    for name, tensor, tokens in (("q", q, plan.queries), ("k", k, plan.keys), ("v", v, plan.keys)):
+        if tensor.shape[1] != plan.heads or tensor.shape[2] != tokens:
+            raise ValueError(
+                f"the plan is for {plan.heads} heads, {plan.queries} queries and {plan.keys} "
+                f"keys; {name} is {list(tensor.shape)}"
+            )
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(
+                f"q is {q.dtype} on {q.device}, {name} is {tensor.dtype} on {tensor.device}; "
+                "they must be alike"
+            )
+        if tensor.shape[0] != q.shape[0]:
+            raise ValueError(f"q is of {q.shape[0]} images, {name} of {tensor.shape[0]}")
+        if not LEAST_DIM <= tensor.shape[3] <= MOST_DIM:
+            raise ValueError(
+                f"the head dim must be {LEAST_DIM} to {MOST_DIM}, {name} is {list(tensor.shape)}"
+            )
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q has key_dim {q.shape[3]}, k {k.shape[3]}")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {q.dtype}")
+    if plan.device != q.device:
+        raise ValueError(f"q is on {q.device}, the plan on {plan.device}: use plan.to(device)")
+
+
+_said: set[tuple[str, str]] = set()
+
+
+def _say(choice: Choice, device: torch.device) -> None:
+    """Log each choice once; warn once where a compiler is missing."""
+    said = (choice.kernel, choice.reason)
+    if said in _said:
+        return
+    _said.add(said)
+    _log.info("sparse attention on %s: %s (%s)", device.type, choice.kernel, choice.reason)
+    if choice.reason.endswith("is not installed"):
+        warnings.warn(
+            f"{choice.reason}: sparse attention on {device.type} is computed densely, slower",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+# ------------------------------------------------------------------ operators
+
+
+@torch.library.custom_op("sievit::attention_by_rows", mutates_args=(), device_types="cpu")
+def _by_rows(
+    q: Tensor, k: Tensor, v: Tensor, order: Tensor, indptr: Tensor, columns: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    from .attention_cpu import run_forward
+
+    return run_forward(q, k, v, order, indptr, columns, scale)
+
+
+@_by_rows.register_fake
+def _(q, k, v, order, indptr, columns, scale):
+    batch, heads, queries, _ = q.shape
+    out = q.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
+    return out, q.new_empty(batch, heads, queries, dtype=torch.float32)
+
+
+@torch.library.custom_op("sievit::attention_by_rows_backward", mutates_args=(), device_types="cpu")
+def _by_rows_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    order: Tensor,
+    indptr: Tensor,
+    columns: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from .attention_cpu import run_backward
+
+    return run_backward(grad, q, k, v, out, lse, order, indptr, columns, scale)
+
+
+@_by_rows_backward.register_fake
+def _(grad, q, k, v, out, lse, order, indptr, columns, scale):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+
+
+def _save_rows(ctx, inputs, output):
+    q, k, v, order, indptr, columns, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, order, indptr, columns)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _rows_backward(ctx, grad, _):
+    q, k, v, *rest = ctx.saved_tensors
+    grads = torch.ops.sievit.attention_by_rows_backward(grad, q, k, v, *rest, ctx.scale)
+    return *grads, None, None, None, None
+
+
+_by_rows.register_autograd(_rows_backward, setup_context=_save_rows)
+
+
+class SparseAttention(nn.Module):
+    """`sparse_attention` with a plan that moves with the module; nothing is in its state
+    dict. Called with q, k and v, and the scale where it is not key_dim ** -0.5."""
+
+    def __init__(self, plan: AttentionPlan, kernel: Kernel = "auto") -> None:
+        super().__init__()
+        self.plan = plan
+        self.kernel = kernel
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.plan = self.plan.to(fn(torch.empty(0, device=self.plan.device)).device)
+        return self
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        return sparse_attention(q, k, v, self.plan, scale, kernel=self.kernel)
+
+    def extra_repr(self) -> str:
+        plan = self.plan
+        return (
+            f"heads={plan.heads}, queries={plan.queries}, keys={plan.keys}, kept={plan.density:.1%}"
+        )
