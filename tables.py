@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .accel import Report
+from .machine_tables import simulation_table
 from .masks import AttentionMask
 from .result import CodesignResult
 from .sparsify import Fidelity
@@ -129,46 +129,6 @@ def mask_table(mask: AttentionMask) -> Table:
         shares = (heads.mean(), heads.min(), heads.max())
         table.add_row(str(layer), *map(str, shape), *(f"{share:.1%}" for share in shares))
     return table
-
-
-def simulation_table(reports: Mapping[str, Report]) -> RenderableType:
-    """Machine by machine: attention alone, then the whole network."""
-    first = next(iter(reports.values()))
-    hardware = first.hardware
-    table = _table(
-        f"Simulated on '{hardware.name}': {hardware.lines} x {hardware.macs_per_line} MACs, "
-        f"{hardware.clock_hz / 1e6:.0f} MHz, {hardware.dram_bytes_per_s / 1e9:.1f} GB/s, "
-        f"batch {first.batch}"
-    )
-    table.add_column("machine", no_wrap=True)
-    for heading in (
-        "attention\ncycles",
-        "attention\nfaster",
-        "DRAM\nkB",
-        "MACs\nin use",
-        "network\nms",
-        "network\nfaster",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, report in reports.items():
-        table.add_row(
-            name,
-            f"{report.attention_cycles:,}",
-            f"{first.attention_cycles / report.attention_cycles:.2f}x",
-            f"{report.dram_bytes() / 1e3:,.0f}",
-            f"{report.utilization():.0%}",
-            f"{report.seconds * 1e3:.2f}",
-            f"{first.cycles / report.cycles:.2f}x",
-        )
-    busiest = "; ".join(f"{name} {report.bottleneck()}" for name, report in reports.items())
-    notes = [
-        f"Faster than {next(iter(reports))} by so much. DRAM and MACs in use: attention alone. "
-        "Network: every operation of the batch, none fused.",
-        f"Busiest in attention: {busiest}.",
-    ]
-    if first.unknown:
-        notes.append(f"Charged for their bytes alone: {', '.join(first.unknown)}.")
-    return Group(table, *map(Text, notes))
 
 
 def measured_table(result: CodesignResult) -> RenderableType:

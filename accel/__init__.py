@@ -3,8 +3,9 @@
 Floor plan: the machine (`hardware`) -> how an attention call is cut up (`mapping`), assigned
 to lines (`assign`) and written down (`program`) -> the compiled core (`engine`) -> dense
 products beside it (`dense`) -> one function a machine (`simulators`) -> `simulate`, `Report`
--> `energy`, `area` -> many machines at once (`explore`). Beside it the machine's
-integers (`arithmetic`), carried by the same schedule (`functional`).
+-> what it costs (`energy`), when it happens (`timeline`, `perfetto`), pictures (`plots`) ->
+many machines at once (`explore`). Beside it the machine's integers (`arithmetic`), carried
+by the same schedule (`functional`).
 """
 
 from .arithmetic import Arithmetic, Quantized, integer_attention, quantize

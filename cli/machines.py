@@ -45,9 +45,9 @@ def simulate(
 ) -> None:
     """Simulate a network, dense or with a saved mask, on the accelerator."""
     with one_line_errors(quiet):
+        from ..machine_tables import simulation_table
         from ..masks import AttentionMask
         from ..pipeline import simulate_model
-        from ..tables import simulation_table
 
         reports = simulate_model(
             model,

@@ -1,0 +1,319 @@
+"""Simulated machines as tables for a terminal of 80 columns. Returns renderables, prints nothing.
+
+Percentages of lines and cycles are of attention alone unless a heading says "network".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .accel.comparison import speedups
+from .accel.energy import Area, Energy
+from .accel.report import LEVELS, OpCost, Report
+
+PRODUCTS = ("sddmm", "spmm")
+"""Phases that have a column of their own; the rest of a layer's cycles are waits and extras."""
+
+BAR = 24
+"""Characters of a full bar."""
+
+
+def _table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
+    """Columns of words, then columns of figures; no vertical lines."""
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    )
+    for heading in left:
+        table.add_column(heading, no_wrap=True)
+    for heading in right:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def machine_line(report: Report) -> str:
+    """The machine in a few words."""
+    hardware = report.hardware
+    return (
+        f"'{hardware.name}': {hardware.lines} x {hardware.macs_per_line} MACs, "
+        f"{hardware.clock_hz / 1e6:.0f} MHz, {hardware.dram_bytes_per_s / 1e9:.1f} GB/s, "
+        f"batch {report.batch}"
+    )
+
+
+def simulation_table(reports: Mapping[str, Report]) -> RenderableType:
+    """Machine by machine: attention alone, then the whole network."""
+    base, first = next(iter(reports.items()))
+    headings = ("attention\ncycles", "attention\nfaster", "DRAM\nkB", "MACs\nin use")
+    table = _table(
+        f"Simulated on {machine_line(first)}",
+        ["machine"],
+        [*headings, "network\nms", "network\nfaster"],
+    )
+    factors = {(s.subject, s.part): s.factor for s in speedups(reports, base)}
+    for name, report in reports.items():
+        subject = f"{name}, batch {report.batch} (simulated)"
+        faster = [factors.get((subject, part)) for part in ("attention", "end to end")]
+        cells = ["-" if factor is None else f"{factor:.2f}x" for factor in faster]
+        table.add_row(
+            name,
+            f"{report.attention_cycles:,}",
+            cells[0],
+            f"{report.dram_bytes() / 1e3:,.0f}",
+            f"{report.utilization():.0%}",
+            f"{report.seconds * 1e3:.2f}",
+            cells[1],
+        )
+    busiest = "; ".join(f"{name} {report.bottleneck()}" for name, report in reports.items())
+    notes = [
+        f"Faster: than {base} at batch {first.batch}, both simulated. DRAM and MACs in use: "
+        "attention alone. Network: every operation of the batch, none fused.",
+        f"Busiest in attention: {busiest}.",
+    ]
+    if first.unknown:
+        notes.append(f"Charged for their bytes alone: {', '.join(first.unknown)}.")
+    return Group(table, *map(Text, notes))
+
+
+def layer_table(report: Report) -> RenderableType:
+    """Attention, layer by layer."""
+    table = _table(
+        f"Attention by layer on {report.simulator}",
+        ["layer"],
+        ["cycles", "SDDMM", "SpMM", "waits,\nextras", "MACs\nin use", "DRAM\nkB", "busiest"],
+    )
+    for number, op in enumerate(report.attention):
+        table.add_row(str(number), *_layer_cells(op, report.hardware.macs))
+    return table
+
+
+def _layer_cells(op: OpCost, macs: int) -> list[str]:
+    products = [op.phases.get(name, 0) for name in PRODUCTS]
+    share = op.busy[op.bottleneck] / op.cycles if op.busy and op.cycles else 0.0
+    return [
+        *(f"{cycles:,}" for cycles in (op.cycles, *products, op.cycles - sum(products))),
+        f"{op.macs / (op.cycles * macs):.0%}" if op.cycles else "-",
+        f"{op.dram_bytes / 1e3:,.0f}",
+        f"{op.bottleneck} {share:.0%}",
+    ]
+
+
+def head_table(report: Report) -> RenderableType:
+    """Attention, head by head, where the engine stepped it."""
+    if not any(op.heads for op in report.attention):
+        return Text(f"{report.simulator} has closed forms for whole layers: no table of heads.")
+    headings = ("cycles", "SDDMM", "SpMM", "waits", "global\nkeys", "scores", "kept", "DRAM\nkB")
+    table = _table(
+        f"Attention by head on {report.simulator}", ["layer", "head"], [*headings, "lines wait for"]
+    )
+    for number, op in enumerate(report.attention):
+        for head in op.heads:
+            products = [head.phases.get(name, 0) for name in PRODUCTS]
+            waits = {name: value for name, value in head.stalls.items() if name != "busy"}
+            longest = max(waits, key=lambda name: waits[name], default="-")
+            table.add_row(
+                "" if head.head else str(number),
+                str(head.head),
+                *(f"{c:,}" for c in (head.cycles, *products, head.cycles - sum(products))),
+                str(head.global_keys),
+                f"{head.scores:,}",
+                f"{head.kept_scores / head.scores:.0%}" if head.scores else "-",
+                f"{head.dram_bytes / 1e3:,.0f}",
+                SHORT.get(longest, longest),
+            )
+    note = "Scores: computed; kept: the share that the mask keeps. Waits: cycles, all lines idle."
+    return Group(table, Text(note))
+
+
+SHORT = {
+    "no work left in the stage": "more work",
+    "index from DRAM": "index",
+    "Q or K from DRAM": "Q, K (DRAM)",
+    "V from DRAM": "V (DRAM)",
+    "other lines (lockstep)": "lockstep",
+    "room for output rows": "output rows",
+    "new split of the lines": "new split",
+}
+"""Waits, in a column of few characters."""
+
+
+def operation_table(report: Report) -> RenderableType:
+    """The whole network: operations whose names differ in numbers alone are one row."""
+    table = _table(
+        f"Whole network on {report.simulator}",
+        ["operation"],
+        ["count", "cycles", "share", "DRAM\nkB", "busiest"],
+    )
+    groups: dict[tuple[str, str], list[OpCost]] = {}
+    for op in report.ops:
+        groups.setdefault((re.sub(r"\d+", "*", op.name), op.kind), []).append(op)
+    for (name, _), ops in groups.items():
+        cycles = sum(op.cycles for op in ops)
+        busiest = max(ops, key=lambda op: op.cycles).bottleneck
+        table.add_row(
+            name if len(name) <= 36 else f"...{name[-33:]}",
+            str(len(ops)),
+            f"{cycles:,}",
+            f"{cycles / report.cycles:.1%}" if report.cycles else "-",
+            f"{sum(op.dram_bytes for op in ops) / 1e3:,.0f}",
+            busiest,
+        )
+    return table
+
+
+def line_table(report: Report) -> RenderableType:
+    """What the MAC lines do and wait for in attention."""
+    stalls, lines = report.stalls(), report.hardware.lines
+    if not stalls:
+        return Text(f"{report.simulator} has closed forms: no stalls of its MAC lines are known.")
+    whole = report.attention_cycles * lines
+    rest = whole - sum(stalls.values())
+    waits = {name: value for name, value in stalls.items() if name != "busy"}
+    waits["the last stores of a layer"] = rest
+    rows = [("at work", stalls.get("busy", 0))]
+    longest = sorted(waits.items(), key=lambda item: -item[1])
+    rows += [(f"waits for: {name}", value) for name, value in longest if value]
+    table = _table(
+        f"Where the time of the {lines} MAC lines goes (attention on {report.simulator})",
+        ["a line ..."],
+        ["of its time", ""],
+    )
+    table.columns[-1].justify = "left"
+    for name, value in rows:
+        table.add_row(name, f"{value / whole:.1%}", "█" * round(BAR * value / whole))
+    return Group(table, Text(_bottleneck(report, longest, whole)))
+
+
+def _bottleneck(report: Report, longest: list[tuple[str, int]], whole: int) -> str:
+    most = ", ".join(f"{name} {value / whole:.0%}" for name, value in longest[:3])
+    return (
+        f"Bottleneck of attention: {report.bottleneck()} of the cycles at work. "
+        f"What the lines wait for longest: {most}."
+    )
+
+
+def resource_table(report: Report) -> RenderableType:
+    """How long each resource works."""
+    table = _table(
+        f"Share of the cycles in which a resource works, {report.simulator}",
+        ["resource"],
+        ["attention", "network"],
+    )
+    parts = report.busy_shares(), report.busy_shares(attention_only=False)
+    for name in sorted(parts[1], key=lambda name: -parts[1][name]):
+        table.add_row(name, *(f"{part[name]:.1%}" if name in part else "-" for part in parts))
+    named = (report.bottleneck(only) for only in (True, False))
+    note = "Bottleneck: attention {}, network {}. They overlap, so shares do not sum to 100 %."
+    return Group(table, Text(note.format(*named)))
+
+
+def movement_table(report: Report, attention_only: bool = True) -> RenderableType:
+    """Bytes by tensor and level, read and written."""
+    part = "attention" if attention_only else "the whole network"
+    headings = ("DRAM\nread", "DRAM\nwritten", "buffers\nread", "buffers\nwritten", "lines\ntake")
+    table = _table(f"Data movement of {part} on {report.simulator}, kB", ["tensor"], headings)
+    rows: dict[str, dict[str, tuple[int, int]]] = {}
+    for row in report.traffic(attention_only):
+        rows.setdefault(row.tensor, {})[row.level] = (row.read_bytes, row.written_bytes)
+    total = [0] * 5
+    for tensor, levels in rows.items():
+        figures = [size for level in LEVELS for size in levels.get(level, (0, 0))][:5]
+        total = [a + b for a, b in zip(total, figures, strict=True)]
+        table.add_row(tensor, *map(_kilobytes, figures))
+    table.add_section()
+    table.add_row("all", *map(_kilobytes, total))
+    return table
+
+
+def _kilobytes(size: int) -> str:
+    return f"{size / 1e3:,.1f}" if size else "-"
+
+
+def energy_table(spent: Energy, space: Area) -> RenderableType:
+    """Microjoules by component, milliwatts, square millimetres: with their profile's name."""
+    table = _table(
+        f"Energy on {spent.simulator}, profile '{spent.profile}'",
+        ["component"],
+        ["attention\nuJ", "share", "network\nuJ", "share"],
+    )
+    parts = [spent.components_pj(only) for only in (True, False)]
+    totals = [spent.total_pj(only) for only in (True, False)]
+    for name in dict.fromkeys([*parts[0], *parts[1]]):
+        table.add_row(name, *_energy_cells([part.get(name, 0.0) for part in parts], totals))
+    table.add_section()
+    table.add_row("all", *_energy_cells(totals, totals))
+    power = " and ".join(f"{spent.mean_milliwatts(only):,.0f} mW" for only in (True, False))
+    notes = [
+        f"Mean power {power} (attention, network), DRAM included. Area {space.total_mm2:.2f} mm2.",
+        f"Not in the energy: {'; '.join(spent.not_charged)}.",
+        f"Not in the area: {'; '.join(space.not_charged)}.",
+    ]
+    return Group(table, *map(Text, notes))
+
+
+def _energy_cells(values: list[float], totals: list[float]) -> list[str]:
+    return [
+        cell
+        for value, total in zip(values, totals, strict=True)
+        for cell in (f"{value / 1e6:,.2f}", f"{value / total:.0%}" if total else "-")
+    ]
+
+
+def machine_tables(report: Report, spent: Energy, space: Area, heads: bool) -> RenderableType:
+    """Everything of one machine, attention first."""
+    parts = [layer_table(report)]
+    if heads:
+        parts.append(head_table(report))
+    parts.append(line_table(report))
+    parts.append(resource_table(report))
+    parts += [movement_table(report), movement_table(report, attention_only=False)]
+    parts += [operation_table(report), energy_table(spent, space)]
+    return Group(*(part for table in parts for part in (Text(), table)))
+
+
+def comparison_tables(
+    reports: Mapping[str, Report], energies: Mapping[str, Energy]
+) -> RenderableType:
+    """Machines side by side: speed, then bytes and energy."""
+    first, spent = next(iter(reports.values())), next(iter(energies.values()))
+    table = _table(
+        f"Attention's data movement and energy, profile '{spent.profile}'",
+        ["machine"],
+        ["DRAM\nkB", "buffers\nkB", "lines\nkB", "attention\nuJ", "network\nuJ"],
+    )
+    for name, report in reports.items():
+        moved = dict.fromkeys(LEVELS, 0)
+        for row in report.traffic():
+            moved[row.level] += row.total_bytes
+        joules = (energies[name].total_pj(only) for only in (True, False))
+        cells = [f"{size / 1e3:,.0f}" for size in moved.values()]
+        table.add_row(name, *cells, *(f"{value / 1e6:,.1f}" for value in joules))
+    notes = [
+        f"Equal for all: {first.hardware.macs} MACs, bandwidth, clock. "
+        + " ".join(f"{name}: {WORDS[name]}" for name in reports if name in WORDS)
+    ]
+    missing = {
+        name: [line for line in energies[name].not_charged if "does not count" in line]
+        for name in reports
+    }
+    notes += [f"{name} lacks: {'; '.join(lines)}." for name, lines in missing.items() if lines]
+    return Group(simulation_table(reports), Text(), table, *map(Text, notes))
+
+
+WORDS = {
+    "systolic": "dense, nothing pruned.",
+    "vitcod": "mask, global keys in front, codec.",
+    "vitcod_no_codec": "without the codec.",
+    "vitcod_no_reorder": "without global keys.",
+    "vitcod_plain": "the mask alone.",
+    "vitcod_dense": "the same engine, nothing pruned.",
+    "sanger": "finds the same pattern for every image, by a 4-bit product.",
+    "spatten": "prunes whole tokens to the same density, for every image.",
+    "released": "the published script's own formulas.",
+}
+"""What each machine does, in a few words."""
