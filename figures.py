@@ -5,10 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .accel.plots import plot_phases, plot_traffic
+from .accel.plots import (
+    plot_phases,
+    plot_roofline,
+    plot_speedups,
+    plot_traffic,
+    plot_utilization,
+)
 from .sparsify.plots import plot_fidelity, plot_head, plot_sparsity
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .accel import Report, Timeline
     from .result import CodesignResult
 
 
@@ -36,6 +45,30 @@ def draw(result: CodesignResult, folder: Path) -> list[Path]:
     plot_phases(result.reports, paths[3])
     coded = ("vitcod_no_codec", "vitcod") if result.codecs is not None else ("vitcod",)
     plot_traffic({name: result.reports[name] for name in coded}, paths[4])
+    return paths
+
+
+MOVERS = ("sanger", "vitcod_no_codec", "vitcod")
+"""The machines whose data movement the paper sets side by side."""
+
+
+def draw_machines(
+    reports: Mapping[str, Report], timelines: Mapping[str, Timeline], folder: Path
+) -> list[Path]:
+    """Draw machines side by side, speed-ups over the first one, and each time line; returns
+    the paths. What only compares is left out for a single machine."""
+    paths = [folder / name for name in ("cycles_by_phase.png", "roofline.png")]
+    plot_phases(reports, paths[0])
+    plot_roofline(reports, paths[1])
+    movers = {name: reports[name] for name in MOVERS if name in reports}
+    paths.append(folder / "data_movement.png")
+    plot_traffic(movers if len(movers) > 1 else reports, paths[-1])
+    if len(reports) > 1:
+        paths.append(folder / "speedups.png")
+        plot_speedups(reports, next(iter(reports)), paths[-1])
+    for name, timeline in timelines.items():
+        paths.append(folder / f"utilization_{name}.png")
+        plot_utilization(timeline, paths[-1])
     return paths
 
 

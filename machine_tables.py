@@ -49,6 +49,8 @@ def machine_line(report: Report) -> str:
 def simulation_table(reports: Mapping[str, Report]) -> RenderableType:
     """Machine by machine: attention alone, then the whole network."""
     base, first = next(iter(reports.items()))
+    if len(reports) == 1:
+        return _single(first)
     headings = ("attention\ncycles", "attention\nfaster", "DRAM\nkB", "MACs\nin use")
     table = _table(
         f"Simulated on {machine_line(first)}",
@@ -75,9 +77,33 @@ def simulation_table(reports: Mapping[str, Report]) -> RenderableType:
         "attention alone. Network: every operation of the batch, none fused.",
         f"Busiest in attention: {busiest}.",
     ]
-    if first.unknown:
-        notes.append(f"Charged for their bytes alone: {', '.join(first.unknown)}.")
-    return Group(table, *map(Text, notes))
+    return Group(table, *map(Text, [*notes, *_unknown_note(first)]))
+
+
+def _single(report: Report) -> RenderableType:
+    """One machine in a few lines."""
+    share = report.attention_cycles / report.cycles if report.cycles else 0.0
+    rows = {
+        "machine": f"{report.simulator} on {machine_line(report)}",
+        "network": f"{report.workload}: {report.cycles:,} cycles, {report.seconds * 1e3:.3f} ms; "
+        f"{report.utilization(False):.0%} of the MACs in use; none of its operations are fused",
+        "attention": f"{report.attention_cycles:,} cycles, {report.attention_seconds * 1e3:.3f} ms "
+        f"({share:.1%} of the network); {report.utilization():.0%} of the MACs in use; "
+        f"{report.dram_bytes() / 1e3:,.0f} kB from and to DRAM",
+        "bottleneck": f"attention {report.bottleneck()}, network {report.bottleneck(False)} "
+        "(share of the cycles at work)",
+    }
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column()
+    for name, text in rows.items():
+        grid.add_row(name, text)
+    return Group(grid, *map(Text, _unknown_note(report)))
+
+
+def _unknown_note(report: Report) -> list[str]:
+    names = ", ".join(report.unknown)
+    return [f"Charged for their bytes alone: {names}."] if names else []
 
 
 def layer_table(report: Report) -> RenderableType:
@@ -97,7 +123,7 @@ def _layer_cells(op: OpCost, macs: int) -> list[str]:
     share = op.busy[op.bottleneck] / op.cycles if op.busy and op.cycles else 0.0
     return [
         *(f"{cycles:,}" for cycles in (op.cycles, *products, op.cycles - sum(products))),
-        f"{op.macs / (op.cycles * macs):.0%}" if op.cycles else "-",
+        f"{op.line_macs / (op.cycles * macs):.0%}" if op.cycles else "-",
         f"{op.dram_bytes / 1e3:,.0f}",
         f"{op.bottleneck} {share:.0%}",
     ]
@@ -107,7 +133,7 @@ def head_table(report: Report) -> RenderableType:
     """Attention, head by head, where the engine stepped it."""
     if not any(op.heads for op in report.attention):
         return Text(f"{report.simulator} has closed forms for whole layers: no table of heads.")
-    headings = ("cycles", "SDDMM", "SpMM", "waits", "global\nkeys", "scores", "kept", "DRAM\nkB")
+    headings = ("cycles", "SDDMM", "SpMM", "global\nkeys", "scores", "kept")
     table = _table(
         f"Attention by head on {report.simulator}", ["layer", "head"], [*headings, "lines wait for"]
     )
@@ -119,14 +145,14 @@ def head_table(report: Report) -> RenderableType:
             table.add_row(
                 "" if head.head else str(number),
                 str(head.head),
-                *(f"{c:,}" for c in (head.cycles, *products, head.cycles - sum(products))),
+                *(f"{cycles:,}" for cycles in (head.cycles, *products)),
                 str(head.global_keys),
                 f"{head.scores:,}",
                 f"{head.kept_scores / head.scores:.0%}" if head.scores else "-",
-                f"{head.dram_bytes / 1e3:,.0f}",
                 SHORT.get(longest, longest),
             )
-    note = "Scores: computed; kept: the share that the mask keeps. Waits: cycles, all lines idle."
+    table.columns[-1].justify = "left"
+    note = "Scores: computed; kept: the share of them that the mask keeps."
     return Group(table, Text(note))
 
 
@@ -185,7 +211,8 @@ def line_table(report: Report) -> RenderableType:
     )
     table.columns[-1].justify = "left"
     for name, value in rows:
-        table.add_row(name, f"{value / whole:.1%}", "█" * round(BAR * value / whole))
+        share = f"{value / whole:.1%}" if value > whole / 2000 else "< 0.1%"
+        table.add_row(name, share, "█" * round(BAR * value / whole))
     return Group(table, Text(_bottleneck(report, longest, whole)))
 
 
@@ -200,15 +227,15 @@ def _bottleneck(report: Report, longest: list[tuple[str, int]], whole: int) -> s
 def resource_table(report: Report) -> RenderableType:
     """How long each resource works."""
     table = _table(
-        f"Share of the cycles in which a resource works, {report.simulator}",
-        ["resource"],
+        f"Resources at work on {report.simulator}",
+        ["share of the cycles"],
         ["attention", "network"],
     )
     parts = report.busy_shares(), report.busy_shares(attention_only=False)
     for name in sorted(parts[1], key=lambda name: -parts[1][name]):
         table.add_row(name, *(f"{part[name]:.1%}" if name in part else "-" for part in parts))
     named = (report.bottleneck(only) for only in (True, False))
-    note = "Bottleneck: attention {}, network {}. They overlap, so shares do not sum to 100 %."
+    note = "Bottleneck: attention {}, network {}. Resources overlap: no sum of 100 %."
     return Group(table, Text(note.format(*named)))
 
 
@@ -293,27 +320,32 @@ def comparison_tables(
         joules = (energies[name].total_pj(only) for only in (True, False))
         cells = [f"{size / 1e3:,.0f}" for size in moved.values()]
         table.add_row(name, *cells, *(f"{value / 1e6:,.1f}" for value in joules))
-    notes = [
-        f"Equal for all: {first.hardware.macs} MACs, bandwidth, clock. "
-        + " ".join(f"{name}: {WORDS[name]}" for name in reports if name in WORDS)
-    ]
+    words = Table.grid(padding=(0, 2))
+    words.add_column(no_wrap=True)
+    words.add_column()
+    for name in reports:
+        words.add_row(name, WORDS.get(name, ""))
+    notes = [f"Equal for all: {first.hardware.macs} MACs, bandwidth and clock."]
     missing = {
         name: [line for line in energies[name].not_charged if "does not count" in line]
         for name in reports
     }
     notes += [f"{name} lacks: {'; '.join(lines)}." for name, lines in missing.items() if lines]
-    return Group(simulation_table(reports), Text(), table, *map(Text, notes))
+    return Group(simulation_table(reports), Text(), table, *map(Text, notes), Text(), words)
 
 
 WORDS = {
-    "systolic": "dense, nothing pruned.",
-    "vitcod": "mask, global keys in front, codec.",
-    "vitcod_no_codec": "without the codec.",
-    "vitcod_no_reorder": "without global keys.",
-    "vitcod_plain": "the mask alone.",
-    "vitcod_dense": "the same engine, nothing pruned.",
-    "sanger": "finds the same pattern for every image, by a 4-bit product.",
-    "spatten": "prunes whole tokens to the same density, for every image.",
-    "released": "the published script's own formulas.",
+    "systolic": "dense, nothing pruned, the hardware's own dataflow",
+    "systolic_os": "dense, output-stationary",
+    "systolic_ws": "dense, weight-stationary",
+    "systolic_is": "dense, input-stationary",
+    "vitcod": "the mask, its global keys in front, the codec",
+    "vitcod_no_codec": "the mask, its global keys in front",
+    "vitcod_no_reorder": "the mask and the codec; no key is global",
+    "vitcod_plain": "the mask alone",
+    "vitcod_dense": "the same engine, nothing pruned or compressed",
+    "sanger": "finds the same pattern anew for every image, by a dense 4-bit product",
+    "spatten": "prunes whole tokens to the same density, anew for every image",
+    "released": "the published script's own formulas",
 }
 """What each machine does, in a few words."""

@@ -20,7 +20,15 @@ from torch import nn
 
 from .accel import Hardware, Report, presets, simulate
 from .accel.kernels import MeasuredAttention, measure_attention
-from .ae import FittedCodecs, attach_codec, fit_codecs, fold, head_moments, train_codec
+from .ae import (
+    FittedCodecs,
+    attach_codec,
+    fit_codecs,
+    fold,
+    head_moments,
+    latent_heads_for,
+    train_codec,
+)
 from .images import Photos, batches, center_crops, endless_crops, random_crops, sample_photos
 from .masks import AttentionMask
 from .models import create, prefix_tokens, trace
@@ -36,6 +44,7 @@ from .sparsify import (
     polarize,
     random_mask,
     recover,
+    synthetic_maps,
     threshold,
     token_features,
 )
@@ -308,6 +317,49 @@ def model_workload(
     model = create(name)
     workload = trace(model, image_size or getattr(model, "image_size", None) or 224)
     return workload.with_attention(mask, codec, min_kept)
+
+
+def sparse_workload(
+    name: str,
+    mask: AttentionMask | float,
+    *,
+    latent_heads: int | None = None,
+    groups: int = 1,
+    image_size: int | None = None,
+    min_kept: int | float = Settings.min_kept,
+    seed: int = 0,
+) -> tuple[Workload, str]:
+    """A registered model with a mask and a codec, and a sentence that says which.
+
+    mask          a number is the sparsity of a mask made by chance (`synthetic_maps`)
+    latent_heads  None is half a layer's heads, rounded up, as ViTCoD has it; 0 is no codec
+    """
+    model = create(name)
+    dense = trace(model, image_size or getattr(model, "image_size", None) or 224)
+    origin = "the mask given"
+    if not isinstance(mask, AttentionMask):
+        prefix = prefix_tokens(model)
+        shapes = [(op.heads, op.queries, op.keys) for op in dense.attention]
+        maps = synthetic_maps(shapes, prefix, seed)
+        mask = threshold(maps, sparsity=mask, prefix_tokens=prefix)
+        origin = (
+            f"a mask made by chance (seed {seed}), shaped like ViTCoD's published ones: good to "
+            "compare machines, no word on accuracy"
+        )
+    codecs = [_codec_for(op.heads, latent_heads, groups) for op in dense.attention]
+    shapes = dict.fromkeys(f"{c.heads} -> {c.latent_heads} heads" for c in codecs if c)
+    coded = f"codec {', '.join(shapes)}" if shapes else "no codec"
+    about = f"{name}, {mask.sparsity:.1%} of attention pruned by {origin}; {coded}."
+    return dense.with_attention(mask, codecs, min_kept), about
+
+
+def _codec_for(heads: int, latent_heads: int | None, groups: int) -> HeadCodec | None:
+    """None for a single head, which has nothing to be compressed over."""
+    if latent_heads == 0 or heads == 1:
+        return None
+    return HeadCodec(
+        heads, latent_heads_for(heads) if latent_heads is None else latent_heads, groups
+    )
 
 
 def simulate_model(

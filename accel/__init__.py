@@ -9,15 +9,18 @@ by the same schedule (`functional`).
 """
 
 from .arithmetic import Arithmetic, Quantized, integer_attention, quantize
+from .comparison import speedups
 from .configurations import grid
 from .energy import Area, Energy, EnergyProfile, area, energy, load_profile
 from .explore import explore
 from .functional import CodecWeights, FunctionalResult, simulate_attention
 from .hardware import Hardware, presets
+from .perfetto import write_trace
 from .points import Exploration, Point
 from .profiles import PROFILES
-from .report import OpCost, Report, Traffic
+from .report import HeadCost, OpCost, Report, Traffic
 from .simulate import compare, simulate
+from .timeline import Timeline, record
 
 __all__ = [
     "PROFILES",
@@ -29,10 +32,12 @@ __all__ = [
     "Exploration",
     "FunctionalResult",
     "Hardware",
+    "HeadCost",
     "OpCost",
     "Point",
     "Quantized",
     "Report",
+    "Timeline",
     "Traffic",
     "area",
     "compare",
@@ -43,6 +48,9 @@ __all__ = [
     "load_profile",
     "presets",
     "quantize",
+    "record",
     "simulate",
     "simulate_attention",
+    "speedups",
+    "write_trace",
 ]

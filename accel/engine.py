@@ -245,7 +245,9 @@ def _compiled(sources: str):
                 counts.cycles = run.cycle
                 return True
             run.still += 1
-            serve_dram(machine, run, channels, transfers, trace.transfer_times, counts)
+            serve_dram(
+                machine, run, channels, transfers, trace.transfer_times, trace.landed_at, counts
+            )
             arrive(machine, run, channels, state.history, trace.decoded_at, counts)
             if ended:
                 counts.tail_cycles += 1

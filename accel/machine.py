@@ -188,6 +188,7 @@ class Trace(NamedTuple):
     stage_engines: np.ndarray  # (stages, 2) end of the denser, the sparser engine; 0: no work
     transfer_times: np.ndarray  # (transfers, 2)
     row_ready: np.ndarray  # (rows of all units) first cycle of the probabilities; 0: no score
+    landed_at: np.ndarray  # (3, tokens) end of the cycle that brought each token of Q, K, V
     decoded_at: np.ndarray  # (2, tokens) end of decoding each token of Q and of K
     counts: np.ndarray  # totals, see COUNTS
 
@@ -266,7 +267,7 @@ def _channels(program: Program, hardware: Hardware, mapping: Mapping) -> np.ndar
 def empty_trace(program: Program, mapping: Mapping) -> Trace:
     """All zero."""
     stages = len(program.stages)
-    tokens = max(map(program.tokens, (Q, K))) if mapping.decode_macs else 0
+    tokens = max(map(program.tokens, (Q, K, V)))
     return Trace(
         np.zeros((stages, 2), np.int64),
         np.zeros((stages, len(STALLS)), np.int64),
@@ -274,6 +275,7 @@ def empty_trace(program: Program, mapping: Mapping) -> Trace:
         np.zeros((stages, 2), np.int64),
         np.zeros((len(program.transfers), 2), np.int64),
         np.zeros(len(program.row_scores), np.int64),
-        np.zeros((2, tokens), np.int64),
+        np.zeros((3, tokens), np.int64),
+        np.zeros((2, tokens if mapping.decode_macs else 0), np.int64),
         np.zeros(len(COUNTS), np.int64),
     )

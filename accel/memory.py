@@ -24,7 +24,7 @@ def grant(port, address, cycle):
 
 
 @core
-def serve_dram(machine, run, channels, transfers, transfer_times, counts):
+def serve_dram(machine, run, channels, transfers, transfer_times, landed_at, counts):
     """One cycle of the DRAM at its full rate, as far as anything can be moved."""
     _free(machine, run, channels, transfers)
     credit = machine.dram_numerator
@@ -37,7 +37,7 @@ def serve_dram(machine, run, channels, transfers, transfer_times, counts):
         given = min(credit, room)
         credit -= given
         channel = channels[number]
-        _move(machine, run, channel, number, transfers, transfer_times, given)
+        _move(machine, run, channel, number, transfers, transfer_times, landed_at, given)
         counts.stores_done += number == STORE and channel.done == 0
     moved = machine.dram_numerator - credit
     if moved > 0:
@@ -93,7 +93,7 @@ def _room(machine, channel, number, transfer):
 
 
 @core
-def _move(machine, run, channel, number, transfers, transfer_times, given):
+def _move(machine, run, channel, number, transfers, transfer_times, landed_at, given):
     """Book ``given`` units on the channel's transfer."""
     transfer = transfers[channel.current]
     if channel.done == 0:
@@ -105,7 +105,11 @@ def _move(machine, run, channel, number, transfers, transfer_times, given):
     channel.port_left -= given
     channel.done += given
     width = transfer.token_bytes * machine.dram_denominator
-    channel.landed = transfer.token + channel.done // width
+    landed = transfer.token + channel.done // width
+    if number < INDEX:
+        for token in range(channel.landed, landed):
+            landed_at[number, token] = run.cycle + 1
+    channel.landed = landed
     if channel.done == transfer.bytes * machine.dram_denominator:
         transfer_times[channel.current, 1] = run.cycle + 1
         channel.current += 1

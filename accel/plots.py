@@ -29,7 +29,7 @@ PHASE_COLOURS = {
     "store": "#a0aec0",
     "reconfigure": "#1a202c",
     "pack": "#975a16",
-    "top-k": "#975a16",
+    "top-k": "#319795",
     "DRAM beyond MAC lines": "#4a5568",
     "softmax beyond MAC lines": "#f6ad55",
     "packing beyond MAC lines": "#d69e2e",
@@ -45,6 +45,17 @@ TENSOR_COLOURS = {
     "activations": "#f6ad55",
 }
 OTHER = "#ecc94b"
+PHASE_WORDS = {
+    "predict": "prediction",
+    "sddmm": "SDDMM (scores)",
+    "spmm": "SpMM (values)",
+    "load": "waiting for DRAM",
+    "decode": "waiting for the decoder",
+    "store": "storing",
+}
+MANY_SEAMS = 40
+"""More boundaries of operations than this are not drawn."""
+
 MACHINE_COLOURS = ("#4a5568", "#2b6cb0", "#dd6b20", "#38a169", "#d53f8c", "#805ad5", "#975a16")
 
 
@@ -94,7 +105,7 @@ def plot_speedups(
 def plot_roofline(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> None:
     """Attention's layers, attention and the network under the machine's two roofs.
 
-    Executed MACs a second over executed MACs a DRAM byte: low and left waits for memory, low
+    MACs a second over MACs a DRAM byte, those of the codec apart: low and left waits for memory, low
     and right for something else on the chip.
     """
     first = next(iter(reports.values()))
@@ -112,8 +123,9 @@ def plot_roofline(reports: Mapping[str, Report], path: str | os.PathLike[str]) -
             if point is not None:
                 points.append(point)
                 label = name if marker == "o" else None
-                axes.scatter(*point, s=60, marker=marker, color=colour, label=label,
-                             edgecolors="white", linewidths=0.8, zorder=3)  # fmt: skip
+                face = colour if marker == "o" else "none"
+                axes.scatter(*point, s=60, marker=marker, facecolors=face, edgecolors=colour,
+                             label=label, linewidths=1.2, zorder=3)  # fmt: skip
     _roofs(axes, hardware, [x for x, _ in points], [y for _, y in points])
     title = f"{first.workload} under the roofs of {hardware.name}, batch {first.batch}"
     axes.set_title(f"{title}\nsmall: a layer's attention, round: attention, square: network",
@@ -125,7 +137,7 @@ def plot_roofline(reports: Mapping[str, Report], path: str | os.PathLike[str]) -
 def _point(ops: Iterable[OpCost], hardware: Hardware) -> tuple[float, float] | None:
     """(MACs a DRAM byte, 1e9 MACs a second); None where either is not known."""
     ops = tuple(ops)
-    macs, moved = sum(op.macs for op in ops), sum(op.dram_bytes for op in ops)
+    macs, moved = sum(op.line_macs for op in ops), sum(op.dram_bytes for op in ops)
     cycles = sum(op.cycles for op in ops)
     if not (macs and moved and cycles):
         return None
@@ -144,8 +156,8 @@ def _roofs(axes: Any, hardware: Hardware, xs: list[float], ys: list[float]) -> N
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.text(high, peak * 1.08, f"{peak:g} billion MACs a second ", ha="right", fontsize=8)
-    axes.text(low * 1.08, peak * low * 1.2 / ridge, f"{hardware.dram_bytes_per_s / 1e9:g} GB/s",
-              fontsize=8)  # fmt: skip
+    axes.annotate(f"{hardware.dram_bytes_per_s / 1e9:g} GB/s", (low, peak * low / ridge),
+                  (10, 0), textcoords="offset points", fontsize=8)  # fmt: skip
     axes.set_xlabel("MACs a DRAM byte")
     axes.set_ylabel("billion MACs a second")
 
@@ -167,9 +179,9 @@ def plot_utilization(
         steps = [np.append(shares[track], shares[track][-1]) * 100 for track in tracks]
         labels = [track.removeprefix("DRAM ").removeprefix("decoder ") for track in tracks]
         axes.stackplot(times, steps, step="post", colors=colours, labels=labels, linewidth=0)
-        for seam in seams:
+        for seam in seams if len(seams) <= MANY_SEAMS else ():
             axes.axvline(seam / report.hardware.clock_hz * 1e6, color="#1a202c", linewidth=0.3)
-        axes.set_ylim(0, max(100.0, float(np.sum(steps, axis=0).max())))
+        axes.set_ylim(0, 105)
         axes.set_xlim(0, times[-1])
         axes.set_ylabel(f"{title}\n% of peak", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
@@ -234,10 +246,11 @@ def _stacked(
     figure, axes = _figure(1.5 + 0.5 * len(rows))
     places = range(len(rows))[::-1]
     left = [0.0] * len(rows)
-    for part in dict.fromkeys(part for row in rows.values() for part in row):
+    known = [part for part in colours if any(part in row for row in rows.values())]
+    for part in dict.fromkeys([*known, *(part for row in rows.values() for part in row)]):
         values = [row.get(part, 0) / unit for row in rows.values()]
         if any(values):
-            axes.barh(places, values, left=left, height=0.62, label=part,
+            axes.barh(places, values, left=left, height=0.62, label=PHASE_WORDS.get(part, part),
                       color=colours.get(part, OTHER))  # fmt: skip
             left = [a + b for a, b in zip(left, values, strict=True)]
     for place, total in zip(places, left, strict=True):
@@ -246,7 +259,7 @@ def _stacked(
     axes.set_xlim(0, 1.12 * max(left))
     axes.set_xlabel(label)
     axes.set_title(title, fontsize=10)
-    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     _save(figure, path)
 
 

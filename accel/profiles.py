@@ -7,6 +7,7 @@ every figure stands beside where it is from, and a profile can be replaced by th
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tomllib
@@ -244,7 +245,7 @@ scaled here; "horowitz-28nm-lop" is the lowest at that node, so the two bracket 
 
 
 def load_profile(path: str | os.PathLike[str]) -> EnergyProfile:
-    """A profile of the user's own, from TOML.
+    """A profile of the user's own, from TOML, or from JSON where the name ends in .json.
 
     ``base`` names one of `PROFILES` whose figures are kept where the file gives none;
     a figure given here needs its line in ``[sources]``. ``[[sram]]`` tables (the fields of
@@ -254,7 +255,8 @@ def load_profile(path: str | os.PathLike[str]) -> EnergyProfile:
     """
     with open(path, "rb") as file:
         try:
-            return _profile_of(tomllib.load(file))
+            read = json.load if str(path).endswith(".json") else tomllib.load
+            return _profile_of(read(file))
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not an energy profile ({error})") from None
 

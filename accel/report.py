@@ -66,6 +66,7 @@ class OpCost:
     phases          cycles by what the array did or waited for; they sum to ``cycles``
     macs            executed, the pruned entries of a dense block included
     kept_macs       those of kept entries alone (equal to ``macs`` for dense products)
+    codec_macs      of ``macs``: on encoder and decoder, which have MACs of their own
     stalls          MAC-line cycles by what lines did ("busy") or waited for, where the
                     engine stepped them
     busy            cycles in which a resource worked ("MAC lines", "DRAM", "softmax", ...)
@@ -84,9 +85,15 @@ class OpCost:
     busy: Mapping[str, int] = field(default_factory=dict)
     details: Mapping[str, int | float | str] = field(default_factory=dict)
     heads: tuple[HeadCost, ...] = ()
+    codec_macs: int = 0
 
     def __post_init__(self) -> None:
         _check_phases(self.name, self.phases, self.cycles)
+
+    @property
+    def line_macs(self) -> int:
+        """Executed on the MAC lines (on a sampling operator's vector lanes)."""
+        return self.macs - self.codec_macs
 
     @property
     def dram_bytes(self) -> int:
@@ -167,10 +174,10 @@ class Report:
         return sum(row.total_bytes for row in rows if row.level == "dram")
 
     def utilization(self, attention_only: bool = True) -> float:
-        """Executed MACs over what all MACs could do in the cycles taken."""
+        """MACs executed on the lines over what they could do in the cycles taken."""
         ops = self._chosen(attention_only)
         possible = sum(op.cycles for op in ops) * self.hardware.macs
-        return sum(op.macs for op in ops) / possible if possible else 0.0
+        return sum(op.line_macs for op in ops) / possible if possible else 0.0
 
     def bottleneck(self, attention_only: bool = True) -> str:
         """The resource that is busy for the largest share of the cycles, and that share."""
@@ -220,7 +227,8 @@ class Report:
 
 
 def _op_dict(op: OpCost) -> dict[str, Any]:
-    plain = {name: getattr(op, name) for name in ("name", "kind", "cycles", "macs", "kept_macs")}
+    names = ("name", "kind", "cycles", "macs", "kept_macs", "codec_macs")
+    plain = {name: getattr(op, name) for name in names}
     tables = {name: dict(getattr(op, name)) for name in ("phases", "stalls", "busy", "details")}
     rows = {name: [asdict(row) for row in getattr(op, name)] for name in ("traffic", "heads")}
     return plain | tables | rows

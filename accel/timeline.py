@@ -19,7 +19,7 @@ import numpy as np
 from ..workload import Workload
 from .assign import DENSE_ROUND
 from .hardware import Hardware
-from .program import SDDMM, STORE, K, Q
+from .program import INDEX, SDDMM, STORE, K, Q
 from .report import OpCost, Report
 from .simulate import simulate
 from .simulators.vitcod import CHANNELS, WITHOUT, operations
@@ -35,6 +35,8 @@ class Slice:
     track   the resource
     work    in the unit of the track, see `Timeline.peak`
     notes   more to say about it
+    marks   cycles by which equal parts of the work were done (tokens of a transfer); without
+            them the work counts as spread evenly
     """
 
     track: str
@@ -43,6 +45,12 @@ class Slice:
     end: int
     work: int
     notes: Mapping[str, int | str] = field(default_factory=dict)
+    marks: np.ndarray | None = field(default=None, compare=False, repr=False)
+
+    def moved(self, cycles: int) -> Slice:
+        """The same, so much later."""
+        marks = None if self.marks is None else self.marks + cycles
+        return replace(self, start=self.start + cycles, end=self.end + cycles, marks=marks)
 
 
 @dataclass(frozen=True)
@@ -83,13 +91,14 @@ class Timeline:
         return np.unique(np.concatenate(cuts))
 
     def work_between(self, track: str, edges: np.ndarray) -> np.ndarray:
-        """Work of a track in each bin, float64 [bins]; a slice's is spread evenly over it."""
-        pieces = [piece for piece in self.slices if piece.track == track]
-        times = [time for piece in pieces for time in (piece.start, piece.end)]
-        done = np.repeat(np.cumsum([0] + [piece.work for piece in pieces]), 2)[1:-1]
-        if not pieces:
-            return np.zeros(len(edges) - 1)
-        return np.diff(np.interp(edges, times, done.astype(np.float64)))
+        """Work of a track in each bin, float64 [bins]."""
+        times, works = [np.zeros(1, np.int64)], [np.zeros(1)]
+        for piece in self.slices:
+            if piece.track == track:
+                marks = np.array([piece.end]) if piece.marks is None else piece.marks
+                times.append(np.concatenate([[piece.start], np.maximum(marks, piece.start)]))
+                works.append(np.append(0.0, np.full(len(marks), piece.work / len(marks))))
+        return np.diff(np.interp(edges, np.concatenate(times), np.cumsum(np.concatenate(works))))
 
 
 def _rank(track: str) -> int:
@@ -126,8 +135,7 @@ def record(
     for start, op, inner in made:
         notes = {"kind": op.kind, "bottleneck": op.bottleneck, **op.phases}
         slices.append(Slice(OPERATIONS, op.name, start, start + op.cycles, op.cycles, notes))
-        for piece in _whole(op) if inner is None else inner:
-            slices.append(replace(piece, start=start + piece.start, end=start + piece.end))
+        slices += (piece.moved(start) for piece in (_whole(op) if inner is None else inner))
     return Timeline(report, tuple(_in_turn(slices)))
 
 
@@ -242,17 +250,22 @@ def _transfers(run: Stepped) -> Iterator[Slice]:
             stored = channel == STORE
             unit = number - first if stored else stage_units[transfer["need"] % len(stage_units)]
             name = f"{tensor} {'of' if stored else 'for'} {units[int(unit)]}"
-            yield Slice(f"DRAM {tensor}", name, start, end, size, {"bytes": size})
+            marks = run.trace.landed_at[channel, _tokens(transfer)] if channel < INDEX else None
+            yield Slice(f"DRAM {tensor}", name, start, end, size, {"bytes": size}, marks)
             if run.mapping.decode_macs and channel in (Q, K):
                 yield _decoding(run, channel, number, tensor, name)
 
 
 def _decoding(run: Stepped, channel: int, number: int, tensor: str, name: str) -> Slice:
     """The tokens of one transfer in the decoder."""
-    transfer = run.program.transfers[number]
-    first, tokens = int(transfer["token"]), int(transfer["bytes"] // transfer["token_bytes"])
-    ends = run.trace.decoded_at[channel, first : first + tokens]
+    ends = run.trace.decoded_at[channel, _tokens(run.program.transfers[number])]
     one = -(-run.mapping.decode_macs // run.mapping.decoder_rate)
-    work = tokens * run.mapping.decode_macs
-    start = max(int(ends[0]) - one, 0)
-    return Slice(f"decoder {tensor}", name, start, int(ends[-1]), work, {"tokens": tokens})
+    start, work = max(int(ends[0]) - one, 0), len(ends) * run.mapping.decode_macs
+    notes = {"tokens": len(ends)}
+    return Slice(f"decoder {tensor}", name, start, int(ends[-1]), work, notes, ends)
+
+
+def _tokens(transfer: np.void) -> slice:
+    """Tokens of a transfer of Q, K or V, counted through its channel."""
+    first = int(transfer["token"])
+    return slice(first, first + int(transfer["bytes"] // transfer["token_bytes"]))

@@ -9,10 +9,10 @@ from __future__ import annotations
 import typer
 
 from .codesign import codesign, masks
-from .machines import simulate
+from .machines import compare, simulate
 from .zoo import zoo
 
-COMMANDS = (codesign, masks, simulate, zoo)
+COMMANDS = (codesign, masks, simulate, compare, zoo)
 
 app = typer.Typer(
     help="Co-design sparse vision transformers and the hardware that runs them.",

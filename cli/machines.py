@@ -1,67 +1,258 @@
-"""`sievit simulate`: networks on simulated machines."""
+"""`sievit simulate` and `sievit compare`: networks on simulated machines."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..terminal import OUT, one_line_errors
+from ..terminal import OUT, check_writable, one_line_errors
 from .options import (
     DEFAULT_MODEL,
+    DEFAULT_PROFILE,
+    Batch,
+    Groups,
     HardwareName,
+    JsonFile,
+    MaskFile,
     MinKept,
     Model,
+    OwnImageSize,
+    PlotFolder,
+    Profile,
     Quiet,
+    TraceFile,
     codec_shape,
     count_or_share,
     hardware_named,
+    profile_named,
+    simulators_named,
 )
+
+if TYPE_CHECKING:
+    from ..accel import EnergyProfile, Report, Timeline
+    from ..workload import Workload
+
+BASELINE = "systolic"
+COMPARED = (
+    BASELINE,
+    "sanger",
+    "spatten",
+    "vitcod_plain",
+    "vitcod_no_codec",
+    "vitcod_no_reorder",
+    "vitcod",
+)
+
+Simulators = Annotated[
+    list[str] | None, typer.Option("--simulator", help="Machine to simulate; may be repeated.")
+]
 
 
 def simulate(
     model: Model = DEFAULT_MODEL,
-    mask: Annotated[
-        Path | None, typer.Option(help="Mask file (.npz of ours, ViTCoD's .npy); none is dense.")
-    ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="Default: the model's own; give the mask's.")
-    ] = None,
+    mask: MaskFile = None,
+    image_size: OwnImageSize = None,
     latent_heads: Annotated[
         int | None, typer.Option(help="Codec with this many latent heads; default none.")
     ] = None,
-    groups: Annotated[int, typer.Option(help="Blocks of a block-diagonal codec.")] = 1,
+    groups: Groups = 1,
     min_kept: MinKept = "50",
-    simulator: Annotated[
-        list[str] | None, typer.Option(help="Machine to simulate; may be repeated.")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 1,
+    simulator: Simulators = None,
+    batch: Batch = 1,
     hardware: HardwareName = "vitcod",
-    json_out: Annotated[
-        Path | None, typer.Option("--json", help="Write the whole report there.")
-    ] = None,
+    profile: Profile = DEFAULT_PROFILE,
+    heads: Annotated[bool, typer.Option("--heads", help="A row for every head as well.")] = False,
+    json_out: JsonFile = None,
+    trace: TraceFile = None,
+    plots: PlotFolder = None,
     quiet: Quiet = False,
 ) -> None:
-    """Simulate a network, dense or with a saved mask, on the accelerator."""
+    """Simulate a network, dense or with a saved mask, on the accelerator, in every detail."""
     with one_line_errors(quiet):
-        from ..machine_tables import simulation_table
-        from ..masks import AttentionMask
-        from ..pipeline import simulate_model
+        from rich.console import Group
+        from rich.text import Text
 
-        reports = simulate_model(
+        from ..machine_tables import machine_tables, simulation_table
+        from ..masks import AttentionMask
+        from ..pipeline import model_workload
+
+        names = simulators_named(simulator or ["vitcod"])
+        costs = profile_named(profile)
+        machine = hardware_named(hardware)
+        _check_targets(json_out, trace, plots)
+        workload = model_workload(
             model,
             None if mask is None else AttentionMask.load(mask),
             None if latent_heads is None else codec_shape(model, latent_heads, groups),
             image_size=image_size,
             min_kept=count_or_share(min_kept),
-            hardware=hardware_named(hardware),
-            simulators=tuple(simulator or ("systolic", "vitcod")),
-            batch=batch,
         )
-        if json_out is not None:
-            from ..result import write_json
-
-            write_json({name: r.to_dict() for name, r in reports.items()}, json_out)
+        timed = trace is not None or plots is not None
+        reports, timelines = _run(workload, machine, names, batch, timed)
+        figures = _figures(reports, costs)
+        written = _write(reports, timelines, figures, json_out, trace, plots)
         if not quiet:
-            OUT.print(simulation_table(reports))
+            parts = [simulation_table(reports)]
+            parts += (machine_tables(r, *_costs(r, costs), heads) for r in reports.values())
+            OUT.print(Group(*(x for part in parts for x in (Text(), part)), Text()))
+            _say_written(written)
+
+
+def compare(
+    model: Annotated[
+        str, typer.Argument(help="Registered name; `sievit zoo` lists them.")
+    ] = DEFAULT_MODEL,
+    mask: MaskFile = None,
+    sparsity: Annotated[
+        float, typer.Option(help="Without --mask: of a mask made by chance, in [0, 1).")
+    ] = 0.9,
+    seed: Annotated[int, typer.Option(help="Seed of that mask.")] = 0,
+    image_size: OwnImageSize = None,
+    latent_heads: Annotated[
+        int | None,
+        typer.Option(help="Latent heads of the codec; default half, rounded up; 0 for no codec."),
+    ] = None,
+    groups: Groups = 1,
+    min_kept: MinKept = "50",
+    simulator: Simulators = None,
+    against: Annotated[
+        str | None, typer.Option(help="Machine that speed-ups are against; default the first.")
+    ] = None,
+    batch: Batch = 1,
+    hardware: HardwareName = "vitcod",
+    profile: Profile = DEFAULT_PROFILE,
+    json_out: JsonFile = None,
+    trace: TraceFile = None,
+    plots: PlotFolder = None,
+    quiet: Quiet = False,
+) -> None:
+    """Set machines of equal MACs, bandwidth and clock side by side on one sparse network."""
+    with one_line_errors(quiet):
+        from ..masks import AttentionMask
+        from ..pipeline import sparse_workload
+
+        names = simulators_named(simulator or list(COMPARED))
+        if against is not None:
+            if against not in names:
+                raise ValueError(f"--against must be one of {', '.join(names)}, got {against!r}")
+            names = (against, *(name for name in names if name != against))
+        costs = profile_named(profile)
+        machine = hardware_named(hardware)
+        _check_targets(json_out, trace, plots)
+        workload, about = sparse_workload(
+            model,
+            sparsity if mask is None else AttentionMask.load(mask),
+            latent_heads=latent_heads,
+            groups=groups,
+            image_size=image_size,
+            min_kept=count_or_share(min_kept),
+            seed=seed,
+        )
+        timed = trace is not None or plots is not None
+        reports, timelines = _run(workload, machine, names, batch, timed)
+        figures = _comparison(reports, costs, about)
+        written = _write(reports, timelines, figures, json_out, trace, plots)
+        if not quiet:
+            _print_comparison(reports, costs, about)
+            _say_written(written)
+
+
+def _run(
+    workload: Workload, machine: Any, names: Iterable[str], batch: int, timed: bool
+) -> tuple[dict[str, Report], dict[str, Timeline]]:
+    """Reports by machine, and their time lines where they are wanted."""
+    from ..accel import record
+    from ..accel import simulate as run
+
+    if not timed:
+        return {name: run(workload, machine, name, batch) for name in names}, {}
+    timelines = {name: record(workload, machine, name, batch) for name in names}
+    return {name: timeline.report for name, timeline in timelines.items()}, timelines
+
+
+def _check_targets(json_out: Path | None, trace: Path | None, plots: Path | None) -> None:
+    """Fail before the work rather than after it."""
+    for path in (json_out, trace):
+        if path is not None:
+            check_writable(path.parent)
+            if path.is_dir():
+                raise ValueError(f"{str(path)!r} is a folder, a file was expected")
+    if plots is not None:
+        check_writable(plots)
+
+
+def _costs(report: Report, profile: EnergyProfile) -> tuple[Any, Any]:
+    from ..accel import area, energy
+
+    return energy(report, profile), area(report.hardware, profile)
+
+
+def _figures(reports: Mapping[str, Report], profile: EnergyProfile) -> dict[str, Any]:
+    """Every figure of each machine, ready for JSON."""
+    made = {}
+    for name, report in reports.items():
+        spent, space = _costs(report, profile)
+        made[name] = report.to_dict() | {"energy": spent.to_dict(), "area": space.to_dict()}
+    return made
+
+
+def _comparison(
+    reports: Mapping[str, Report], profile: EnergyProfile, about: str
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from ..accel import speedups
+
+    made = speedups(reports, next(iter(reports)))
+    return {
+        "about": about,
+        "speedups": [asdict(s) for s in made],
+        "machines": _figures(reports, profile),
+    }
+
+
+def _print_comparison(reports: Mapping[str, Report], profile: EnergyProfile, about: str) -> None:
+    from rich.console import Group
+    from rich.text import Text
+
+    from ..machine_tables import comparison_tables
+
+    spent = {name: _costs(report, profile)[0] for name, report in reports.items()}
+    OUT.print(Group(Text(), Text(about), Text(), comparison_tables(reports, spent), Text()))
+
+
+def _write(
+    reports: Mapping[str, Report],
+    timelines: Mapping[str, Timeline],
+    figures: Mapping[str, Any],
+    json_out: Path | None,
+    trace: Path | None,
+    plots: Path | None,
+) -> list[Path]:
+    """The files that were asked for; returns their paths."""
+    written = []
+    if json_out is not None:
+        from ..result import write_json
+
+        write_json(figures, json_out)
+        written.append(json_out)
+    if trace is not None:
+        from ..accel import write_trace
+
+        write_trace(timelines.values(), trace)
+        written.append(trace)
+    if plots is not None:
+        from ..accel.simulators.vitcod import WITHOUT
+        from ..figures import draw_machines
+
+        timed = {name: made for name, made in timelines.items() if name in WITHOUT}
+        written += draw_machines(reports, timed, plots)
+    return written
+
+
+def _say_written(paths: list[Path]) -> None:
+    if paths:
+        OUT.print(f"Written: {', '.join(map(str, paths))}", highlight=False)

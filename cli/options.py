@@ -41,6 +41,28 @@ MinKept = Annotated[
     typer.Option(help="A key is global when more queries keep it: a count, or a share like 0.25."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of crops, controls and training.")]
+MaskFile = Annotated[
+    Path | None, typer.Option("--mask", help="Mask file (.npz of ours, ViTCoD's .npy).")
+]
+OwnImageSize = Annotated[
+    int | None, typer.Option("--image-size", help="Default: the model's own; give the mask's.")
+]
+Groups = Annotated[int, typer.Option(help="Blocks of a block-diagonal codec.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images a batch.")]
+Profile = Annotated[
+    str,
+    typer.Option(
+        help="Energy profile: aladdin-28nm, horowitz-28nm, ... (a wrong name lists all), or a "
+        "TOML or JSON file of your own."
+    ),
+]
+DEFAULT_PROFILE = "aladdin-28nm"
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write every figure there.")]
+TraceFile = Annotated[
+    Path | None,
+    typer.Option("--trace", help="Write the simulated time line there, for ui.perfetto.dev."),
+]
+PlotFolder = Annotated[Path | None, typer.Option("--plots", help="Draw pictures into this folder.")]
 HardwareName = Annotated[str, typer.Option(help="Preset of the simulated machine.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables; files only.")]
 
@@ -105,6 +127,30 @@ def load_photos(
         return None
     learn = load_folder(images, limit)
     return learn if judge_images is None else (learn, load_folder(judge_images, limit))
+
+
+def profile_named(name: str) -> Any:
+    """A profile by its name, or from a file."""
+    from ..accel import PROFILES, load_profile
+
+    if name in PROFILES:
+        return PROFILES[name]
+    if not Path(name).is_file():
+        raise ValueError(
+            f"--profile must be one of {', '.join(PROFILES)} or a TOML or JSON file, got {name!r}"
+        )
+    return load_profile(name)
+
+
+def simulators_named(names: list[str]) -> tuple[str, ...]:
+    """Names of simulators, each once; an unknown one is refused before anything runs."""
+    from ..accel.simulators import SIMULATORS
+
+    for name in names:
+        if name not in SIMULATORS:
+            known = ", ".join(SIMULATORS)
+            raise ValueError(f"--simulator must be one of {known}, got {name!r}")
+    return tuple(dict.fromkeys(names))
 
 
 def hardware_named(name: str) -> Any:

@@ -52,6 +52,7 @@ class Twin:
         self.phases = [Counter() for _ in range(len(program.stages) + 1)]
         self.stalls = [Counter() for _ in program.stages]
         self.engines = [[0, 0] for _ in program.stages]
+        self.tokens = {Q: [], K: [], V: []}
         self.decoded = {Q: [], K: []}
         self.stage_times = [[0, 0] for _ in program.stages]
         self.transfer_times = {}
@@ -130,7 +131,9 @@ class Twin:
         if c.number == INDEX:
             c.used += given
         c.done += given
-        c.landed = int(t["token"]) + c.done // (int(t["token_bytes"]) * self.unit)
+        before, c.landed = c.landed, int(t["token"]) + c.done // (int(t["token_bytes"]) * self.unit)
+        if c.number in self.tokens:
+            self.tokens[c.number] += [cycle + 1] * (c.landed - before)
         if c.done == t["bytes"] * self.unit:
             self.transfer_times[number][1] = cycle + 1
             c.queue.pop(0)
@@ -464,9 +467,10 @@ def assert_equal_runs(trace, twin):
     assert trace.transfer_times.tolist() == times
     units = [(u, r) for u, n in enumerate(np.diff(twin.p.unit_row)) for r in range(n)]
     assert trace.row_ready.tolist() == [twin.ready.get(place, 0) for place in units]
-    for side, ends in twin.decoded.items():
-        assert trace.decoded_at[side, : len(ends)].tolist() == ends
-        assert not trace.decoded_at[side, len(ends) :].any()
+    for found, times in ((trace.landed_at, twin.tokens), (trace.decoded_at, twin.decoded)):
+        for side, ends in times.items():
+            assert found[side, : len(ends)].tolist() == ends
+            assert not found[side, len(ends) :].any()
 
 
 def random_case(seed):

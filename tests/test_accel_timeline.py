@@ -133,6 +133,23 @@ def test_work_between_edges_loses_nothing(timelines):
     found = small.work_between("a", np.array([0, 4, 12, 30]))
     assert found.tolist() == pytest.approx([2, 3 + 8, 32])
     assert small.work_between("b", np.array([0, 4])).tolist() == [0]
+    marked = Slice("a", "x", 0, 10, 4, marks=np.array([1, 9])).moved(100)
+    assert (marked.start, marked.end, marked.marks.tolist()) == (100, 110, [101, 109])
+    found = Timeline(small.report, (marked,)).work_between("a", np.array([0, 101, 105, 110]))
+    assert found.tolist() == pytest.approx([2, 1, 1])
+
+
+def test_dram_and_decoder_stay_under_their_peak_in_every_bin(timelines):
+    """Their tokens are marked one by one; a token's last cycle counts for the whole of it."""
+    for name in STEPPED:
+        timeline = timelines[name]
+        edges = timeline.edges(20)
+        for resource in ("DRAM ", "decoder "):
+            tracks = [track for track in timeline.tracks if track.startswith(resource)]
+            done = sum((timeline.work_between(track, edges) for track in tracks), np.zeros(1))
+            peak = timeline.peak(tracks[0])[0] if tracks else 0
+            token = 4 * 16 if resource == "DRAM " else 2 * 4 * 16
+            assert (done <= peak * np.diff(edges) + token * len(tracks)).all()
 
 
 def test_the_trace_is_valid(timelines, tmp_path):

@@ -132,9 +132,12 @@ def _projection_cost(op: Gemm, attention: Attention, hardware: Hardware, batch: 
     saved = min(saved, op.elements_written * batch)
     cost = product_cost(op, hardware, batch, saved, cycles)
     weights = 2 * codec_side_bytes(attention, hardware, decoder=False)
-    traffic = (*cost.traffic, Traffic("codec weights", "dram", weights, 0))
-    macs += cost.macs
-    return replace(cost, macs=macs, kept_macs=macs, traffic=traffic)
+    loaded = (
+        Traffic("codec weights", "dram", weights, 0),
+        Traffic("codec weights", "buffer", weights, weights),
+    )
+    every, traffic = cost.macs + macs, (*cost.traffic, *loaded)
+    return replace(cost, macs=every, kept_macs=every, codec_macs=macs, traffic=traffic)
 
 
 def attention_cost(op: Attention, hardware: Hardware, batch: int = 1) -> OpCost:
@@ -176,6 +179,7 @@ def cost_of(run: Stepped, batch: int) -> OpCost:
             "scores_kept": op.kept * batch,
         },
         heads=head_costs(run),
+        codec_macs=decoded,
     )
 
 
@@ -206,6 +210,7 @@ def _traffic(
     if op.codec:
         latents = moved[Q] + moved[K]
         rows.append(Traffic("latent Q and K", "buffer", latents, latents))
+        rows.append(Traffic("codec weights", "buffer", moved[CODEC], moved[CODEC]))
     # Scores: written once, read for the maximum and again for the exponential, written as
     # probabilities after the division and read once by SpMM.
     scores = counts.scores * hardware.score_bytes
