@@ -105,8 +105,8 @@ def plot_speedups(
 def plot_roofline(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> None:
     """Attention's layers, attention and the network under the machine's two roofs.
 
-    MACs a second over MACs a DRAM byte, those of the codec apart: low and left waits for memory, low
-    and right for something else on the chip.
+    MACs a second over MACs a DRAM byte, the codec's own MACs apart: low and left waits for
+    memory, low and right for something else on the chip.
     """
     first = next(iter(reports.values()))
     hardware = first.hardware
