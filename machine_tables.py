@@ -326,8 +326,8 @@ def comparison_tables(
     for name in reports:
         words.add_row(name, WORDS.get(name, ""))
     notes = [
-        f"Equal for all: {first.hardware.macs} MACs, bandwidth and clock. Energy is of what was counted "
-        "and has a figure in the profile; `--json` lists the rest under not_charged."
+        f"Equal for all: {first.hardware.macs} MACs, bandwidth and clock. Energy: of what is "
+        "counted and has a figure in the profile; --json lists the rest as not_charged.",
     ]
     missing = {
         name: [line for line in energies[name].not_charged if "does not count" in line]
