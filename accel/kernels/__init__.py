@@ -1,9 +1,11 @@
-"""Attention on real processors: the only part of `sievit.accel` that imports torch.
+"""Attention and the deformable operator on real processors: the only part of `sievit.accel`
+that imports torch.
 
 Floor plan: rows of floats for compiled loops (`vectors`) -> order and tiles of a mask
 (`tiling`) -> a layer's plan (`plan`) -> kernels (`attention_cpu`, `attention_gpu`) -> the
 operator and the choice between them (`attention`). Beside them dense attention, timed
-(`measure`).
+(`measure`), and the deformable operator: geometry (`deform_shapes`) -> kernels
+(`deform_cpu`, `deform_gpu`, `deform_torch`) -> the operator (`deform`).
 """
 
 from .attention import (
@@ -13,6 +15,7 @@ from .attention import (
     reference_attention,
     sparse_attention,
 )
+from .deform import deform_conv, deform_core
 from .measure import MeasuredAttention, measure_attention
 from .plan import AttentionPlan, plan_attention, plan_layers
 
@@ -22,6 +25,8 @@ __all__ = [
     "MeasuredAttention",
     "SparseAttention",
     "choose_kernel",
+    "deform_conv",
+    "deform_core",
     "measure_attention",
     "plan_attention",
     "plan_layers",
