@@ -10,7 +10,7 @@ import importlib.util
 import itertools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,6 +124,17 @@ def _samples(names: tuple[str, ...]) -> Photos:
     return Photos(tuple(f"scikit-image: {name}" for name in names), tuple(arrays))
 
 
+Images = Photos | tuple[Photos, Photos] | None
+
+
+def photo_sets(images: Images) -> tuple[Photos, Photos]:
+    """(to learn from, to judge on): every fourth is held out where the photos are one set;
+    `sample_photos` for None."""
+    if images is None:
+        return sample_photos()
+    return images.split() if isinstance(images, Photos) else images
+
+
 Box = tuple[float, float, float, float]
 
 
@@ -185,19 +196,28 @@ def batches(crops: np.ndarray, batch_size: int) -> Iterator[torch.Tensor]:
 
 
 def endless_crops(
-    photos: Photos, size: int, batch_size: int, seed: int, start: int = 0
-) -> Iterator[torch.Tensor]:
+    photos: Photos,
+    size: int,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    labels: Sequence[int] | None = None,
+) -> Iterator[torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
     """Normalised random crops without end: each pass takes the photos in a new order.
 
     Batch i depends on ``seed`` and i alone, so that ``start`` continues a stream cheaply.
+    With ``labels``, one a photo, batches are (images, labels).
     """
+    import torch
+
     for index in itertools.count(start):
         places = range(index * batch_size, (index + 1) * batch_size)
         turns = {place // len(photos) for place in places}
         orders = {turn: _order(seed, turn, len(photos)) for turn in turns}
-        chosen = photos.take([orders[p // len(photos)][p % len(photos)] for p in places])
+        chosen = [orders[p // len(photos)][p % len(photos)] for p in places]
         generator = np.random.default_rng((seed, 1, index))
-        yield normalize(random_crops(chosen, size, batch_size, generator))
+        images = normalize(random_crops(photos.take(chosen), size, batch_size, generator))
+        yield images if labels is None else (images, torch.tensor([labels[c] for c in chosen]))
 
 
 def _order(seed: int, turn: int, count: int) -> list[int]:

@@ -29,7 +29,15 @@ from .ae import (
     latent_heads_for,
     train_codec,
 )
-from .images import Photos, batches, center_crops, endless_crops, random_crops, sample_photos
+from .images import (
+    Images,
+    Photos,
+    batches,
+    center_crops,
+    endless_crops,
+    photo_sets,
+    random_crops,
+)
 from .masks import AttentionMask
 from .models import create, prefix_tokens, trace
 from .models.recipe import Recipe
@@ -53,7 +61,6 @@ from .workload import HeadCodec, Workload
 
 SIMULATORS = ("systolic", "vitcod_plain", "vitcod_no_reorder", "vitcod_no_codec", "vitcod")
 
-Images = Photos | tuple[Photos, Photos] | None
 Progress = Callable[[str, float], None]
 """Called with (stage, share of the stage done)."""
 Tell = Callable[[float], None]
@@ -86,7 +93,7 @@ def codesign(
     if sparsity is not None:
         settings = replace(settings, sparsity=sparsity, theta=None)
     torch.manual_seed(settings.seed)
-    run = _Run(model, _photo_sets(images), settings, saliency, progress)
+    run = _Run(model, photo_sets(images), settings, saliency, progress)
     maps, mask = run.learn_mask()
     codecs, plain = run.fit_codecs() if settings.codec else (None, None)
     run.judge_masks(mask)
@@ -298,7 +305,7 @@ def learn_mask(
     progress: Progress = lambda stage, share: None,
 ) -> AttentionMask:
     """The mask alone, learned as `codesign` does; all photos are learned from."""
-    photos = images if isinstance(images, Photos) else _photo_sets(images)[0]
+    photos = images if isinstance(images, Photos) else photo_sets(images)[0]
     return _Run(model, (photos, photos), settings, None, progress).learn_mask()[1]
 
 
@@ -376,12 +383,6 @@ def simulate_model(
     """`model_workload` on each of ``simulators``."""
     workload = model_workload(name, mask, codec, image_size=image_size, min_kept=min_kept)
     return {s: simulate(workload, hardware, simulator=s, batch=batch) for s in simulators}
-
-
-def _photo_sets(images: Images) -> tuple[Photos, Photos]:
-    if images is None:
-        return sample_photos()
-    return images.split() if isinstance(images, Photos) else images
 
 
 def _judge_crops(photos: Photos, settings: Settings, generator: np.random.Generator) -> np.ndarray:

@@ -161,10 +161,10 @@ class CodesignResult:
         target = Path(folder)
         paths = [target / "mask.npz", target / "model.safetensors"]
         self.mask.save(paths[0])
-        _save_weights(self.student, paths[1])
+        save_weights(self.student, paths[1])
         if self.codecs is not None:
             paths.append(target / "codecs.safetensors")
-            _save_weights(self.codecs, paths[-1])
+            save_weights(self.codecs, paths[-1])
         if plots:
             paths += draw(self, target)
         paths.append(target / "report.json")
@@ -194,7 +194,8 @@ def _log_dict(log: Trained | None) -> dict[str, Any] | None:
     return None if log is None else {"steps": log.steps, "losses": list(log.losses)}
 
 
-def _save_weights(module: nn.Module, path: Path) -> None:
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Write a state dict as safetensors, whole or not at all."""
     from safetensors.torch import save_file
 
     state = {n: v.detach().cpu().clone().contiguous() for n, v in module.state_dict().items()}

@@ -9,7 +9,7 @@ from .adapt import FittedCodecs, attach_codec, fit_codecs, head_moments
 from .closed_form import ExplainedVariance, HeadMoments, fit_closed_form
 from .codec import HeadLinear, QKCodec, latent_heads_for
 from .fold import fold
-from .train import train_codec
+from .train import Reconstruction, train_codec
 
 __all__ = [
     "ExplainedVariance",
@@ -17,6 +17,7 @@ __all__ = [
     "HeadLinear",
     "HeadMoments",
     "QKCodec",
+    "Reconstruction",
     "attach_codec",
     "fit_closed_form",
     "fit_codecs",

@@ -10,9 +10,10 @@ import typer
 
 from .codesign import codesign, masks
 from .machines import compare, simulate
+from .train import train
 from .zoo import zoo
 
-COMMANDS = (codesign, masks, simulate, compare, zoo)
+COMMANDS = (codesign, masks, train, simulate, compare, zoo)
 
 app = typer.Typer(
     help="Co-design sparse vision transformers and the hardware that runs them.",

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
+
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 """Micro-batches of this process, or a function: number of the first -> batches from there."""
 
@@ -47,3 +50,10 @@ def steps_of(batches: Batches, done: int, accumulate: int) -> Iterator[list[Any]
         if len(micro) < accumulate:
             return
         yield micro
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """``batch``, a tensor or a tuple or list of them, on ``device``."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    return tuple(moved(part, device) for part in batch)

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Join the other processes where `torchrun` started several; leave them at the end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def several() -> bool:
@@ -16,6 +31,10 @@ def several() -> bool:
 
 def rank() -> int:
     return dist.getrank() if several() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if several() else 1
 
 
 def over_processes(objective: nn.Module) -> nn.Module:

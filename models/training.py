@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .checkpoints import newest_checkpoint, save_checkpoint
-from .feeding import Batches, steps_of
+from .feeding import Batches, moved, steps_of
 from .processes import exchanged, from_first, mean_over_processes, over_processes, rank
 from .recipe import Recipe, has_bf16, rate_scale, schedule
 
@@ -170,7 +170,7 @@ class _Loop:
                 exchanged(self.whole, last),
                 torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16),
             ):
-                terms = self.whole(batch)
+                terms = self.whole(moved(batch, self.device))
                 loss = sum(terms.values()) / len(micro)
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(term.detach()) / len(micro)

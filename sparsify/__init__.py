@@ -10,7 +10,7 @@ chance for studies of machines (`synthetic`).
 from .adapt import attach
 from .controls import random_mask, window_mask
 from .fidelity import Fidelity, fidelity, judge, token_features
-from .finetune import recover
+from .finetune import GradualMask, finetune, recover
 from .probe import average_attention
 from .reorder import polarize
 from .similarity import head_similarity
@@ -20,9 +20,11 @@ from .threshold import threshold
 
 __all__ = [
     "Fidelity",
+    "GradualMask",
     "attach",
     "average_attention",
     "fidelity",
+    "finetune",
     "head_similarity",
     "judge",
     "polarize",

@@ -1,0 +1,153 @@
+"""`sievit train`: make a pretrained ViT sparse and train it so, for hours if need be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..terminal import OUT, check_writable, one_line_errors, progress_bars
+from .options import (
+    DEFAULT_MODEL,
+    ImageSize,
+    JudgeImages,
+    Limit,
+    Model,
+    Quiet,
+    Seed,
+    Weights,
+    load_network,
+    load_photos,
+    weights_source,
+)
+
+if TYPE_CHECKING:
+    from ..images import Photos
+    from ..recipes import SparseModel, TrainSettings
+
+
+def train(
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of photos. Default: scikit-image's samples.")
+    ] = None,
+    judge_images: JudgeImages = None,
+    model: Model = DEFAULT_MODEL,
+    weights: Weights = None,
+    limit: Limit = 100_000,
+    out: Annotated[
+        Path, typer.Option(help="Folder for checkpoints, logs and the trained model.")
+    ] = Path("trained"),
+    mode: Annotated[
+        str, typer.Option(help="mask, two-step (codec, then mask) or joint (both at once).")
+    ] = "mask",
+    sparsity: Annotated[float, typer.Option(help="Share of entries to prune.")] = 0.9,
+    latent_heads: Annotated[
+        int | None, typer.Option(help="Heads after compression; default half, rounded up.")
+    ] = None,
+    groups: Annotated[int, typer.Option(help="Blocks of a block-diagonal codec.")] = 1,
+    labels: Annotated[
+        bool, typer.Option("--labels", help="Train on folders as classes, without a teacher.")
+    ] = False,
+    attention_weight: Annotated[
+        float, typer.Option(help="Of attention distillation beside the tokens'.")
+    ] = 0.0,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each stage.")] = 200,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-5,
+    batch_size: Annotated[int, typer.Option(help="Photos in a step, over all processes.")] = 8,
+    accumulate: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 1,
+    ema: Annotated[float, typer.Option(help="Decay of a moving average; 0 for none.")] = 0.0,
+    gradual: Annotated[
+        bool, typer.Option("--gradual", help="Let the mask grow sparser as training goes on.")
+    ] = False,
+    recompute: Annotated[
+        bool,
+        typer.Option("--recompute", help="Recompute blocks in the backward pass."),
+    ] = False,
+    image_size: ImageSize = 224,
+    learn_crops: Annotated[int, typer.Option(help="Crops for the averaged attention.")] = 128,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Sparsify a pretrained ViT and train it to keep its accuracy.
+
+    Start it again with the same settings and it goes on from its last checkpoint; start it
+    with torchrun and several processes share each batch.
+    """
+    with one_line_errors(quiet):
+        from ..recipes import TrainSettings
+
+        settings = TrainSettings(
+            image_size=image_size,
+            sparsity=sparsity,
+            mode=mode,
+            latent_heads=latent_heads,
+            groups=groups,
+            labels=labels,
+            attention_weight=attention_weight,
+            steps=steps,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            learning_rate=rate,
+            ema_decay=ema,
+            gradual=gradual,
+            recompute=recompute,
+            learn_crops=learn_crops,
+            checkpoint_every=checkpoint_every,
+            seed=seed,
+        )
+        check_writable(out)
+        network, _ = load_network(model, weights_source(model, weights))
+        photos = load_photos(images, judge_images, limit)
+        _run(network.to(_device(device)), photos, settings, out, quiet)
+
+
+def _run(
+    network: Any,
+    photos: tuple[Photos, Photos] | Photos | None,
+    settings: TrainSettings,
+    out: Path,
+    quiet: bool,
+) -> None:
+    from ..images import photo_sets
+    from ..models.processes import joined, rank
+    from ..recipes import train_sparse
+
+    learn, judged = photo_sets(photos)
+    with joined():
+        first = rank() == 0
+        with progress_bars(quiet or not first) as progress:
+            found = train_sparse(network, learn, settings, out, progress)
+            if not first:
+                return
+            rows = found.judge(network, judged, progress)
+        paths = found.save(out, rows)
+    if not quiet:
+        _report(found, rows, paths, out)
+
+
+def _report(found: SparseModel, rows: dict[str, Any], paths: tuple[Path, ...], out: Path) -> None:
+    from ..tables import fidelity_table
+
+    for stage, log in found.logs.items():
+        resumed = f", resumed at {log.resumed_at}" if log.resumed_at else ""
+        OUT.print(
+            f"{stage}: {len(log.losses)} steps{resumed}, loss {log.losses[0]:.4f} -> "
+            f"{log.losses[-1]:.4f}",
+            highlight=False,
+        )
+    OUT.print(fidelity_table(rows))
+    OUT.print(f"Written: {', '.join(p.name for p in paths)} in {out}/", highlight=False)
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be cpu, cuda or auto, got {name!r}") from None

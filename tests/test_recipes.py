@@ -1,0 +1,191 @@
+"""Sparse training from photos, what it leaves on disk, and the command for it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from sievit.attachments import Attachments
+from sievit.cli import app
+from sievit.images import Photos
+from sievit.models import create
+from sievit.recipes import TrainSettings, class_labels, train_sparse
+from sievit.training_log import TrainingLog
+
+SMALL = TrainSettings(
+    image_size=64, sparsity=0.6, steps=4, batch_size=4, learn_crops=4, checkpoint_every=2
+)
+
+
+def network(**overrides):
+    torch.manual_seed(0)
+    settings = {"image_size": 64, "dim": 32, "heads": 4, "depth": 2, "num_classes": 2}
+    return create("deit_tiny", **settings | overrides).eval()
+
+
+def photos(count: int = 6) -> Photos:
+    generator = np.random.default_rng(0)
+    arrays = [generator.integers(0, 256, (70, 90, 3), dtype=np.uint8) for _ in range(count)]
+    names = [f"{'ab'[i % 2]}/{i}.png" for i in range(count)]
+    return Photos(tuple(names), tuple(arrays))
+
+
+def image() -> torch.Tensor:
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    ("mode", "stages"), [("mask", ["mask"]), ("joint", ["joint"]), ("two-step", ["codec", "mask"])]
+)
+@pytest.mark.parametrize("more", [{}, {"labels": True, "gradual": True, "accumulate": 2}])
+def test_every_mode_trains_a_sparse_model(mode, stages, more):
+    model = network()
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    found = train_sparse(model, photos(), replace(SMALL, mode=mode, **more))
+    assert list(found.logs) == stages
+    assert all(len(log.losses) == 4 for log in found.logs.values())
+    assert found.attachments.mask.sparsity == pytest.approx(0.6, abs=0.02)
+    assert (found.attachments.codecs is None) == (mode == "mask")
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+    assert not torch.equal(
+        found.model.state_dict()["blocks.0.mlp.fc1.weight"], before["blocks.0.mlp.fc1.weight"]
+    )
+    assert list(found.model.state_dict()) == list(before)
+    bare = found.model(image())
+    with found.attachments.attach(found.model):
+        assert not torch.allclose(found.model(image()), bare)
+    assert torch.equal(found.model(image()), bare)
+
+
+def test_files_load_back_to_the_same_outputs(tmp_path):
+    found = train_sparse(network(), photos(), replace(SMALL, mode="joint"))
+    found.save(tmp_path, {})
+    again = network()
+    from sievit.models import load_weights
+
+    load_weights(again, tmp_path / "model.safetensors")
+    loaded = Attachments.load(tmp_path / "attachments.safetensors")
+    assert loaded.settings["sparsity"] == 0.6
+    assert loaded.image_size == 64
+    with found.attachments.attach(found.model), loaded.attach(again):
+        assert torch.equal(found.model(image()), again(image()))
+    assert json.loads((tmp_path / "training.json").read_text())["settings"]["mode"] == "joint"
+
+
+def test_turned_codecs_load_back_with_their_turn(tmp_path):
+    from sievit.ae import fit_codecs, head_moments
+
+    model = network()
+    codecs = fit_codecs(head_moments(model, [image()]), 2).codecs
+    assert codecs[0].turn is not None
+    Attachments(64, None, codecs, {}).save(tmp_path / "a.safetensors")
+    loaded = Attachments.load(tmp_path / "a.safetensors")
+    with Attachments(64, None, codecs, {}).attach(model):
+        wanted = model(image())
+    with loaded.attach(model):
+        assert torch.equal(model(image()), wanted)
+
+
+def test_files_that_hold_no_attachments_are_refused(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match="holds no masks and codecs"):
+        Attachments.load(tmp_path / "weights.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"xx")
+    for name in ("bad.safetensors", "absent.safetensors"):
+        with pytest.raises(ValueError, match="not a readable safetensors"):
+            Attachments.load(tmp_path / name)
+    with pytest.raises(ValueError, match=r"saved as \.safetensors"):
+        Attachments(64).save(tmp_path / "a.npz")
+
+
+def test_a_second_run_goes_on_where_the_first_was_stopped(tmp_path):
+    settings = replace(SMALL, mode="two-step")
+    whole = train_sparse(network(), photos(), settings)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(stage, share):
+        if stage == "training: mask" and share >= 0.75:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train_sparse(network(), photos(), settings, tmp_path, stop)
+    again = train_sparse(network(), photos(), settings, tmp_path)
+    assert again.logs["codec"].steps == 0
+    assert again.logs["mask"].resumed_at == 2
+    for stage, log in whole.logs.items():
+        assert again.logs[stage].losses == log.losses
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name])
+    with open(tmp_path / "mask" / "log.csv") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2", "3"]
+    with pytest.raises(ValueError, match=r"sparsity was 0\.6, is 0\.5"):
+        train_sparse(network(), photos(), replace(settings, sparsity=0.5), tmp_path)
+
+
+def test_classes_come_from_folders():
+    assert class_labels(photos(3)) == (("a", "b"), [0, 1, 0])
+    loose = Photos(("x.png",), photos(1).arrays)
+    with pytest.raises(ValueError, match=r"'x.png' lies in none"):
+        class_labels(loose)
+    one = photos(6).take([0, 2, 4])
+    with pytest.raises(ValueError, match="at least 2 classes, got 'a' alone"):
+        class_labels(one)
+    with pytest.raises(ValueError, match="gives 5 outputs, the photos have 2 classes"):
+        train_sparse(network(num_classes=5), photos(), replace(SMALL, labels=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"mode": "both"}, "mode must be one of two-step, joint, mask"),
+        ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\)"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"batch_size": 8, "accumulate": 3}, "cannot be cut into 3"),
+    ],
+)
+def test_settings_check_themselves(settings, match):
+    with pytest.raises(ValueError, match=match):
+        TrainSettings(**settings)
+
+
+def test_the_log_replaces_rows_after_a_resume_and_a_torn_line(tmp_path):
+    with TrainingLog(tmp_path, tensorboard=False) as log:
+        for step in range(3):
+            log(step, 0.1, {"tokens": 1.0, "codec": 0.5}, 0.0)
+    with open(tmp_path / "log.csv", "a") as file:
+        file.write("3,0.1,1")
+    with TrainingLog(tmp_path, tensorboard=False) as log:
+        log(2, 0.2, {"tokens": 2.0, "codec": 0.0}, 0.0)
+    rows = (tmp_path / "log.csv").read_text().split()
+    assert rows == ["step,rate,loss,tokens,codec", "0,0.1,1.5,1,0.5", "1,0.1,1.5,1,0.5",
+                    "2,0.2,2,2,0"]  # fmt: skip
+
+
+def test_the_command_trains_and_says_what_it_wrote(tmp_path):
+    folder = tmp_path / "photos"
+    for name, array in zip(photos(8).names, photos(8).arrays, strict=True):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(path)
+    arguments = ["train", "--images", str(folder), "--model", "deit_tiny", "--weights", "random",
+                 "--image-size", "64", "--learn-crops", "4", "--steps", "2", "--batch-size", "2",
+                 "--out", str(tmp_path / "out")]  # fmt: skip
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "mask, trained" in done.output
+    names = {p.name for p in Path(tmp_path / "out").iterdir()}
+    assert names == {"mask", "model.safetensors", "attachments.safetensors", "training.json"}
+    done = CliRunner().invoke(app, [*arguments, "--sparsity", "0.5"])
+    assert done.exit_code == 1
+    assert "sparsity was 0.9, is 0.5" in " ".join(done.output.split())
