@@ -27,7 +27,12 @@ BAR = 24
 def _table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
     """Columns of words, then columns of figures; no vertical lines."""
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     for heading in left:
         table.add_column(heading, no_wrap=True)
@@ -232,7 +237,7 @@ def resource_table(report: Report) -> RenderableType:
         ["attention", "network"],
     )
     parts = report.busy_shares(), report.busy_shares(attention_only=False)
-    for name in sorted(parts[1], key=lambda name: -parts[1][name]):
+    for name in sorted(filter(parts[1].get, parts[1]), key=lambda name: -parts[1][name]):
         table.add_row(name, *(f"{part[name]:.1%}" if name in part else "-" for part in parts))
     named = (report.bottleneck(only) for only in (True, False))
     note = "Bottleneck: attention {}, network {}. Resources overlap: no sum of 100 %."
@@ -251,7 +256,8 @@ def movement_table(report: Report, attention_only: bool = True) -> RenderableTyp
     for tensor, levels in rows.items():
         figures = [size for level in LEVELS for size in levels.get(level, (0, 0))][:5]
         total = [a + b for a, b in zip(total, figures, strict=True)]
-        table.add_row(tensor, *map(_kilobytes, figures))
+        if any(figures):
+            table.add_row(tensor, *map(_kilobytes, figures))
     table.add_section()
     table.add_row("all", *map(_kilobytes, total))
     return table

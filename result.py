@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from . import __version__
-from .accel import Report
+from .accel import Report, area, energy
 from .accel.kernels import MeasuredAttention
 from .ae import ExplainedVariance
 from .figures import draw
@@ -110,7 +110,11 @@ class CodesignResult:
             "codec": self._codec_dict(),
             "recovery": _log_dict(self.recovery_log),
             "fidelity": {name: asdict(row) for name, row in self.fidelity.items()},
-            "simulation": {name: report.to_dict() for name, report in self.reports.items()},
+            "simulation": {
+                name: report.to_dict()
+                | {"energy": energy(report).to_dict(), "area": area(report.hardware).to_dict()}
+                for name, report in self.reports.items()
+            },
             "measured": {
                 "attention": [asdict(row) for row in self.measured],
                 "stage_seconds": dict(self.stage_seconds),

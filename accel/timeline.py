@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -92,13 +93,22 @@ class Timeline:
 
     def work_between(self, track: str, edges: np.ndarray) -> np.ndarray:
         """Work of a track in each bin, float64 [bins]."""
-        times, works = [np.zeros(1, np.int64)], [np.zeros(1)]
+        times, done = self._progress.get(track, (np.zeros(1), np.zeros(1)))
+        return np.diff(np.interp(edges, times, done))
+
+    @cached_property
+    def _progress(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Track -> (cycles, work done by then), float64."""
+        found: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
         for piece in self.slices:
-            if piece.track == track:
-                marks = np.array([piece.end]) if piece.marks is None else piece.marks
-                times.append(np.concatenate([[piece.start], np.maximum(marks, piece.start)]))
-                works.append(np.append(0.0, np.full(len(marks), piece.work / len(marks))))
-        return np.diff(np.interp(edges, np.concatenate(times), np.cumsum(np.concatenate(works))))
+            times, works = found.setdefault(piece.track, ([], []))
+            marks = np.array([piece.end]) if piece.marks is None else piece.marks
+            times.append(np.append(piece.start, np.maximum(marks, piece.start)))
+            works.append(np.append(0.0, np.full(len(marks), piece.work / len(marks))))
+        return {
+            track: (np.concatenate(times).astype(np.float64), np.cumsum(np.concatenate(works)))
+            for track, (times, works) in found.items()
+        }
 
 
 def _rank(track: str) -> int:

@@ -80,6 +80,8 @@ def test_a_report_is_json_with_what_made_it(result):
     assert report["mask"]["sparsity"] == result.mask.sparsity
     assert report["simulation"]["vitcod"]["attention"]["cycles"] > 0
     assert report["simulation"]["vitcod"]["hardware"]["lines"] == 64
+    assert report["simulation"]["vitcod"]["energy"]["profile"] == "aladdin-28nm"
+    assert report["simulation"]["vitcod"]["area"]["total_mm2"] > 0
     assert report["photos"]["note"] == (
         "judged on 4 crops of 1 photos (photo 3), too few to judge a model by"
     )

@@ -217,7 +217,9 @@ def _traffic(
     sums = got["drained_words"] * hardware.macs_per_line * hardware.accumulator_bytes
     rows += [
         Traffic("index", "buffer", moved[INDEX], moved[INDEX]),  # pointers and bitmaps too
+        Traffic("index", "lines", got["index_reads"] * mapping.entry_bytes, 0),
         Traffic("scores", "buffer", 3 * scores, 2 * scores),
+        Traffic("scores", "lines", scores, 0),
         Traffic("output", "buffer", sums + moved[STORE], sums),
     ]
     return tuple(rows)
