@@ -147,6 +147,10 @@ class Modelled:
     unknown: tuple[str, ...] = ()
 
     @property
+    def basis(self) -> str:
+        return "modelled"
+
+    @property
     def seconds(self) -> float:
         return sum(kernel.seconds for kernel in self.kernels)
 
@@ -166,7 +170,7 @@ class Modelled:
         totals = {"seconds": self.seconds, "attention_seconds": self.attention_seconds}
         plain = asdict(self) | {"unknown": list(self.unknown)}
         plain["kernels"] = [asdict(kernel) for kernel in self.kernels]
-        return {"basis": "modelled", "label": self.label} | totals | plain
+        return {"basis": self.basis, "label": self.label} | totals | plain
 
 
 def roofline(
@@ -358,12 +362,11 @@ def speedup(report: Report, against: Modelled | Measured, attention_only: bool =
         raise ValueError(f"{report.workload} on {report.simulator} takes no time in this part")
     if isinstance(against, Modelled):
         other = against.attention_seconds if attention_only else against.seconds
-        other, basis = other / against.batch, "modelled"
+        other = other / against.batch
     else:
         other = against.attention_seconds_per_image if attention_only else against.seconds_per_image
-        basis = against.basis
         if other is None:
             raise ValueError(f"{against.label}: attention alone was measured, not the network")
     part = "attention" if attention_only else "end to end"
     subject = f"{report.workload} on {report.simulator}, batch {report.batch} (simulated)"
-    return Speedup(other * report.batch / own, part, subject, against.label, basis)
+    return Speedup(other * report.batch / own, part, subject, against.label, against.basis)

@@ -1,0 +1,336 @@
+"""How each published figure of ViTCoD is set beside ours: the rows of `paper`.
+
+A function a group of figures; each says what ours is against and gives one sentence why it
+differs. Means are arithmetic, over the cases at the highest sparsity ("_90") or over all of
+them ("_mean").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
+from typing import Any
+
+from .accel import Hardware, Report, simulate
+from .accel.energy import PROFILES, area, energy
+from .accel.published import HEADLINES, Published
+from .accel.roofline import DEVICES, MEASURED, Device, Measured, Modelled, roofline, speedup
+from .workload import Attention, HeadCodec, Workload
+
+PROFILE_NAMES = ("aladdin-28nm", "horowitz-28nm-lop")
+"""The default of `energy`, and the lowest at the node of ViTCoD's chip."""
+
+LOGGED_MODEL = "deit_tiny"
+"""The published logs are of a ViT-Tiny with 196 tokens, this model without its class token."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with masks and codecs, at the sparsity that was asked for."""
+
+    model: str
+    sparsity: float
+    workload: Workload
+
+
+@dataclass(frozen=True)
+class Run:
+    """A case on every simulator; ``released`` None, and why, where the script refuses it."""
+
+    case: Case
+    reports: Mapping[str, Report]
+    released: Report | None
+    refusal: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published figure beside ours.
+
+    released   the released script's value for the same cases; None where it has none
+    basis      "simulated", "modelled", "measured here", "measured log" or "profile"
+    against    what ours is measured against, its batch included
+    why        one sentence: why ours and the published figure differ
+    """
+
+    figure: Published
+    released: float | None
+    ours: float
+    basis: str
+    against: str
+    why: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        plain = {name: getattr(self, name) for name in ("released", "ours", "basis", "against")}
+        return asdict(self.figure) | plain | {"why": self.why}
+
+
+def rows(runs: Sequence[Run], hardware: Hardware, timed: Mapping[str, Measured]) -> tuple[Row, ...]:
+    """All rows. ``timed``: eager attention of a model on this machine; may be empty."""
+    top = max(run.case.sparsity for run in runs)
+    parts = {"90": [run for run in runs if run.case.sparsity == top]}
+    if len(parts["90"]) < len(runs):
+        parts["mean"] = list(runs)
+    made: list[Row] = []
+    for suffix, chosen in parts.items():
+        for group in ("cpu", "edge", "gpu"):
+            made += _processor_rows(f"{group}_{suffix}", chosen, hardware, timed)
+        made += _machine_rows(suffix, chosen)
+        made += _idea_rows(suffix, chosen)
+    for group in ("cpu", "edge"):
+        made += _processor_rows(f"{group}_network", parts["90"], hardware, timed)
+    made += _movement_rows(parts["90"], hardware)
+    made += _energy_rows(parts["90"], hardware)
+    order = list(HEADLINES)
+    return tuple(sorted(made, key=lambda row: order.index(row.figure.key)))
+
+
+def _mean_of(runs: Sequence[Run], what: str = "") -> str:
+    """How a mean is named: over which models, at which sparsities."""
+    models = list(dict.fromkeys(run.case.model for run in runs))
+    shares = sorted({run.case.sparsity for run in runs})
+    over = models[0] if len(models) == 1 else f"mean of {len(models)} models"
+    at = " ".join(f"{share * 100:.3g}%" for share in shares)
+    return f"{what}; {over}, {at}"
+
+
+# Processors: a CPU, an edge GPU, a GPU.
+
+DEVICE = {"cpu": "xeon-gold-6230r", "edge": "jetson-xavier-nx", "gpu": "rtx-2080-ti"}
+LOG = {"edge": "jetson-tx2", "gpu": "rtx-2080-ti"}
+
+WHY_PROCESSOR = {
+    "modelled": "The paper timed PyTorch, which keeps far below the chip's peaks in small "
+    "products; this roofline is the least time that the chip could take.",
+    "copies": "As the paper does for large batches the machine is copied until its MACs equal "
+    "the chip's peak, but the chip is then taken to reach that peak too.",
+    "measured here": "Another CPU than the paper's, whose threads and batch are not known to us.",
+    "edge log": "The published log is of another board, under TensorRT, and of one model.",
+    "gpu log": "At a batch of 2,048 the GPU is full and an image costs a fraction of what it "
+    "costs alone, where starting kernels is most of the time.",
+    "network": "Attention is a small part of these networks, and the rest runs densely on the "
+    "same MACs; where the published factor is from is not known.",
+}
+
+
+def _processor_rows(
+    key: str, runs: Sequence[Run], hardware: Hardware, timed: Mapping[str, Measured]
+) -> Iterator[Row]:
+    """One published factor over a processor: modelled, logged, timed here, scaled up."""
+    group, part = key.split("_")
+    attention = part != "network"
+    device = DEVICES[DEVICE[group]]
+
+    def row(name: str, chosen: Sequence[Run], against: Callable[[Run], Modelled | Measured]):
+        others = [against(run) for run in chosen]
+        pairs = list(zip(chosen, others, strict=True))
+        mine = [speedup(run.reports["vitcod"], other, attention).factor for run, other in pairs]
+        theirs = [speedup(r.released, o, attention).factor for r, o in pairs if r.released]
+        why = WHY_PROCESSOR[name if attention else "network"]
+        return Row(
+            HEADLINES[key],
+            fmean(theirs) if theirs else None,
+            fmean(mine),
+            others[0].basis,
+            _mean_of(chosen, others[0].label),
+            why,
+        )
+
+    yield row("modelled", runs, lambda run: roofline(run.case.workload, device))
+    here = [run for run in runs if run.case.model in timed]
+    if group == "cpu" and here:
+        yield row("measured here", here, lambda run: timed[run.case.model])
+    logged = [run for run in runs if run.case.model == LOGGED_MODEL]
+    if group in LOG and logged:
+        yield row(f"{group} log", logged, lambda run: MEASURED[LOG[group]])
+    copies = round(device.product_flops_per_s["fp32"] / 2 / hardware.macs / hardware.clock_hz)
+    if part == "90" and copies > 1:
+        yield _copies_row(key, runs, hardware, device, copies)
+
+
+def _copies_row(
+    key: str, runs: Sequence[Run], hardware: Hardware, device: Device, copies: int
+) -> Row:
+    """As many machines as have the device's peak, an image each, sharing its bandwidth."""
+    share = replace(hardware, dram_bytes_per_s=int(device.memory_bytes_per_s / copies))
+    factors = []
+    for run in runs:
+        attention = replace(run.case.workload, ops=run.case.workload.attention)
+        other = roofline(attention, device, batch=copies)
+        factors.append(speedup(simulate(attention, share), other).factor * copies)
+    text = (
+        f"{other.label}; {copies} copies of the machine, an image each, "
+        f"{device.memory_bytes_per_s / 1e9:.4g} GB/s for all"
+    )
+    why = WHY_PROCESSOR["copies"]
+    return Row(HEADLINES[key], None, fmean(factors), "modelled", _mean_of(runs, text), why)
+
+
+# Machines of equal MACs, and the paper's two ideas.
+
+WHY_MACHINE = {
+    "sanger": "Predicting the mask, a dense product for every image, is most of Sanger's time "
+    "at equal MACs; how the paper sized its Sanger is not known to us.",
+    "spatten": "SpAtten is granted the mask's density here in whole tokens, which leaves it "
+    "small dense products; how the paper sized its SpAtten is not known to us.",
+}
+WHY_IDEA = {
+    "pruning": "The dense machine keeps its MACs nearly all busy, the sparse one loses some to "
+    "banks, ends of columns, decoding and the pruned entries of dense blocks.",
+    "reordering": "Long columns and rows are cut ahead of time and shared out evenly here even "
+    "without reordering, which leaves reordering little to win.",
+}
+
+
+def _factor(run: Run, slower: str, faster: str = "vitcod") -> float:
+    return run.reports[slower].attention_cycles / run.reports[faster].attention_cycles
+
+
+def _machine_rows(suffix: str, runs: Sequence[Run]) -> Iterator[Row]:
+    for name in ("spatten", "sanger"):
+        for own, note in (("vitcod", ""), ("vitcod_no_codec", "; ours without its codec")):
+            text = f"{name} at equal MACs, bandwidth and clock, batch 1{note}"
+            yield Row(
+                HEADLINES[f"{name}_{suffix}"],
+                None,
+                fmean(_factor(run, name, own) for run in runs),
+                "simulated",
+                _mean_of(runs, text),
+                WHY_MACHINE[name],
+            )
+
+
+def _idea_rows(suffix: str, runs: Sequence[Run]) -> Iterator[Row]:
+    for name, slower, what in (
+        ("pruning", "vitcod_dense", "the same machine with nothing pruned, no codec"),
+        ("reordering", "vitcod_no_reorder", "the same machine, no global keys"),
+    ):
+        yield Row(
+            HEADLINES[f"{name}_{suffix}"],
+            None,
+            fmean(_factor(run, slower) for run in runs),
+            "simulated",
+            _mean_of(runs, f"{what}, batch 1"),
+            WHY_IDEA[name],
+        )
+
+
+# Data movement.
+
+WAITS = ("load", "decode", "store")
+WHY_MOVEMENT = {
+    "unhidden": "If loads hid behind nothing: they take little beside 512 MACs' computing, where "
+    "the released script divides the computing over 4,096.",
+    "waited": "Loads run beside computing here, so that little of the time is spent on them.",
+    "one block": "A head is decoded from every latent head of its block, so that a pass over all "
+    "heads or loading the latents again is needed, and the decoder is work too.",
+    "blocks": "Blocks of two or three heads decode on their own: the bytes do fall, though this "
+    "machine waits for its lines more than for them.",
+}
+
+
+def _movement_rows(runs: Sequence[Run], hardware: Hardware) -> Iterator[Row]:
+    """Both readings of a share of latency, without codec, with it, and with it in blocks."""
+    plain = [run.reports["vitcod_no_codec"] for run in runs]
+    coded = [run.reports["vitcod"] for run in runs]
+    blocks = [simulate(_in_blocks(run.case.workload), hardware) for run in runs]
+    for key, name, reports, why in (
+        ("movement_plain", "no codec", plain, "unhidden"),
+        ("movement_codec", "codec of one block", coded, "one block"),
+        ("movement_codec", "codec in small blocks", blocks, "blocks"),
+    ):
+        script = _script_shares(runs, hardware, codec=key == "movement_codec")
+        bytes_moved = fmean(report.dram_bytes() for report in reports) / 1e3
+        text = f"{name}, {bytes_moved:,.0f} kB: DRAM over DRAM + MAC line cycles, batch 1"
+        share = fmean(map(_unhidden, reports))
+        figure = HEADLINES[key]
+        yield Row(figure, script, share, "simulated", _mean_of(runs, text), WHY_MOVEMENT[why])
+        text = f"{name}: cycles in which the array waits for loads, decoding or stores, batch 1"
+        share = fmean(map(_waited, reports))
+        yield Row(figure, None, share, "simulated", _mean_of(runs, text), WHY_MOVEMENT["waited"])
+
+
+def _unhidden(report: Report) -> float:
+    busy = [sum(op.busy.get(name, 0) for op in report.attention) for name in ("DRAM", "MAC lines")]
+    return busy[0] / sum(busy)
+
+
+def _waited(report: Report) -> float:
+    phases = report.phases()
+    return sum(phases.get(name, 0) for name in WAITS) / report.attention_cycles
+
+
+def _script_shares(runs: Sequence[Run], hardware: Hardware, codec: bool) -> float | None:
+    """Preloading over all that the script counts; without a codec nothing is decoded."""
+    shares = []
+    for run in runs:
+        if run.released is None:
+            continue
+        workload = run.case.workload if codec else _with_codecs(run.case.workload, lambda op: None)
+        details = simulate(workload, hardware, "released").attention[0].details
+        loading, decoding = details["preloading"], details["processing"] if codec else 0
+        shares.append(loading / (loading + decoding + details["computation"]))
+    return fmean(shares) if shares else None
+
+
+def _in_blocks(workload: Workload) -> Workload:
+    """The codecs of ``workload`` in as many blocks as heads and latent heads allow."""
+
+    def blocks(op: Attention) -> HeadCodec | None:
+        if op.codec is None:
+            return None
+        most = max(
+            n
+            for n in range(1, op.codec.latent_heads + 1)
+            if op.heads % n == 0 and op.codec.latent_heads % n == 0
+        )
+        return replace(op.codec, groups=most)
+
+    return _with_codecs(replace(workload, ops=workload.attention), blocks)
+
+
+def _with_codecs(workload: Workload, codec: Callable[[Attention], HeadCodec | None]) -> Workload:
+    masks = [op.masks for op in workload.attention]
+    return workload.with_polarized(masks, [codec(op) for op in workload.attention])
+
+
+# Energy, area and power.
+
+WHY_ENERGY = {
+    "energy_sanger": "Our figure is counts times a table with DRAM in it, at equal MACs; the "
+    "paper's is after layout, and whether DRAM is in it is not known to us.",
+    "area": "RAMs and MACs of a table only: no wires, control, softmax unit or pads.",
+    "power": "Counts times a table only, DRAM left out: no control, clock tree or wires, and "
+    "published tables themselves differ by up to four times.",
+}
+
+
+def _energy_rows(runs: Sequence[Run], hardware: Hardware) -> Iterator[Row]:
+    for name in PROFILE_NAMES:
+        profile = PROFILES[name]
+        values = {
+            "energy_sanger": fmean(
+                energy(run.reports["sanger"], profile).total_pj()
+                / energy(run.reports["vitcod"], profile).total_pj()
+                for run in runs
+            ),
+            "area": area(hardware, profile).total_mm2,
+            "power": fmean(_chip_milliwatts(run.reports["vitcod"], name) for run in runs),
+        }
+        texts = {
+            "energy_sanger": f"sanger at equal MACs, attention, batch 1, profile {name}",
+            "area": f"{hardware.sram_bytes // 1024} KB of RAM and all MACs, profile {name}",
+            "power": f"attention at {hardware.clock_hz / 1e6:.4g} MHz, batch 1, profile {name}",
+        }
+        for key, value in values.items():
+            text = texts[key] if key == "area" else _mean_of(runs, texts[key])
+            yield Row(HEADLINES[key], None, value, "profile", text, WHY_ENERGY[key])
+
+
+def _chip_milliwatts(report: Report, profile: str) -> float:
+    """Mean power of attention without its DRAM."""
+    parts = energy(report, PROFILES[profile]).components_pj()
+    picojoules = sum(value for name, value in parts.items() if name != "DRAM")
+    return picojoules * 1e-9 / report.attention_seconds
