@@ -51,6 +51,7 @@ class Row:
     released   the released script's value for the same cases; None where it has none
     basis      "simulated", "modelled", "measured here", "measured log" or "profile"
     against    what ours is measured against, its batch included
+    over       models and sparsities of the mean; "" where they do not matter
     why        one sentence: why ours and the published figure differ
     """
 
@@ -59,12 +60,13 @@ class Row:
     ours: float
     basis: str
     against: str
+    over: str
     why: str
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        plain = {name: getattr(self, name) for name in ("released", "ours", "basis", "against")}
-        return asdict(self.figure) | plain | {"why": self.why}
+        plain = asdict(self)
+        return plain.pop("figure") | plain
 
 
 def rows(runs: Sequence[Run], hardware: Hardware, timed: Mapping[str, Measured]) -> tuple[Row, ...]:
@@ -87,13 +89,13 @@ def rows(runs: Sequence[Run], hardware: Hardware, timed: Mapping[str, Measured])
     return tuple(sorted(made, key=lambda row: order.index(row.figure.key)))
 
 
-def _mean_of(runs: Sequence[Run], what: str = "") -> str:
+def _over(runs: Sequence[Run]) -> str:
     """How a mean is named: over which models, at which sparsities."""
     models = list(dict.fromkeys(run.case.model for run in runs))
     shares = sorted({run.case.sparsity for run in runs})
     over = models[0] if len(models) == 1 else f"mean of {len(models)} models"
     at = " ".join(f"{share * 100:.3g}%" for share in shares)
-    return f"{what}; {over}, {at}"
+    return f"{over}, {at}"
 
 
 # Processors: a CPU, an edge GPU, a GPU.
@@ -134,7 +136,8 @@ def _processor_rows(
             fmean(theirs) if theirs else None,
             fmean(mine),
             others[0].basis,
-            _mean_of(chosen, others[0].label),
+            others[0].label,
+            _over(chosen),
             why,
         )
 
@@ -165,7 +168,7 @@ def _copies_row(
         f"{device.memory_bytes_per_s / 1e9:.4g} GB/s for all"
     )
     why = WHY_PROCESSOR["copies"]
-    return Row(HEADLINES[key], None, fmean(factors), "modelled", _mean_of(runs, text), why)
+    return Row(HEADLINES[key], None, fmean(factors), "modelled", text, _over(runs), why)
 
 
 # Machines of equal MACs, and the paper's two ideas.
@@ -177,8 +180,8 @@ WHY_MACHINE = {
     "small dense products; how the paper sized its SpAtten is not known to us.",
 }
 WHY_IDEA = {
-    "pruning": "The dense machine keeps its MACs nearly all busy, the sparse one loses some to "
-    "banks, ends of columns, decoding and the pruned entries of dense blocks.",
+    "pruning": "Dense, this machine keeps its MACs busy; sparse, it loses some to banks, ends of "
+    "columns, decoding and the pruned entries of dense blocks.",
     "reordering": "Long columns and rows are cut ahead of time and shared out evenly here even "
     "without reordering, which leaves reordering little to win.",
 }
@@ -197,7 +200,8 @@ def _machine_rows(suffix: str, runs: Sequence[Run]) -> Iterator[Row]:
                 None,
                 fmean(_factor(run, name, own) for run in runs),
                 "simulated",
-                _mean_of(runs, text),
+                text,
+                _over(runs),
                 WHY_MACHINE[name],
             )
 
@@ -212,7 +216,8 @@ def _idea_rows(suffix: str, runs: Sequence[Run]) -> Iterator[Row]:
             None,
             fmean(_factor(run, slower) for run in runs),
             "simulated",
-            _mean_of(runs, f"{what}, batch 1"),
+            f"{what}, batch 1",
+            _over(runs),
             WHY_IDEA[name],
         )
 
@@ -221,13 +226,13 @@ def _idea_rows(suffix: str, runs: Sequence[Run]) -> Iterator[Row]:
 
 WAITS = ("load", "decode", "store")
 WHY_MOVEMENT = {
-    "unhidden": "If loads hid behind nothing: they take little beside 512 MACs' computing, where "
-    "the released script divides the computing over 4,096.",
+    "unhidden": "If loads hid behind nothing: their share falls as computing grows, which takes "
+    "one array here and is spread over eight times the MACs in the released script.",
     "waited": "Loads run beside computing here, so that little of the time is spent on them.",
     "one block": "A head is decoded from every latent head of its block, so that a pass over all "
     "heads or loading the latents again is needed, and the decoder is work too.",
-    "blocks": "Blocks of two or three heads decode on their own: the bytes do fall, though this "
-    "machine waits for its lines more than for them.",
+    "blocks": "Blocks of a few heads decode on their own: the bytes do fall, though this machine "
+    "waits for its lines more than for them.",
 }
 
 
@@ -235,21 +240,25 @@ def _movement_rows(runs: Sequence[Run], hardware: Hardware) -> Iterator[Row]:
     """Both readings of a share of latency, without codec, with it, and with it in blocks."""
     plain = [run.reports["vitcod_no_codec"] for run in runs]
     coded = [run.reports["vitcod"] for run in runs]
-    blocks = [simulate(_in_blocks(run.case.workload), hardware) for run in runs]
-    for key, name, reports, why in (
+    sides = [
         ("movement_plain", "no codec", plain, "unhidden"),
         ("movement_codec", "codec of one block", coded, "one block"),
-        ("movement_codec", "codec in small blocks", blocks, "blocks"),
-    ):
+    ]
+    cut = [_in_blocks(run.case.workload) for run in runs]
+    if any(op.codec and op.codec.groups > 1 for workload in cut for op in workload.attention):
+        blocks = [simulate(workload, hardware) for workload in cut]
+        sides.append(("movement_codec", "codec in small blocks", blocks, "blocks"))
+    for key, name, reports, why in sides:
         script = _script_shares(runs, hardware, codec=key == "movement_codec")
         bytes_moved = fmean(report.dram_bytes() for report in reports) / 1e3
         text = f"{name}, {bytes_moved:,.0f} kB: DRAM over DRAM + MAC line cycles, batch 1"
         share = fmean(map(_unhidden, reports))
         figure = HEADLINES[key]
-        yield Row(figure, script, share, "simulated", _mean_of(runs, text), WHY_MOVEMENT[why])
+        yield Row(figure, script, share, "simulated", text, _over(runs), WHY_MOVEMENT[why])
         text = f"{name}: cycles in which the array waits for loads, decoding or stores, batch 1"
         share = fmean(map(_waited, reports))
-        yield Row(figure, None, share, "simulated", _mean_of(runs, text), WHY_MOVEMENT["waited"])
+        why = WHY_MOVEMENT["waited"]
+        yield Row(figure, None, share, "simulated", text, _over(runs), why)
 
 
 def _unhidden(report: Report) -> float:
@@ -325,8 +334,8 @@ def _energy_rows(runs: Sequence[Run], hardware: Hardware) -> Iterator[Row]:
             "power": f"attention at {hardware.clock_hz / 1e6:.4g} MHz, batch 1, profile {name}",
         }
         for key, value in values.items():
-            text = texts[key] if key == "area" else _mean_of(runs, texts[key])
-            yield Row(HEADLINES[key], None, value, "profile", text, WHY_ENERGY[key])
+            over = "" if key == "area" else _over(runs)
+            yield Row(HEADLINES[key], None, value, "profile", texts[key], over, WHY_ENERGY[key])
 
 
 def _chip_milliwatts(report: Report, profile: str) -> float:

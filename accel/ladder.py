@@ -23,6 +23,13 @@ from .hardware import Hardware, presets
 from .report import Report
 from .simulate import simulate
 
+SHARED = {
+    "balanced": "long columns and rows are cut, the longest dealt first",
+    "round_robin": "as before",
+    "lockstep": "a column at a time over all lines",
+}
+"""What each policy of `assign` does to the whole columns and rows of the first stepped rung."""
+
 AMPLE = 16
 """An ideal buffer is so many times the real one."""
 
@@ -191,7 +198,7 @@ def _ideals(hardware: Hardware) -> tuple[tuple[str, dict[str, Any]], ...]:
     word, row = hardware.word_bytes, hardware.macs_per_line * hardware.accumulator_bytes
     buffers = [item.name for item in fields(hardware) if item.name.endswith("_buffer_bytes")]
     return (
-        ("work is shared out as the hardware says", {"assignment": "round_robin"}),
+        (f"{hardware.assignment}: {SHARED[hardware.assignment]}", {"assignment": "round_robin"}),
         (
             "buffers are banked",
             {
