@@ -30,6 +30,7 @@ from .options import (
     profile_named,
     simulators_named,
 )
+from .paper import run_paper
 
 if TYPE_CHECKING:
     from ..accel import EnergyProfile, Report, Timeline
@@ -127,10 +128,25 @@ def compare(
     json_out: JsonFile = None,
     trace: TraceFile = None,
     plots: PlotFolder = None,
+    paper: Annotated[
+        bool,
+        typer.Option(
+            "--paper",
+            help="ViTCoD's published figures beside ours: over its six models with masks made "
+            "by chance, or over MODEL with --mask.",
+        ),
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option(help="With --paper: also time attention on this machine's CPU.")
+    ] = True,
     quiet: Quiet = False,
 ) -> None:
     """Set machines of equal MACs, bandwidth and clock side by side on one sparse network."""
     with one_line_errors(quiet):
+        if paper:
+            _check_targets(json_out, None, plots)
+            run_paper(model, mask, image_size, hardware, seed, measure, json_out, plots, quiet)
+            return
         from ..masks import AttentionMask
         from ..pipeline import sparse_workload
 

@@ -3,44 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..terminal import OUT, progress_bars
-from .options import hardware_named
+from .options import DEFAULT_MODEL, hardware_named
 
-DEFAULT_MODEL = "deit_tiny"
-"""Of a mask given with --mask: the published masks are of it."""
+if TYPE_CHECKING:
+    from ..paper_rows import Case
+
+PUBLISHED_MASKS = "deit_tiny", ((3, 197, 197),) * 12
+"""The model that ViTCoD's released masks are of, and their (heads, queries, keys) a layer."""
 
 
 def run_paper(
-    model: str | None,
+    model: str,
     mask: Path | None,
+    image_size: int | None,
     hardware: str,
-    *,
-    seed: int = 0,
-    measure: bool = True,
-    json_out: Path | None = None,
-    plots: Path | None = None,
-    quiet: bool = False,
+    seed: int,
+    measure: bool,
+    json_out: Path | None,
+    plots: Path | None,
+    quiet: bool,
 ) -> None:
     """The study over the paper's six models with masks by chance, or over one model with
     the user's mask; tables to standard output, JSON and a picture where asked for."""
-    from ..masks import AttentionMask
-    from ..paper import BY_CHANCE, case_of_mask, cases_by_chance, compare_with_paper
+    from ..paper import compare_with_paper
     from ..paper_tables import paper_tables, plot_factors
     from ..result import versions, write_json
 
-    if mask is None and model is not None:
-        raise ValueError(
-            f"--paper with --model {model} needs --mask FILE; without a mask it runs the paper's "
-            "own six models"
-        )
+    machine = hardware_named(hardware)
     with progress_bars(quiet) as progress:
-        if mask is None:
-            cases, masks = cases_by_chance(seed=seed), f"{BY_CHANCE}, seed {seed}"
-        else:
-            cases = (case_of_mask(model or DEFAULT_MODEL, AttentionMask.load(mask)),)
-            masks = mask.name
-        machine = hardware_named(hardware)
+        cases, masks = _cases(model, mask, image_size, seed)
         study = compare_with_paper(cases, machine, masks, measure, progress)
     if json_out is not None:
         write_json(study.to_dict() | {"seed": seed, "versions": versions()}, json_out)
@@ -48,3 +42,23 @@ def run_paper(
         plot_factors(study, plots / "paper.png")
     if not quiet:
         OUT.print(paper_tables(study))
+
+
+def _cases(
+    model: str, mask: Path | None, image_size: int | None, seed: int
+) -> tuple[tuple[Case, ...], str]:
+    """What is studied, and where its masks are from."""
+    from ..masks import AttentionMask
+    from ..paper import BY_CHANCE, case_of_mask, cases_by_chance
+
+    if mask is None:
+        if model != DEFAULT_MODEL:
+            raise ValueError(
+                f"--paper over {model} needs --mask FILE; without one it goes over the paper's "
+                "own six models"
+            )
+        return cases_by_chance(seed=seed), f"{BY_CHANCE}, seed {seed}"
+    keep = AttentionMask.load(mask)
+    if model == DEFAULT_MODEL and keep.shapes == PUBLISHED_MASKS[1]:
+        model = PUBLISHED_MASKS[0]
+    return (case_of_mask(model, keep, image_size),), f"{mask.name}, {keep.sparsity:.1%} pruned"
