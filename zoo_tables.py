@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -12,6 +13,9 @@ from rich.text import Text
 from .models.complexity import Complexity, LayerComplexity
 from .models.dcn_traffic import DCNV4_CHANNELS, SamplingTraffic
 from .models.run_profile import MEMORY_BOUND, RunProfile
+
+if TYPE_CHECKING:
+    from .studies import RuntimeStudy
 
 Size = tuple[int, int]
 
@@ -138,6 +142,26 @@ def traffic_table(rows: Sequence[SamplingTraffic]) -> RenderableType:
         f"A thread of DCNv3's kernel makes one channel, of DCNv4's {DCNV4_CHANNELS} with one "
         "reading of offsets and weights. Unlimited: with a cache without end. FLOPs an element: "
         "DCNv3's threads .. unlimited cache."
+    )
+    return Group(table, Text(note))
+
+
+def runtime_table(study: RuntimeStudy) -> RenderableType:
+    """Pearson's r of each count with each time, over all networks and each base's."""
+    threads = f"{study.threads} thread{'s' if study.threads > 1 else ''}"
+    table = _table(
+        f"Pearson r with run time: {len(study.networks)} of {study.planned} networks",
+        ["networks", "time"],
+        ["flops", "params", "activations"],
+    )
+    for base in (None, *study.bases):
+        count = sum(base in (None, network.base) for network in study.networks)
+        for time, lines in study.fits(base).items():
+            name = f"{base or 'all'} ({count})" if time == "measured" else ""
+            table.add_row(name, time, *(f"{line.r:.3f}" for line in lines.values()))
+    note = (
+        f"Measured: this machine's processor, {threads}, batch {study.batch}, median of "
+        f"{study.repeats}. Simulated: '{study.simulator}' on '{study.hardware}', same batch."
     )
     return Group(table, Text(note))
 

@@ -34,6 +34,17 @@ def zoo(
     profile: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Measure a model's run time by operation.")
     ] = None,
+    runtime_study: Annotated[
+        bool,
+        typer.Option(
+            "--runtime-study",
+            help="Scale, time and simulate networks (those named, or a default set): which "
+            "count predicts run time?",
+        ),
+    ] = False,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="The study begins no network after so many.")
+    ] = 150.0,
     batch: Annotated[int, typer.Option(min=1, help="Images a batch, when measuring.")] = 4,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads, when measuring. Default: PyTorch's.")
@@ -48,10 +59,12 @@ def zoo(
     """List the registered models; count what they cost; measure where run time goes."""
     with one_line_errors(quiet):
         size, counting = _size(image_size), (element_bytes, _bytes(cache))
-        if profile is not None and patterns:
-            raise ValueError(f"--profile takes one model, drop {' '.join(patterns)!r}")
-        if profile is not None:
-            measured = {"batch": batch, "threads": threads, "repeats": repeats}
+        measured = {"batch": batch, "threads": threads, "repeats": repeats}
+        if profile is not None and (patterns or runtime_study):
+            raise ValueError("--profile takes one model and neither names nor --runtime-study")
+        if runtime_study:
+            result = _runtime_study(patterns, {**measured, "seconds": seconds}, plot, quiet)
+        elif profile is not None:
             result = _profile(profile, size, counting, measured, layers, plot, quiet)
         elif not patterns:
             _list(json_out, plot, quiet)
@@ -147,6 +160,24 @@ def _profile(
         "cost": cost.to_dict(),
         "sampling": [row.to_dict() for row in traffic],
     }
+
+
+def _runtime_study(
+    patterns: list[str] | None, measured: dict[str, Any], plot: Path | None, quiet: bool
+) -> dict[str, Any]:
+    from .. import studies
+    from ..zoo_tables import runtime_table
+
+    bases = _matching(patterns) if patterns else studies.DEFAULT_BASES
+    with progress_bars(quiet) as progress:
+        study = studies.runtime_study(
+            bases, **measured, progress=lambda share: progress("timing and simulating", share)
+        )
+    if plot is not None:
+        studies.plot_runtime(study, plot)
+    if not quiet:
+        OUT.print(runtime_table(study))
+    return study.to_dict()
 
 
 def _count(

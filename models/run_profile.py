@@ -138,7 +138,7 @@ def profile_run(
     like = next(model.parameters())
     images = torch.randn(batch, 3, *sides, dtype=like.dtype, device=like.device)
     tell = progress or (lambda share: None)
-    with _evaluation(model), _threads(threads), torch.inference_mode():
+    with _evaluation(model), set_threads(threads), torch.inference_mode():
         times = timed(lambda: model(images), repeats, lambda share: tell(share / 2))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
             for done in range(repeats):
@@ -181,7 +181,8 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def set_threads(count: int | None) -> Iterator[None]:
+    """PyTorch's threads inside the block; None leaves them. Afterwards as they were."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..workload import Conv, Elementwise, Gemm
+from ..workload import Conv, Elementwise, Gemm, Workload
 from .efficientnet import CONFIGS as EFFICIENTNETS
 from .efficientnet import EfficientNet, EfficientNetConfig
 from .regnet import CONFIGS as REGNETS
@@ -166,14 +166,17 @@ def build(config: Config, num_classes: int = 1000) -> nn.Module:
 
 
 def count(config: Config) -> Counts:
-    """flops, parameters and activations for one image, by the authors' counter.
-
-    Traced from the built network. Activations are the outputs of its convolutions, linear
-    layers and max pools.
-    """
+    """`counts` of the network that ``config`` describes, traced as it is built."""
     with torch.device("meta"):
         model = build(config)
-    workload = trace(model, config.image_size)
+    return counts(trace(model, config.image_size))
+
+
+def counts(workload: Workload) -> Counts:
+    """flops, parameters and activations for one image, by the authors' counter.
+
+    Activations are the outputs of convolutions, linear layers and max pools.
+    """
     pools = [op for op in workload.ops if isinstance(op, Elementwise) and op.kind == "max_pool"]
     biased = [op for op in workload.ops if isinstance(op, Gemm | Conv) and op.bias]
     return Counts(
