@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import random
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -35,8 +34,9 @@ DEFAULT_FACTORS = (2.0, 4.0)
 class TimedNetwork:
     """One scaled network: its counts for one image, and seconds a batch.
 
-    ``seconds`` is the median of the repeats on this machine, ``simulated_seconds`` what the
-    simulated machine takes for the whole network.
+    ``times`` are one of each round on this machine; ``seconds`` is the fastest, which other
+    work on the machine disturbs least. ``simulated_seconds`` is what the simulated machine
+    takes for the whole network.
     """
 
     base: str
@@ -44,10 +44,12 @@ class TimedNetwork:
     factor: float
     image_size: int
     counts: Counts
-    seconds: float
-    fastest_seconds: float
-    slowest_seconds: float
+    times: tuple[float, ...]
     simulated_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return min(self.times)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class RuntimeStudy:
     simulator: str
     hardware: str
     seed: int
+
+    @property
+    def rounds(self) -> int:
+        """Times of every network; fewer than ``repeats`` where time ran out."""
+        return min(len(network.times) for network in self.networks)
 
     def fits(self, base: str | None = None) -> dict[str, dict[str, LineFit]]:
         """``TIMES`` -> ``COUNTS`` -> line and Pearson's r, over all networks or one base's."""
@@ -86,7 +93,7 @@ class RuntimeStudy:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        plain = asdict(self)
+        plain = asdict(self) | {"rounds": self.rounds}
         plain["fits"] = {"all": _plain(self.fits())} | {b: _plain(self.fits(b)) for b in self.bases}
         return plain
 
@@ -112,27 +119,34 @@ def runtime_study(
     """Time and simulate ``bases`` (of `sievit.models.scaling.BASES`) and what they scale to.
 
     kinds, factors  as of `sievit.models.scale`; every base also as it is
-    seconds         no network is begun after so many; they come in random order by
-                    ``seed``, so that what is left out has no pattern
+    repeats         rounds over all networks, a batch of each a round, so that what else
+                    the machine does meets all of them
+    seconds         no network is begun after half of it, no batch after all of it; they
+                    come in random order by ``seed``, so that what is left out has no pattern
 
     Random weights, evaluation, batch norms not folded. Raises ValueError for an unknown
     base or kind, and where fewer than three networks could be timed.
     """
     networks = _networks(bases, kinds, factors)
     random.Random(seed).shuffle(networks)
-    begin, found = time.perf_counter(), []
-    with set_threads(threads):
+    begin, runs = time.perf_counter(), []
+    with set_threads(threads), torch.inference_mode():
         used = torch.get_num_threads()
-        for done, (names, config) in enumerate(networks):
-            progress(done / len(networks))
-            if time.perf_counter() - begin > seconds:
+        for names, config in networks:
+            if time.perf_counter() - begin > seconds / 2:
                 break
-            found.append(_timed(*names, config, batch, repeats, simulator, hardware))
-    progress(1.0)
-    if len(found) < 3:
-        raise ValueError(f"{seconds:g} s were enough for {len(found)} networks, 3 are needed")
+            runs.append(_Run(names, config, batch, simulator, hardware))
+            progress(0.5 * len(runs) / len(networks))
+        for done in range(repeats):
+            for run in runs:
+                if done == 0 or time.perf_counter() - begin <= seconds:
+                    run.times += timed(run.forward, 1, warm_up=int(done == 0))
+            progress(0.5 + 0.5 * (done + 1) / repeats)
+    if len(runs) < 3:
+        raise ValueError(f"{seconds:g} s were enough for {len(runs)} networks, 3 are needed")
+    found = tuple(run.found() for run in runs)
     details = (batch, used, repeats, simulator, hardware.name, seed)
-    return RuntimeStudy(tuple(found), len(networks), *details)
+    return RuntimeStudy(found, len(networks), *details)
 
 
 def _networks(
@@ -150,33 +164,31 @@ def _networks(
     return [(names, config) for config, names in found.items()]
 
 
-def _timed(
-    base: str,
-    kind: str,
-    factor: float,
-    config: Config,
-    batch: int,
-    repeats: int,
-    simulator: str,
-    hardware: Hardware,
-) -> TimedNetwork:
-    model = build(config).eval()
-    workload = trace(model, config.image_size)
-    report = simulate(workload, hardware, simulator, batch)
-    images = torch.randn(batch, 3, config.image_size, config.image_size)
-    with torch.inference_mode():
-        times = timed(lambda: model(images), repeats, warm_up=1)
-    return TimedNetwork(
-        base,
-        kind,
-        factor,
-        config.image_size,
-        counts(workload),
-        statistics.median(times),
-        min(times),
-        max(times),
-        report.seconds,
-    )
+class _Run:
+    """One network, built, counted and simulated, with the times it has so far."""
+
+    def __init__(
+        self,
+        names: tuple[str, str, float],
+        config: Config,
+        batch: int,
+        simulator: str,
+        hardware: Hardware,
+    ) -> None:
+        self.names, self.config = names, config
+        self.model = build(config).eval()
+        workload = trace(self.model, config.image_size)
+        self.counts = counts(workload)
+        self.simulated = simulate(workload, hardware, simulator, batch).seconds
+        self.images = torch.randn(batch, 3, config.image_size, config.image_size)
+        self.times: list[float] = []
+
+    def forward(self) -> torch.Tensor:
+        return self.model(self.images)
+
+    def found(self) -> TimedNetwork:
+        size = self.config.image_size
+        return TimedNetwork(*self.names, size, self.counts, tuple(self.times), self.simulated)
 
 
 COLOURS = ("#2b6cb0", "#dd6b20", "#38a169", "#d53f8c", "#718096", "#ecc94b")

@@ -160,8 +160,8 @@ def runtime_table(study: RuntimeStudy) -> RenderableType:
             name = f"{base or 'all'} ({count})" if time == "measured" else ""
             table.add_row(name, time, *(f"{line.r:.3f}" for line in lines.values()))
     note = (
-        f"Measured: this machine's processor, {threads}, batch {study.batch}, median of "
-        f"{study.repeats}. Simulated: '{study.simulator}' on '{study.hardware}', same batch."
+        f"Measured: this machine's processor, {threads}, batch {study.batch}, fastest of "
+        f"{study.rounds} rounds. Simulated: '{study.simulator}' on '{study.hardware}', same batch."
     )
     return Group(table, Text(note))
 

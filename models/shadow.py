@@ -109,7 +109,7 @@ def shadow_run(
     values of its tensors.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, torch.no_grad():
+    with torch.inference_mode(False), fake, torch.no_grad():
         tensors = [*model.named_parameters(), *model.named_buffers()]
         state = {name: _like(tensor) for name, tensor in tensors}
         args = _arguments(inputs, model)
@@ -119,6 +119,7 @@ def shadow_run(
         _unchanged(model),
         stack.following(model),
         _marked(),
+        torch.inference_mode(False),  # in which operations pass the modes by
         torch.no_grad(),
         fake,
         *modes,

@@ -23,7 +23,8 @@ def tiny(monkeypatch):
 
 def network(base: str, flops: float, seconds: float) -> TimedNetwork:
     counts = Counts(flops, 3 * flops + 1, flops**2)
-    return TimedNetwork(base, "d", 1.0, 8, counts, seconds, seconds, seconds, -2 * seconds)
+    times = (seconds + 1, seconds, 2 * seconds)
+    return TimedNetwork(base, "d", 1.0, 8, counts, times, -2 * seconds)
 
 
 def test_lines_by_hand():
@@ -50,7 +51,8 @@ def test_a_study_times_and_simulates_every_scaled_network(tiny):
     for n in study.networks:
         config = TINY if n.kind == "none" else scale(TINY, n.kind, n.factor)
         assert n.counts == count(config)
-        assert 0 < n.fastest_seconds <= n.seconds <= n.slowest_seconds
+        assert len(n.times) == study.rounds == 2
+        assert 0 < n.seconds == min(n.times)
         assert n.simulated_seconds > 0
     assert shares[-1] == 1
     assert torch.get_num_threads() == threads
