@@ -31,6 +31,8 @@ def draw(result: CodesignResult, folder: Path) -> list[Path]:
             "fidelity.png",
             "cycles_by_phase.png",
             "bytes_by_tensor.png",
+            "speedups.png",
+            "roofline.png",
         )
     ]
     layer, head = telling_head(result)
@@ -45,6 +47,8 @@ def draw(result: CodesignResult, folder: Path) -> list[Path]:
     plot_phases(result.reports, paths[3])
     coded = ("vitcod_no_codec", "vitcod") if result.codecs is not None else ("vitcod",)
     plot_traffic({name: result.reports[name] for name in coded}, paths[4])
+    plot_speedups(result.reports, "systolic", paths[5])
+    plot_roofline(result.reports, paths[6])
     return paths
 
 
@@ -58,11 +62,12 @@ def draw_machines(
     """Draw machines side by side, speed-ups over the first one, and each time line; returns
     the paths. What only compares is left out for a single machine."""
     paths = [folder / name for name in ("cycles_by_phase.png", "roofline.png")]
-    plot_phases(reports, paths[0])
+    attention = any(report.attention for report in reports.values())
+    plot_phases(reports, paths[0], attention)
     plot_roofline(reports, paths[1])
     movers = {name: reports[name] for name in MOVERS if name in reports}
     paths.append(folder / "data_movement.png")
-    plot_traffic(movers if len(movers) > 1 else reports, paths[-1])
+    plot_traffic(movers if len(movers) > 1 else reports, paths[-1], attention)
     if len(reports) > 1:
         paths.append(folder / "speedups.png")
         plot_speedups(reports, next(iter(reports)), paths[-1])

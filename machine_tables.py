@@ -71,8 +71,8 @@ def simulation_table(reports: Mapping[str, Report]) -> RenderableType:
             name,
             f"{report.attention_cycles:,}",
             cells[0],
-            f"{report.dram_bytes() / 1e3:,.0f}",
-            f"{report.utilization():.0%}",
+            f"{report.dram_bytes() / 1e3:,.0f}" if report.dram_bytes() else "-",
+            f"{report.utilization():.0%}" if report.macs else "-",
             f"{report.seconds * 1e3:.2f}",
             cells[1],
         )
@@ -88,16 +88,20 @@ def simulation_table(reports: Mapping[str, Report]) -> RenderableType:
 def _single(report: Report) -> RenderableType:
     """One machine in a few lines."""
     share = report.attention_cycles / report.cycles if report.cycles else 0.0
+    bottleneck = f"network {report.bottleneck(False)} (share of the cycles at work)"
     rows = {
         "machine": f"{report.simulator} on {machine_line(report)}",
         "network": f"{report.workload}: {report.cycles:,} cycles, {report.seconds * 1e3:.3f} ms; "
         f"{report.utilization(False):.0%} of the MACs in use; none of its operations are fused",
-        "attention": f"{report.attention_cycles:,} cycles, {report.attention_seconds * 1e3:.3f} ms "
-        f"({share:.1%} of the network); {report.utilization():.0%} of the MACs in use; "
-        f"{report.dram_bytes() / 1e3:,.0f} kB from and to DRAM",
-        "bottleneck": f"attention {report.bottleneck()}, network {report.bottleneck(False)} "
-        "(share of the cycles at work)",
     }
+    if report.attention:
+        rows["attention"] = (
+            f"{report.attention_cycles:,} cycles, {report.attention_seconds * 1e3:.3f} ms "
+            f"({share:.1%} of the network); {report.utilization():.0%} of the MACs in use; "
+            f"{report.dram_bytes() / 1e3:,.0f} kB from and to DRAM"
+        )
+        bottleneck = f"attention {report.bottleneck()}, {bottleneck}"
+    rows["bottleneck"] = bottleneck
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold")
     grid.add_column()
@@ -239,9 +243,7 @@ def resource_table(report: Report) -> RenderableType:
     parts = report.busy_shares(), report.busy_shares(attention_only=False)
     for name in sorted(filter(parts[1].get, parts[1]), key=lambda name: -parts[1][name]):
         table.add_row(name, *(f"{part[name]:.1%}" if name in part else "-" for part in parts))
-    named = (report.bottleneck(only) for only in (True, False))
-    note = "Bottleneck: attention {}, network {}. Resources overlap: no sum of 100 %."
-    return Group(table, Text(note.format(*named)))
+    return Group(table, Text("Resources overlap: their shares do not sum to 100 %."))
 
 
 def movement_table(report: Report, attention_only: bool = True) -> RenderableType:
@@ -298,13 +300,13 @@ def _energy_cells(values: list[float], totals: list[float]) -> list[str]:
 
 
 def machine_tables(report: Report, spent: Energy, space: Area, heads: bool) -> RenderableType:
-    """Everything of one machine, attention first."""
-    parts = [layer_table(report)]
-    if heads:
-        parts.append(head_table(report))
-    parts.append(line_table(report))
-    parts.append(resource_table(report))
-    parts += [movement_table(report), movement_table(report, attention_only=False)]
+    """Everything of one machine, attention first where the network has it."""
+    parts: list[RenderableType] = []
+    if report.attention:
+        parts.append(layer_table(report))
+        parts += [head_table(report)] if heads else []
+        parts += [line_table(report), movement_table(report)]
+    parts += [resource_table(report), movement_table(report, attention_only=False)]
     parts += [operation_table(report), energy_table(spent, space)]
     return Group(*(part for table in parts for part in (Text(), table)))
 
@@ -323,9 +325,10 @@ def comparison_tables(
         moved = dict.fromkeys(LEVELS, 0)
         for row in report.traffic():
             moved[row.level] += row.total_bytes
-        joules = (energies[name].total_pj(only) for only in (True, False))
-        cells = [f"{size / 1e3:,.0f}" for size in moved.values()]
-        table.add_row(name, *cells, *(f"{value / 1e6:,.1f}" for value in joules))
+        parts = (True, False) if report.macs else ()
+        joules = [energies[name].total_pj(only) / 1e6 for only in parts] or [0.0, 0.0]
+        cells = [f"{size / 1e3:,.0f}" if size else "-" for size in moved.values()]
+        table.add_row(name, *cells, *(f"{value:,.1f}" if value else "-" for value in joules))
     words = Table.grid(padding=(0, 2))
     words.add_column(no_wrap=True)
     words.add_column()

@@ -343,6 +343,8 @@ def sparse_workload(
     """
     model = create(name)
     dense = trace(model, image_size or getattr(model, "image_size", None) or 224)
+    if not dense.attention:
+        raise ValueError(f"{name} has no attention that a mask could prune")
     origin = "the mask given"
     if not isinstance(mask, AttentionMask):
         prefix = prefix_tokens(model)

@@ -44,7 +44,8 @@ def write_trace(timelines: Iterable[Timeline], path: str | os.PathLike[str]) -> 
         for event in trace_events(timeline, process)
     ]
     with written_whole(path) as temporary, temporary.open("w") as file:
-        json.dump({"displayTimeUnit": "ns", "traceEvents": events}, file, allow_nan=False)
+        trace = {"displayTimeUnit": "ns", "traceEvents": events}
+        json.dump(trace, file, allow_nan=False, separators=(",", ":"))
 
 
 def _named(kind: str, process: int, thread: int, **arguments: Any) -> Event:

@@ -59,21 +59,28 @@ MANY_SEAMS = 40
 MACHINE_COLOURS = ("#4a5568", "#2b6cb0", "#dd6b20", "#38a169", "#d53f8c", "#805ad5", "#975a16")
 
 
-def plot_phases(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> None:
-    """Attention cycles of each machine, stacked by what they were spent on."""
-    rows = {name: report.phases() for name, report in reports.items()}
+def plot_phases(
+    reports: Mapping[str, Report], path: str | os.PathLike[str], attention_only: bool = True
+) -> None:
+    """Cycles of each machine, stacked by what they were spent on."""
+    rows = {name: report.phases(attention_only) for name, report in reports.items()}
+    part = "attention" if attention_only else "network"
     first = next(iter(reports.values()))
-    title = f"{first.workload}: attention cycles, batch {first.batch}, {first.hardware.name}"
+    title = f"{first.workload}: {part} cycles, batch {first.batch}, {first.hardware.name}"
     _stacked(rows, PHASE_COLOURS, "thousand cycles", 1e3, title, path)
 
 
-def plot_traffic(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> None:
-    """DRAM bytes of attention on each machine, stacked by tensor."""
+def plot_traffic(
+    reports: Mapping[str, Report], path: str | os.PathLike[str], attention_only: bool = True
+) -> None:
+    """DRAM bytes of each machine, stacked by tensor."""
+    part = "attention" if attention_only else "the network"
     rows: dict[str, dict[str, int]] = {}
     for name, report in reports.items():
-        rows[name] = {r.tensor: r.total_bytes for r in report.traffic() if r.level == "dram"}
+        moved = report.traffic(attention_only)
+        rows[name] = {row.tensor: row.total_bytes for row in moved if row.level == "dram"}
     first = next(iter(reports.values()))
-    title = f"{first.workload}: DRAM traffic of attention, batch {first.batch}"
+    title = f"{first.workload}: DRAM traffic of {part}, batch {first.batch}"
     _stacked(rows, TENSOR_COLOURS, "kilobytes (1,000 B)", 1e3, title, path)
 
 
@@ -122,7 +129,7 @@ def plot_roofline(reports: Mapping[str, Report], path: str | os.PathLike[str]) -
             point = _point(ops, hardware)
             if point is not None:
                 points.append(point)
-                label = name if marker == "o" else None
+                label = name if marker == "o" or not report.attention else None
                 face = colour if marker == "o" else "none"
                 axes.scatter(*point, s=60, marker=marker, facecolors=face, edgecolors=colour,
                              label=label, linewidths=1.2, zorder=3)  # fmt: skip
@@ -167,9 +174,11 @@ def plot_utilization(
 ) -> None:
     """Share of each resource's peak over simulated time, in layers' own order.
 
-    With ``attention_only`` the operations between the attention layers are cut out.
+    With ``attention_only`` the operations between the attention layers are cut out, where
+    there are any.
     """
     report = timeline.report
+    attention_only = attention_only and bool(report.attention_cycles)
     groups = _track_groups(timeline, attention_only)
     figure, rows = _figure(1.4 + 1.25 * len(groups), rows=len(groups))
     edges, seams, shares = _shares(timeline, attention_only)
@@ -256,7 +265,7 @@ def _stacked(
     for place, total in zip(places, left, strict=True):
         axes.text(total + 0.01 * max(left), place, f"{total:,.0f}", va="center", fontsize=8)
     axes.set_yticks(places, list(rows))
-    axes.set_xlim(0, 1.12 * max(left))
+    axes.set_xlim(0, 1.12 * max(left) or 1.0)
     axes.set_xlabel(label)
     axes.set_title(title, fontsize=10)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)

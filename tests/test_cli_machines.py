@@ -140,6 +140,28 @@ def test_sparse_workload_takes_a_codec_for_each_layer():
     assert "4 -> 2 heads" in about
 
 
+def test_a_network_without_attention_is_simulated_but_not_compared(tmp_path):
+    done = run("simulate", "--model", "resnet50", *SMALL, "--heads", "--plots", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "warning" not in done.output
+    assert "by layer" not in done.output
+    assert "Data movement of the whole network" in done.output
+    assert {path.name for path in tmp_path.iterdir()} >= {"cycles_by_phase.png", "roofline.png"}
+    done = run("compare", "resnet50", *SMALL)
+    assert done.exit_code == 1
+    assert done.output == "error: resnet50 has no attention that a mask could prune\n"
+
+
+def test_what_a_machine_does_not_count_is_no_zero(mask_file):
+    done = run("compare", "deit_tiny", "--sparsity", "0.5", "--image-size", "128", "--simulator",
+               "released", "--simulator", "vitcod")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    rows = [line.split() for line in done.output.splitlines() if line.startswith(" released")]
+    assert rows[0][3:5] == ["-", "-"]
+    assert rows[1][1:] == ["-"] * 5
+    assert "released lacks: MACs and all bytes" in done.output
+
+
 def test_quiet_prints_nothing_and_writes_the_file(mask_file, tmp_path):
     out = tmp_path / "report.json"
     done = run("compare", "deit_tiny", "--mask", mask_file, *SMALL, "--json", out, "--quiet",
