@@ -72,6 +72,7 @@ class Hardware:
 
     # Policies.
     assignment: str = "balanced"
+    mappings_stepped: int = 1  # choice: of the mapper's best candidates; the fastest is taken
     dense_dataflow: str = "os"
     dense_fill: str = "back_to_back"
 

@@ -5,30 +5,26 @@ Without a codec a group is one head. With one, decoding a head needs every laten
 block: heads of one group are decoded in one pass over the latents, and the latents are
 loaded again for each further group of the block.
 
-`candidates` enumerates what fits and puts first, of those whose estimated time is within
-2 % of the least, the one that loads the fewest bytes; `choose` takes that one. Estimated
-time: the largest of DRAM, decoder and line cycles, and a little for each stage. The
-estimate only ranks; cycles come from the engine.
+`candidates` enumerates what fits, ranked by the closed forms of `estimate`; `choose` takes
+the first, `stepped.step` runs the first few and takes the fastest. The estimate only ranks;
+cycles come from the engine.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
 
 from ..workload import Attention, PolarizedMask
+from .estimate import WorkOfTiles, ranked
 from .hardware import Hardware
 from .remembered import Remembered
 
-STAGE_OVERHEAD_CYCLES = 32
-"""Ranking only: what starting and draining one more stage costs, about."""
-
-TOLERANCE = 1.02
-"""Ranking only: estimates this close to the best count as equal."""
+TILE_PARTS = (1, 2, 3)
+"""Tiles of queries that are tried for each one that the buffers ask for."""
 
 
 PATTERNS = Remembered(64 * 1024**2)
@@ -210,65 +206,36 @@ def codec_side_bytes(op: Attention, hardware: Hardware, *, decoder: bool) -> int
 
 
 def choose(op: Attention, hardware: Hardware) -> Mapping:
-    """The mapping of ``op`` with the least estimated time.
+    """The mapping of ``op`` that the closed forms put first; raises as `fitting`."""
+    return fitting(op, hardware)[0]
+
+
+def fitting(op: Attention, hardware: Hardware) -> list[Mapping]:
+    """`candidates`, at least one.
 
     Raises ValueError where a buffer cannot hold even one query's pass: which, and how much
     it would need.
     """
-    fitting = candidates(op, hardware)
-    if not fitting:
+    made = candidates(op, hardware)
+    if not made:
         raise ValueError(_refusal(op, hardware, _patterns(op)))
-    return fitting[0]
+    return made
 
 
 def candidates(op: Attention, hardware: Hardware) -> list[Mapping]:
-    """Every mapping that fits the buffers, the most promising first."""
-    patterns, fitting = _patterns(op), []
+    """Mappings that fit the buffers, the most promising first.
+
+    For each group of heads, order of stages and number of output regions: the fewest query
+    tiles that fit, and a few more, which overlap more finely.
+    """
+    patterns = _patterns(op)
+    work = WorkOfTiles(op, patterns, hardware.lines)
+    made: list[Mapping] = []
     for group in _groups(op):
         for ahead in (True, False):
-            for regions in (2, 1):
-                found = _largest_tile(op, hardware, patterns, group, ahead, regions)
-                if found is not None:
-                    fitting.append(found)
-    cycles = {made: estimate_cycles(made) for made in fitting}
-    near = TOLERANCE * min(cycles.values(), default=0.0)
-
-    def rank(made: Mapping) -> tuple[float, float]:
-        if cycles[made] <= near:
-            return (_load_bytes(made), cycles[made])
-        return (math.inf, cycles[made])
-
-    return sorted(fitting, key=rank)
-
-
-def estimate_cycles(mapping: Mapping) -> float:
-    """About how long one instance takes: only to rank mappings."""
-    op, hardware = mapping.op, mapping.hardware
-    groups, queries, keys = op.heads // mapping.group, len(mapping.query_tiles), _key_loads(mapping)
-    decode = groups * (op.queries + op.keys * keys) * mapping.decode_macs / hardware.decoder_macs
-    scores = sum(int(p.row_scores.sum()) for p in mapping.patterns)
-    lines = scores * (mapping.key_words + mapping.value_words) / hardware.lines
-    softmax = scores / hardware.softmax_lanes
-    if not mapping.ahead:
-        lines += softmax
-    stages = 2 * op.heads * queries * len(mapping.key_tiles)
-    dram = float(_load_bytes(mapping) / hardware.dram_bytes_per_cycle)
-    return max(dram, decode, lines, softmax) + STAGE_OVERHEAD_CYCLES * stages
-
-
-def _key_loads(mapping: Mapping) -> int:
-    """How often K is loaded: where it comes in tiles, for each tile of queries."""
-    return len(mapping.query_tiles) if len(mapping.key_tiles) > 1 else 1
-
-
-def _load_bytes(mapping: Mapping) -> int:
-    """Q, K and V from DRAM for one instance."""
-    op, queries = mapping.op, len(mapping.query_tiles)
-    groups, keys = op.heads // mapping.group, _key_loads(mapping)
-    again = keys > 1 or (mapping.group > 1 and not mapping.whole_queries)
-    values = op.heads * op.keys * op.value_dim * mapping.hardware.operand_bytes
-    vectors = groups * mapping.token_bytes * (op.queries + op.keys * keys)
-    return vectors + values * (queries if again else 1)
+            given = Mapping(op, hardware, patterns, group, 1, 1, True, ahead, 2)
+            made += _tilings(given, work)
+    return ranked(made, work)
 
 
 def _patterns(op: Attention) -> tuple[Pattern, ...]:
@@ -286,36 +253,43 @@ def _groups(op: Attention) -> list[int]:
     return [group for group in range(1, block + 1) if block % group == 0]
 
 
+def _tilings(given: Mapping, work: WorkOfTiles) -> list[Mapping]:
+    """``given`` with the largest query tile that fits, and with parts of it: two output
+    regions, and one where that makes the tile larger."""
+    op, residences = given.op, (True, False)
+    if given.group > 1 and not work.one_order:
+        residences = (True,)  # a tile of queries is not the same tokens for all its heads
+    key_tile = _key_tile(op, given.hardware, given.group)
+    if key_tile == 0 or (given.group > 1 and key_tile < op.keys):
+        return []
+    made: dict[tuple[int, bool], Mapping] = {}
+    for regions in (2, 1):
+        largest = replace(given, key_tile=key_tile, output_regions=regions)
+        largest = _largest_tile(largest, residences, work)
+        for parts in TILE_PARTS if largest else ():
+            size = -(-op.queries // (len(largest.query_tiles) * parts))
+            for whole in residences:
+                tried = replace(largest, query_tile=size, whole_queries=whole)
+                same = (size, whole or size == op.queries)
+                if same not in made and not _shortages(tried, work):
+                    made[same] = tried
+    return list(made.values())
+
+
 def _largest_tile(
-    op: Attention,
-    hardware: Hardware,
-    patterns: tuple[Pattern, ...],
-    group: int,
-    ahead: bool,
-    regions: int,
+    given: Mapping, residences: tuple[bool, ...], work: WorkOfTiles
 ) -> Mapping | None:
     """The fewest query tiles that fit, or None."""
-    key_tile = _key_tile(op, hardware, group)
-    if key_tile == 0 or (group > 1 and key_tile < op.keys):
-        return None
-    resident = (True, False) if group == 1 or _one_order(op) else (True,)
-    tiles = 1
+    tiles, queries = 1, given.op.queries
     while True:
-        tile = -(-op.queries // tiles)
-        for whole in resident:
-            made = Mapping(op, hardware, patterns, group, tile, key_tile, whole, ahead, regions)
-            if not _shortages(made):
+        tile = -(-queries // tiles)
+        for whole in residences:
+            made = replace(given, query_tile=tile, whole_queries=whole)
+            if not _shortages(made, work):
                 return made
         if tile == 1:
             return None
-        tiles = -(-op.queries // (tile - 1))
-
-
-def _one_order(op: Attention) -> bool:
-    """Whether all heads take their queries in one order: a tile of them is then the same
-    tokens for each head that is decoded with it."""
-    orders = [mask.query_order for mask in op.masks or ()]
-    return all(np.array_equal(order, orders[0]) for order in orders[1:])
+        tiles = -(-queries // (tile - 1))
 
 
 def _key_tile(op: Attention, hardware: Hardware, group: int) -> int:
@@ -333,25 +307,21 @@ def _key_tile(op: Attention, hardware: Hardware, group: int) -> int:
     return -(-op.keys // tiles)
 
 
-def _shortages(mapping: Mapping) -> list[tuple[str, int]]:
+def _shortages(mapping: Mapping, work: WorkOfTiles) -> list[tuple[str, int]]:
     """(field of the hardware, bytes needed) of each buffer that the mapping overflows."""
     op, hardware = mapping.op, mapping.hardware
     units = op.heads * len(mapping.query_tiles)
     alive = 2 if mapping.ahead and units > 1 else 1
     regions = min(mapping.output_regions, units)
-    scores = max(
-        int(np.add.reduceat(p.row_scores, [t.start for t in mapping.query_tiles]).max())
-        for p in mapping.patterns
-    )
     accumulators = mapping.query_tile * mapping.value_words * hardware.macs_per_line
-    bitmap = max(mapping.bitmap_bytes(h, t) for h in range(op.heads) for t in mapping.query_tiles)
+    scores, bitmap = work.most(mapping.query_tile)
     starts = max(mapping.query_tile, mapping.key_tile) + hardware.lines
-    row = _padded(op.key_dim, hardware)
+    row = mapping.key_words * hardware.word_bytes
     latents = 2 * mapping.token_bytes + mapping.codec_bytes if op.codec else 0
     needs = {
         "q_buffer_bytes": mapping.group * _resident_queries(mapping) * row,
         "k_buffer_bytes": mapping.group * mapping.key_tile * row,
-        "v_buffer_bytes": mapping.key_tile * _padded(op.value_dim, hardware),
+        "v_buffer_bytes": mapping.key_tile * mapping.value_words * hardware.word_bytes,
         "index_buffer_bytes": alive * bitmap
         + starts * mapping.start_bytes
         + hardware.lines * mapping.entry_bytes,
@@ -376,7 +346,7 @@ def _refusal(op: Attention, hardware: Hardware, patterns: tuple[Pattern, ...]) -
     least = Mapping(op, hardware, patterns, 1, 1, key_tile, False, False, 1)
     short = "; ".join(
         f"{name} is {getattr(hardware, name)}, one pass needs at least {need}"
-        for name, need in _shortages(least)
+        for name, need in _shortages(least, WorkOfTiles(op, patterns, hardware.lines))
     )
     return f"{op.name} does not fit the machine {hardware.name!r}: {short}"
 

@@ -165,6 +165,7 @@ machines = st.builds(
     lines=st.sampled_from([1, 3, 8, 64]),
     macs_per_line=st.sampled_from([1, 8]),
     assignment=st.sampled_from(ASSIGNMENTS),
+    mappings_stepped=st.sampled_from([1, 9]),
     **{field: st.sampled_from([400, 900, 3000, 54272]) for field in BUFFERS},
 )
 

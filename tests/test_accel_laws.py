@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sievit.accel import engine
 from sievit.accel.hardware import ASSIGNMENTS, Hardware, presets
 from sievit.accel.machine import COUNTS, STALLS
-from sievit.accel.mapping import choose
+from sievit.accel.mapping import candidates, choose
 from sievit.accel.program import INDEX, SDDMM, STORE, K, Q, V, build
 from sievit.masks import AttentionMask, polarize_head
 from sievit.workload import Attention, HeadCodec
@@ -65,9 +65,9 @@ machines = st.builds(
 )
 
 
-def run(op, hardware, instances=1):
+def run(op, hardware, instances=1, mapping=None):
     """(mapping, program, trace) of a call, its laws checked."""
-    mapping = choose(op, hardware)
+    mapping = mapping or choose(op, hardware)
     program, counts = build(op, hardware, mapping, instances)
     trace = engine.run(program, hardware, mapping)
     assert_laws(op, hardware, mapping, program, counts, trace, instances)
@@ -159,6 +159,15 @@ def test_laws_hold_on_any_call_and_machine(op, hardware, instances):
     assert len(entries) == instances * op.heads * 2
     for (_, head, _), times in entries.items():
         assert np.array_equal(times, expected_entries(op, head))
+
+
+@exhaustive
+@given(calls(), machines, st.sampled_from([60, 300, 900, 54272]), st.randoms())
+def test_laws_hold_on_every_mapping_that_may_be_taken(op, hardware, size, random):
+    fields = [field for field in BUFFERS if random.random() < 0.5]
+    hardware = replace(hardware, **dict.fromkeys(fields, size))
+    for mapping in random.sample(made := candidates(op, hardware), min(len(made), 3)):
+        run(op, hardware, mapping=mapping)
 
 
 @exhaustive
