@@ -105,7 +105,7 @@ LOG = {"edge": "jetson-tx2", "gpu": "rtx-2080-ti"}
 
 WHY_PROCESSOR = {
     "modelled": "The paper timed PyTorch, which keeps far below the chip's peaks in small "
-    "products; this roofline is the least time that the chip could take.",
+    "products; this roofline has each kernel at its peaks, operands through main memory.",
     "copies": "As the paper does for large batches the machine is copied until its MACs equal "
     "the chip's peak, but the chip is then taken to reach that peak too.",
     "measured here": "Another CPU than the paper's, whose threads and batch are not known to us.",

@@ -25,7 +25,7 @@ MARKS = {"paper": "", "notes": "*", "unconfirmed": "?"}
 LEGEND = (
     "Published: as the paper prints it; * as notes on the paper have it; ? unconfirmed. "
     "Script: what the released script's cycles would make of the same comparison, - where it "
-    "has none. Modelled: a roofline, the least time a chip could take. (For the Xavier NX the "
+    "has none. Modelled: a roofline, each kernel at the chip's peaks. (For the Xavier NX the "
     "paper has 160.6x in another place.)"
 )
 

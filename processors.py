@@ -32,6 +32,7 @@ SOFTWARE = {
     "eager": "PyTorch, unfused attention",
     "fused": "PyTorch, fused attention",
     "masked": "PyTorch, fused attention with the mask",
+    "sparse": "sievit, sparse attention",
 }
 NETWORK_BACKENDS: dict[str, Callable[[], Any]] = {
     "eager": lambda: sdpa_kernel(SDPBackend.MATH),

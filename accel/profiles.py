@@ -82,8 +82,13 @@ times the ratio of the reads, the area is theirs, and leakage is not known."""
 DRAM_PJ_PER_BIT = {
     "ddr4-2400 stream": 13.7,  # DRAMsim3 with datasheet IDD currents, no I/O termination
     "ddr4-2400 random rows": 19.8,  # likewise
+    "ddr4-2400 one bank": 97.0,  # likewise, a new row each time
     "lpddr4-2400 stream": 19.3,  # likewise, 64 bits of x16 parts
+    "lpddr4-2400 random rows": 33.0,  # likewise
+    "hbm2 stream": 2.9,  # likewise
+    "hbm2 random rows": 4.5,  # likewise
     "lpddr4": 8.0,  # Accelergy's CACTI plug-in table
+    "lpddr": 40.0,  # Malladi et al., ISCA 2012, through the same table
     "ddr3": 70.0,  # Malladi et al., ISCA 2012, through the same table
     "gddr5": 14.0,  # Chatterjee et al., MICRO 2017, through the same table
     "hbm2": 3.9,  # O'Connor et al., MICRO 2017, through the same table
@@ -192,13 +197,16 @@ def _bracket(node_nm: float, nodes: set[float]) -> tuple[float, float]:
 
 _HP = "CACTI 7.0, itrs-hp cells, single port, 64-bit word; between 22, 32 and 45 nm by line"
 _DDR4 = "DRAMsim3 with DDR4-2400 datasheet currents, streaming, no I/O termination"
-_HOROWITZ = "Horowitz, ISSCC 2014, 45 nm, 0.9 V: int8 multiply 0.2 + int32 add 0.1"
+_HOROWITZ = (
+    "Horowitz, ISSCC 2014, 45 nm, 0.9 V: int8 multiply 0.2 + int32 add 0.1 (the int8 figure as "
+    "re-quoted in public code)"
+)
 _ALADDIN = "Shao et al., ISCA 2014 (Aladdin), scaled by hwcomponents-library 1.0.58, {} nm"
 
 
 def _profile(name: str, node_nm: int, mac_pj: float, mac_source: str) -> EnergyProfile:
     """Aladdin gives registers and areas to both MAC tables: Horowitz has neither."""
-    register, area_um2 = {28: (0.043, 369.0), 45: (0.083, 986.0)}[node_nm]
+    register, area_um2 = {22: (0.024, 247.0), 28: (0.043, 369.0), 45: (0.083, 986.0)}[node_nm]
     aladdin = _ALADDIN.format(node_nm)
     sources = {
         "mac_pj": mac_source,
@@ -236,6 +244,7 @@ PROFILES: dict[str, EnergyProfile] = {
         _ALADDIN_28,
         _HOROWITZ_28,
         _LOP,
+        _profile("aladdin-22nm", 22, 0.34, _ALADDIN.format(22)),
         _profile("aladdin-45nm", 45, 1.15, _ALADDIN.format(45)),
         _profile("horowitz-45nm", 45, 0.3, _HOROWITZ),
     )

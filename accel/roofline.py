@@ -1,8 +1,9 @@
 """CPUs and GPUs beside the accelerator: a modelled roofline, and what a clock said.
 
 Two types that do not mix: `Modelled` is arithmetic on a device's published peaks, kernel by
-kernel, the longest of launch, computing and memory; it is a lower bound on time, since no
-kernel reaches its peaks. `Measured` is a clock's: ViTCoD's authors' logs (`MEASURED`), or
+kernel, the longest of launch, computing and memory: every kernel at its peaks, what kernels
+hand to each other through main memory (a cache that holds it makes a real kernel faster than
+this; all else makes it slower). `Measured` is a clock's: ViTCoD's authors' logs (`MEASURED`), or
 the machine at hand. A `Speedup` names what it is against, and the batches. Seconds, FLOPs
 (two a MAC), bytes.
 

@@ -45,8 +45,8 @@ def test_each_kernel_is_attention(keep, kernel):
 
 def test_all_kernels_are_timed_over_all_layers(keep):
     workload = Workload("two", (masked(keep), masked(~keep | (np.arange(KEYS) == 3))))
-    rows = measure_attention(workload, batch=2, kernels=("eager", "masked"), passes=3)
-    assert [row.kernel for row in rows] == ["eager", "masked"]
+    rows = measure_attention(workload, batch=2, kernels=("eager", "masked", "sparse"), passes=3)
+    assert [row.kernel for row in rows] == ["eager", "masked", "sparse"]
     for row in rows:
         assert (row.batch, row.passes, row.dtype) == (2, 3, "float32")
         assert 0 < row.fastest_seconds_per_image <= row.seconds_per_image
@@ -55,9 +55,10 @@ def test_all_kernels_are_timed_over_all_layers(keep):
 
 def test_what_cannot_be_timed_is_refused():
     dense = Workload("dense", (Attention("attn", 1, 4, 4, 4, 4),))
-    with pytest.raises(ValueError, match="'masked' needs masks, attn has none"):
-        measure_attention(dense, kernels=("masked",))
-    with pytest.raises(ValueError, match=r"kernels are eager, fused, masked.*got 'lazy'"):
+    for name in ("masked", "sparse"):
+        with pytest.raises(ValueError, match=f"'{name}' needs masks, attn has none"):
+            measure_attention(dense, kernels=(name,))
+    with pytest.raises(ValueError, match=r"kernels are eager, fused, masked, sparse, got 'lazy'"):
         measure_attention(dense, kernels=("lazy",))
     with pytest.raises(ValueError, match="none has no attention"):
         measure_attention(Workload("none", ()))

@@ -78,3 +78,15 @@ def test_compare_data_movement(mask_path, capsys):
     output = capsys.readouterr().out
     assert "codec 3 -> 2 heads" in output
     assert all(f"{tensor}:" in output for tensor in ("Q", "K", "V", "index", "output"))
+
+
+def test_compare_processors(mask_path, monkeypatch, capsys):
+    example = load("compare_processors")
+    timed = example.timed_here
+    monkeypatch.setattr(example, "timed_here", lambda *a, **more: timed(*a, **more, passes=1))
+    example.main(mask_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert "of attention pruned by the mask given" in lines[0]
+    for basis, count in (("measured here", 8), ("measured log", 2), ("modelled", 24)):
+        assert sum(line.endswith(f"({basis})") for line in lines) == count
+    assert all("batch" in line for line in lines[5:])

@@ -1,10 +1,11 @@
 """Attention timed on the machine at hand, through PyTorch: what a speed-up is against.
 
 The ViTCoD paper compares with eager attention (scores written out, softmax, product);
-PyTorch's fused attention is the fairer baseline, and fused attention given the mask shows
-what a fixed mask is worth without kernels made for it. Only the core is timed: queries,
-keys and values are there, the output projection is not. Times are wall-clock medians over
-whole passes through all layers; they vary with the machine and are never a test.
+PyTorch's fused attention is the fairer baseline, fused attention given the mask shows what
+a fixed mask is worth without kernels made for it, and `sparse_attention` what with them.
+Only the core is timed: queries, keys and values are there, the output projection is not.
+Times are wall-clock medians over whole passes through all layers; they vary with the
+machine and are never a test.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...workload import Attention, Workload
+from .attention import sparse_attention
+from .plan import plan_attention
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,21 @@ def _masked(op: Attention, device: torch.device) -> Step:
     return partial(F.scaled_dot_product_attention, attn_mask=keep.to(device))
 
 
+def _sparse(op: Attention, device: torch.device) -> Step:
+    """`sparse_attention` with the layer's plan; it may choose dense attention itself."""
+    if op.masks is None:
+        raise ValueError(f"'sparse' needs masks, {op.name} has none")
+    return partial(sparse_attention, plan=plan_attention(op.masks).to(device))
+
+
 KERNELS: dict[str, Callable[[Attention, torch.device], Step]] = {
     "eager": lambda op, device: eager_attention,
     "fused": lambda op, device: F.scaled_dot_product_attention,
     "masked": _masked,
+    "sparse": _sparse,
 }
 """By name: what runs a layer, made ready beforehand. "eager" and "fused" are dense whatever
-the masks say, "masked" is fused and takes the layer's mask."""
+the masks say, "masked" is fused and takes the layer's mask, "sparse" computes kept entries."""
 
 
 @torch.inference_mode()
