@@ -22,7 +22,7 @@ class Recipe:
     bf16            autocast; None: where the processor has bf16 instructions
     """
 
-    learning_rate: float = 5e-5
+    learning_rate: float = 2e-5
     full_rate_loss: float = 0.2
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01

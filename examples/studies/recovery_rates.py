@@ -29,8 +29,8 @@ from sievit.settings import Settings
 from sievit.sparsify import attach, average_attention, judge, recover, threshold, token_features
 
 SIZE, BATCH = 224, 16
-RATES = {0.9: (2e-5, 5e-5, 1e-4), 0.7: (6e-6, 2e-5, 5e-5), 0.5: (2e-6, 6e-6, 2e-5)}
-FEW_RATES = (5e-6, 1e-5, 2.5e-5, 5e-5)
+RATES = {0.9: (1e-5, 2e-5, 5e-5, 1e-4), 0.7: (6e-6, 2e-5, 5e-5), 0.5: (2e-6, 6e-6, 2e-5)}
+FEW_RATES = (5e-6, 1e-5, 2e-5, 5e-5)
 
 
 class Rows:
