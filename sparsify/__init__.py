@@ -1,6 +1,7 @@
 """Fixed attention masks: learn, polarize, attach, judge and recover.
 
-Floor plan: average attention (`probe`) -> masks (`threshold`, `controls`) -> dense block
+Floor plan: average attention (`probe`) -> masks (`threshold`, `controls`,
+`hardware_masks`) -> dense block
 and sparse rest (`reorder`) -> into a model (`adapt`) -> what is left of its features
 (`fidelity`) -> recovery (`finetune`). Beside them two analyses of the EfficientViT paper:
 head similarity (`similarity`) and Taylor pruning of channels (`taylor`); and maps made by
@@ -11,6 +12,7 @@ from .adapt import attach
 from .controls import random_mask, window_mask
 from .fidelity import Fidelity, fidelity, judge, token_features
 from .finetune import GradualMask, finetune, recover
+from .hardware_masks import HardwareMask, codesign_masks
 from .probe import average_attention
 from .reorder import polarize
 from .similarity import head_similarity
@@ -21,8 +23,10 @@ from .threshold import threshold
 __all__ = [
     "Fidelity",
     "GradualMask",
+    "HardwareMask",
     "attach",
     "average_attention",
+    "codesign_masks",
     "fidelity",
     "finetune",
     "head_similarity",

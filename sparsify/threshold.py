@@ -28,6 +28,7 @@ def threshold(
     sparsity: float | Sequence[Sequence[float]] | None = None,
     prefix_tokens: int = 1,
     released: bool = False,
+    granularity: tuple[int, int] = (1, 1),
     like: AttentionMask | None = None,
     grid: tuple[int, int] | None = None,
     seed: int = 0,
@@ -45,19 +46,30 @@ def threshold(
     prefix_tokens  rows and columns of the first tokens (CLS, distillation, registers)
                    that are kept whole; 0 for models without
     released       keep one entry a row more, as ViTCoD's published script does
+    granularity    (queries, keys) of a block that is kept or pruned as one by
+                   "information"; see `mass_before`
     like           the mask whose row counts "random" and "window" take over
     grid, seed     token grid (rows, columns) of "window"; seed of "random"
 
     Raises ValueError, naming the value, for maps with NaN or negative entries and for
     arguments outside their range or that the rule does not take.
     """
-    layers = _checked(maps, prefix_tokens)
-    _check_arguments(rule, theta=theta, sparsity=sparsity, like=like, grid=grid, released=released)
+    layers = checked_maps(maps, prefix_tokens)
+    block = _block(granularity)
+    _check_arguments(
+        rule,
+        theta=theta,
+        sparsity=sparsity,
+        like=like,
+        grid=grid,
+        released=released,
+        granularity=block != (1, 1),
+    )
     if rule == "information":
         if theta is None:
-            return _at_sparsity(layers, _in_range(sparsity), prefix_tokens)
+            return _at_sparsity(layers, _in_range(sparsity), prefix_tokens, block)
         thetas = _thetas(theta, len(layers))
-        return information(layers, thetas, prefix_tokens, released=released)
+        return information(layers, thetas, prefix_tokens, released=released, granularity=block)
     if rule == "ratio":
         return ratio(layers, _in_range(sparsity), prefix_tokens)
     if rule == "quota":
@@ -72,7 +84,7 @@ def threshold(
 
 
 _TAKES = {  # rule: (exactly one of these, other arguments allowed)
-    "information": (("theta", "sparsity"), ("released",)),
+    "information": (("theta", "sparsity"), ("released", "granularity")),
     "ratio": (("sparsity",), ()),
     "quota": (("sparsity",), ()),
     "random": (("sparsity", "like"), ()),
@@ -95,7 +107,8 @@ def _check_arguments(rule: str, **given: object) -> None:
         raise ValueError("rule 'window' needs grid=(rows, columns) of the patch tokens")
 
 
-def _checked(maps: Maps, prefix_tokens: int) -> tuple[np.ndarray, ...]:
+def checked_maps(maps: Maps, prefix_tokens: int) -> tuple[np.ndarray, ...]:
+    """The maps as arrays; ValueError where they are no attention of so many prefix tokens."""
     layers = tuple(np.asarray(layer) for layer in maps)
     if not layers:
         raise ValueError("maps needs at least one layer, got none")
@@ -134,16 +147,52 @@ def _thetas(theta: float | Sequence[float], layers: int) -> tuple[float, ...]:
     return tuple(np.broadcast_to(values, layers).tolist())
 
 
-def mass_before(layer: np.ndarray) -> np.ndarray:
+def _block(granularity: tuple[int, int]) -> tuple[int, int]:
+    if len(granularity) != 2 or any(not isinstance(n, int) or n < 1 for n in granularity):
+        raise ValueError(
+            f"granularity is (queries, keys) of a block, both at least 1, got {granularity!r}"
+        )
+    return tuple(granularity)
+
+
+def mass_before(
+    layer: np.ndarray, granularity: tuple[int, int] = (1, 1), prefix_tokens: int = 0
+) -> np.ndarray:
     """For each entry, the sum in float64 of the entries of its row that go before it,
     largest first, ties by the lower index. float64 [heads, queries, keys].
 
     An entry is kept by "information" exactly when this is below theta: the entry that
     makes the sum reach theta is the last one kept, and a row that never reaches it
-    keeps all.
+    keeps all. With a ``granularity`` the row is a row of blocks: the mean of its queries'
+    rows, its blocks in order of mass an entry. Blocks are laid from the first token after
+    the prefix, each prefix token is a block of its own, the last block may be smaller.
     """
-    order = np.argsort(-layer, axis=-1, kind="stable")
-    ordered = np.take_along_axis(layer, order, axis=-1).astype(np.float64)
+    if granularity == (1, 1):
+        values = np.ascontiguousarray(layer)
+        return _sum_before(values, -values)
+    rows, columns = (
+        _edges(tokens, size, prefix_tokens)
+        for tokens, size in zip(layer.shape[1:], granularity, strict=True)
+    )
+    heights, widths = (
+        np.diff([*edges, tokens])
+        for edges, tokens in zip((rows, columns), layer.shape[1:], strict=True)
+    )
+    sums = np.add.reduceat(layer.astype(np.float64), rows, axis=1)
+    sums = np.add.reduceat(sums, columns, axis=2) / heights[:, None]
+    before = _sum_before(sums, -sums / widths)
+    return np.repeat(np.repeat(before, heights, axis=1), widths, axis=2)
+
+
+def _edges(tokens: int, size: int, prefix_tokens: int) -> np.ndarray:
+    """Where blocks begin."""
+    return np.concatenate((np.arange(prefix_tokens), np.arange(prefix_tokens, tokens, size)))
+
+
+def _sum_before(values: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    """Sums along rows of the ``values`` that go before each, in ascending ``rank``."""
+    order = np.argsort(rank, axis=-1, kind="stable")
+    ordered = np.take_along_axis(values, order, axis=-1).astype(np.float64)
     before = np.zeros_like(ordered)
     np.cumsum(ordered[..., :-1], axis=-1, out=before[..., 1:])
     result = np.empty_like(before)
@@ -162,19 +211,22 @@ def information(
     thetas: Sequence[float],
     prefix_tokens: int,
     released: bool = False,
+    granularity: tuple[int, int] = (1, 1),
 ) -> AttentionMask:
     """Keep each row's largest entries until their sum reaches its layer's theta."""
-    return AttentionMask(
-        tuple(
-            _force_prefix(_kept_by_information(layer, theta, released), prefix_tokens)
-            for layer, theta in zip(layers, thetas, strict=True)
-        )
-    )
+    if released and granularity != (1, 1):
+        raise ValueError(f"the released rule keeps single entries, got granularity={granularity}")
+    masks = []
+    for layer, theta in zip(layers, thetas, strict=True):
+        if released:
+            keep = _kept_as_released(layer, theta)
+        else:
+            keep = mass_before(layer, granularity, prefix_tokens) < theta
+        masks.append(_force_prefix(keep, prefix_tokens))
+    return AttentionMask(tuple(masks))
 
 
-def _kept_by_information(layer: np.ndarray, theta: float, released: bool) -> np.ndarray:
-    if not released:
-        return mass_before(layer) < theta
+def _kept_as_released(layer: np.ndarray, theta: float) -> np.ndarray:
     order = np.argsort(layer, axis=-1)[..., ::-1]  # the script's: ascending, then reversed
     ordered = np.take_along_axis(layer, order, axis=-1).astype(np.float64)
     below = np.cumsum(ordered, axis=-1) < theta
@@ -184,9 +236,14 @@ def _kept_by_information(layer: np.ndarray, theta: float, released: bool) -> np.
     return keep
 
 
-def _at_sparsity(layers: Sequence[np.ndarray], sparsity: float, prefix: int) -> AttentionMask:
+def _at_sparsity(
+    layers: Sequence[np.ndarray],
+    sparsity: float,
+    prefix: int,
+    granularity: tuple[int, int] = (1, 1),
+) -> AttentionMask:
     """The one theta for all heads whose mask comes nearest to ``sparsity``."""
-    before = [mass_before(layer) for layer in layers]
+    before = [mass_before(layer, granularity, prefix) for layer in layers]
     theta = _theta_at([b[:, prefix:, prefix:].ravel() for b in before], layers, sparsity)
     mask = AttentionMask(tuple(_force_prefix(b < theta, prefix) for b in before))
     _warn_if_far(mask.sparsity, sparsity)

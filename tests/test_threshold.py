@@ -235,3 +235,54 @@ def test_bad_values_in_the_maps_are_named_with_their_place(value):
     maps[1][1, 2, 3] = value
     with pytest.raises(ValueError, match=rf"maps\[1\] holds {value} at .* = \(1, 2, 3\)"):
         threshold(maps, theta=0.5)
+
+
+def naive_blocks(layer: np.ndarray, theta: float, block: tuple[int, int], prefix: int):
+    """Rows of blocks, one block after the other by mass an entry."""
+    heads, queries, keys = layer.shape
+
+    def spans(tokens, size):
+        singles = [(i, i + 1) for i in range(prefix)]
+        return singles + [(i, min(i + size, tokens)) for i in range(prefix, tokens, size)]
+
+    keep = np.zeros(layer.shape, dtype=bool)
+    for head in range(heads):
+        for top, bottom in spans(queries, block[0]):
+            rows = layer[head, top:bottom].astype(np.float64)
+            blocks = [(rows[:, a:b].mean(), -a, a, b) for a, b in spans(keys, block[1])]
+            total = 0.0
+            for _, _, a, b in sorted(blocks, reverse=True):
+                if total >= theta:
+                    break
+                keep[head, top:bottom, a:b] = True
+                total += rows[:, a:b].sum() / (bottom - top)
+    keep[:, :prefix] = True
+    keep[:, :, :prefix] = True
+    return keep
+
+
+@pytest.mark.parametrize("block", [(4, 1), (3, 5), (32, 1), (1, 1)])
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_blocks_are_kept_or_pruned_as_one(block, prefix):
+    generator = np.random.default_rng(0)
+    layer = generator.random((2, 19, 23))
+    layer /= layer.sum(-1, keepdims=True)
+    for theta in (0.3, 0.7, 1.0):
+        got = threshold([layer], theta=theta, granularity=block, prefix_tokens=prefix)
+        assert np.array_equal(got.keep[0], naive_blocks(layer, theta, block, prefix))
+
+
+def test_blocks_reach_a_sparsity_and_bad_ones_are_named():
+    generator = np.random.default_rng(1)
+    layer = generator.random((2, 65, 65)) ** 8
+    layer /= layer.sum(-1, keepdims=True)
+    mask = threshold([layer], sparsity=0.8, granularity=(8, 1))
+    assert mask.sparsity == pytest.approx(0.8, abs=0.003)
+    assert (mask.keep[0][:, 1:9] == mask.keep[0][:, 1:2]).all()
+    for wrong in ((0, 1), (1,), (2.0, 1)):
+        with pytest.raises(ValueError, match="granularity is"):
+            threshold([layer], sparsity=0.8, granularity=wrong)
+    with pytest.raises(ValueError, match="takes no granularity"):
+        threshold([layer], "ratio", sparsity=0.8, granularity=(2, 1))
+    with pytest.raises(ValueError, match="keeps single entries"):
+        threshold([layer], theta=0.8, granularity=(2, 1), released=True)

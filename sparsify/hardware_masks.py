@@ -1,0 +1,217 @@
+"""Masks that know the hardware: the most attention kept within a budget of its time.
+
+Beyond ViTCoD, whose masks are chosen by attention alone and then polarized. Here every
+entry has a price, and a head's mask maximises
+
+    sum over kept entries of (value - price * cost),
+
+which falls apart into independent choices, so that it is solved exactly for each price; the
+price is then bisected until the cost of the whole mask meets the budget. Two cost models:
+
+- `accelerator`: an entry costs 1 in the denser engine and ``sparser`` in the sparser one; a
+  key is global (its whole column is computed, so kept) where that is worth more than its
+  best entries alone;
+- `tiles`: a GPU kernel gathers, for ``rows`` queries at once, every key that one of them
+  keeps: such a tile column costs ``rows``, so is kept or pruned as one. The order of the
+  queries decides what can share a tile: the best of several orders is taken for each head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..masks import AttentionMask
+from .threshold import Maps, checked_maps
+
+Solver = Callable[[np.ndarray, float], np.ndarray]
+"""(values [queries, keys], price) -> what to keep, bool [queries, keys]."""
+Cost = Callable[[AttentionMask], float]
+
+WEIGHINGS = 6
+"""Times that row weights and kept mass are made to agree, each a share of the way."""
+TRIALS = 24
+"""Bisection steps on the price."""
+
+
+@dataclass(frozen=True, eq=False)
+class HardwareMask:
+    """A mask, its ``cost``, its share of the attention ``mass``, and the ``price`` that
+    made it."""
+
+    mask: AttentionMask
+    cost: float
+    mass: float
+    price: float
+
+
+def codesign_masks(
+    maps: Maps,
+    cost: Cost,
+    budget: float,
+    solver: Solver | None = None,
+    *,
+    prefix_tokens: int = 1,
+    fairness: float = 0.5,
+    tolerance: float = 0.01,
+) -> HardwareMask:
+    """The mask of most value whose ``cost`` is at most ``budget``.
+
+    maps       averaged attention, float [heads, queries, keys] a layer
+    cost       of a whole mask: simulated cycles, or `tile_area`
+    solver     `accelerator` (the default) or `tiles`, with their parameters
+    fairness   0 maximises the mass kept over all rows. Above, an entry of a row that keeps
+               the mass m is worth m ** -fairness as much, so that no row is starved; the
+               limit of a large fairness is the rule "information", the same mass a row; beyond
+               about 2 weights and masses no longer settle
+    tolerance  the search ends when the cost is within this share below the budget
+
+    Rows and columns of the first ``prefix_tokens`` and the largest entry of each row are
+    always kept. Raises ValueError where these alone cost more than the budget.
+    """
+    layers = checked_maps(maps, prefix_tokens)
+    if budget <= 0 or fairness < 0:
+        raise ValueError(
+            f"budget must be above 0 and fairness at least 0, got {budget} and {fairness}"
+        )
+    solve = accelerator() if solver is None else solver
+    best: HardwareMask | None = None
+    low, high = 0.0, 1.0  # prices between which the budget is met
+    while (found := _at_price(layers, high, solve, prefix_tokens, fairness, cost)).cost > budget:
+        low, high = high, high * 8
+        if high > 1e6:
+            raise ValueError(
+                f"the entries that are always kept alone cost {found.cost:.6g}, more than the "
+                f"budget of {budget:.6g}"
+            )
+    best = found
+    for _ in range(TRIALS):
+        if best.cost >= budget * (1.0 - tolerance):
+            break
+        price = (low * high) ** 0.5 if low > 0 else high / 16
+        found = _at_price(layers, price, solve, prefix_tokens, fairness, cost)
+        if found.cost > budget:
+            low = price
+        else:
+            high, best = price, max(best, found, key=lambda one: one.cost)
+            if low == 0 and price < 1e-9:
+                break
+    return best
+
+
+def accelerator(sparser: float = 1.25) -> Solver:
+    """For denser and sparser engines.
+
+    ``sparser`` is what a kept entry costs there beside one in the denser engine: an index
+    read and waits for banks.
+    """
+    if sparser <= 0:
+        raise ValueError(f"the cost of a sparser entry must be above 0, got {sparser}")
+
+    def solve(values: np.ndarray, price: float) -> np.ndarray:
+        gains = values - price * sparser
+        keep = gains > 0
+        alone = np.where(keep, gains, 0.0).sum(axis=0)
+        whole = values.sum(axis=0) - price * values.shape[0]
+        keep[:, whole > alone] = True
+        return keep
+
+    return solve
+
+
+def tiles(rows: int = 32, orders: Sequence[np.ndarray] = ()) -> Solver:
+    """For kernels that gather keys for ``rows`` queries at once.
+
+    ``orders`` are orders of the queries to choose from beside the natural one, each a
+    permutation; see `grid_order`.
+    """
+    if rows < 1:
+        raise ValueError(f"a tile has at least 1 row, got {rows}")
+
+    def solve(values: np.ndarray, price: float) -> np.ndarray:
+        queries = values.shape[0]
+        candidates = [order for order in orders if len(order) == queries]
+        best, kept = -np.inf, None
+        for order in (np.arange(queries), *candidates):
+            starts = np.arange(0, queries, rows)
+            heights = np.diff([*starts, queries])
+            sums = np.add.reduceat(values[order], starts, axis=0)
+            gains = sums - price * rows
+            worth = float(np.where(gains > 0, gains, 0.0).sum())
+            if worth > best:
+                keep = np.empty(values.shape, dtype=bool)
+                keep[order] = np.repeat(gains > 0, heights, axis=0)
+                best, kept = worth, keep
+        return kept
+
+    return solve
+
+
+def grid_order(grid: tuple[int, int], block: tuple[int, int], prefix_tokens: int = 1) -> np.ndarray:
+    """Queries in blocks of the token grid (rows, columns), prefix tokens first."""
+    height, width = grid
+    y, x = np.divmod(np.arange(height * width), width)
+    keys = (x % block[1], y % block[0], x // block[1], y // block[0])
+    patches = np.lexsort(keys) + prefix_tokens
+    return np.concatenate((np.arange(prefix_tokens), patches))
+
+
+def tile_area(rows: int = 32, orders: Sequence[np.ndarray] = ()) -> Cost:
+    """Entries that a kernel with tiles of ``rows`` queries computes: each head in its
+    cheapest order."""
+
+    def area(keep: np.ndarray) -> int:
+        queries = keep.shape[0]
+        starts = np.arange(0, queries, rows)
+        natural = np.arange(queries)
+        fitting = [natural, *(order for order in orders if len(order) == queries)]
+        used = [np.logical_or.reduceat(keep[order], starts, axis=0).sum() for order in fitting]
+        return int(min(used)) * rows
+
+    def cost(mask: AttentionMask) -> float:
+        return float(sum(area(head) for layer in mask.keep for head in layer))
+
+    return cost
+
+
+def kept_mass(maps: Maps, mask: AttentionMask) -> float:
+    """Share of the averaged attention that ``mask`` keeps, mean over heads and queries."""
+    kept = [np.where(k, m, 0.0).sum(-1).mean(1) for m, k in zip(maps, mask.keep, strict=True)]
+    return float(np.concatenate(kept).mean())
+
+
+def _at_price(
+    layers: Sequence[np.ndarray],
+    price: float,
+    solve: Solver,
+    prefix: int,
+    fairness: float,
+    cost: Cost,
+) -> HardwareMask:
+    scaled = price / np.mean([layer.shape[-1] for layer in layers])  # 1 is the mean entry
+    mask = AttentionMask(
+        tuple(
+            np.stack([_head(head, scaled, solve, prefix, fairness) for head in layer])
+            for layer in layers
+        )
+    )
+    return HardwareMask(mask, float(cost(mask)), kept_mass(layers, mask), price)
+
+
+def _head(
+    values: np.ndarray, price: float, solve: Solver, prefix: int, fairness: float
+) -> np.ndarray:
+    """One head's mask at a price, its rows weighted by what they keep."""
+    values = values.astype(np.float64)
+    weights = np.ones(values.shape[0])
+    for _ in range(WEIGHINGS if fairness else 1):
+        keep = solve(values * weights[:, None], price)
+        keep[np.arange(len(keep)), values.argmax(axis=-1)] = True
+        keep[:prefix] = True
+        keep[:, :prefix] = True
+        mass = np.where(keep, values, 0.0).sum(axis=-1)
+        wanted = np.maximum(mass, 1e-3) ** -fairness
+        weights = weights * (wanted / weights) ** (1.0 / (1.0 + fairness))
+    return keep
