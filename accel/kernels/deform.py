@@ -12,6 +12,7 @@ PyTorch operator ``sievit::deform_conv``, with its gradients.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 from functools import cache
@@ -203,16 +204,21 @@ def _gradients(ctx, grad):
 torch.library.register_autograd("sievit::deform_conv", _gradients, setup_context=_keep)
 
 
-@torch.library.impl("sievit::deform_conv", "cpu")
-def _forward_cpu(value, offset, weight, *numbers):
-    from . import deform_cpu
+def _register(device: str, module: str) -> None:
+    """The kernels of ``module``, imported on first use, for tensors on ``device``."""
 
-    return deform_cpu.forward(value, offset, weight, _geometry(*numbers))
+    def forward(value, offset, weight, *numbers):
+        kernels = importlib.import_module(module, __package__)
+        return kernels.forward(value, offset, weight, _geometry(*numbers))
+
+    def backward(grad, value, offset, weight, *numbers):
+        kernels = importlib.import_module(module, __package__)
+        grads = kernels.backward(grad, value, offset, weight, _geometry(*numbers))
+        return *grads[:2], value.new_empty(0) if weight is None else grads[2]
+
+    torch.library.impl("sievit::deform_conv", device)(forward)
+    torch.library.impl("sievit::deform_conv_backward", device)(backward)
 
 
-@torch.library.impl("sievit::deform_conv_backward", "cpu")
-def _backward_cpu(grad, value, offset, weight, *numbers):
-    from . import deform_cpu
-
-    grads = deform_cpu.backward(grad, value, offset, weight, _geometry(*numbers))
-    return *grads[:2], value.new_empty(0) if weight is None else grads[2]
+_register("cpu", ".deform_cpu")
+_register("cuda", ".deform_gpu")
