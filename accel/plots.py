@@ -28,7 +28,7 @@ PHASE_COLOURS = {
     "decode": "#d53f8c",
     "store": "#a0aec0",
     "reconfigure": "#1a202c",
-    "pack": "#975a16",
+    "pack": "#744210",
     "top-k": "#319795",
     "DRAM beyond MAC lines": "#4a5568",
     "softmax beyond MAC lines": "#f6ad55",
@@ -45,6 +45,8 @@ TENSOR_COLOURS = {
     "activations": "#f6ad55",
 }
 OTHER = "#ecc94b"
+OTHERS = (OTHER, "#1a365d", "#9ae6b4", "#702459", "#c6f6d5", "#e53e3e", "#bee3f8", "#22543d")
+"""For parts that have no colour of their own, in the order in which they appear."""
 PHASE_WORDS = {
     "predict": "prediction",
     "sddmm": "SDDMM (scores)",
@@ -256,11 +258,12 @@ def _stacked(
     places = range(len(rows))[::-1]
     left = [0.0] * len(rows)
     known = [part for part in colours if any(part in row for row in rows.values())]
-    for part in dict.fromkeys([*known, *(part for row in rows.values() for part in row)]):
+    own = _with_others(colours, (part for row in rows.values() for part in row))
+    for part in dict.fromkeys([*known, *own]):
         values = [row.get(part, 0) / unit for row in rows.values()]
         if any(values):
             axes.barh(places, values, left=left, height=0.62, label=PHASE_WORDS.get(part, part),
-                      color=colours.get(part, OTHER))  # fmt: skip
+                      color=own[part])  # fmt: skip
             left = [a + b for a, b in zip(left, values, strict=True)]
     for place, total in zip(places, left, strict=True):
         axes.text(total + 0.01 * max(left), place, f"{total:,.0f}", va="center", fontsize=8)
@@ -270,6 +273,13 @@ def _stacked(
     axes.set_title(title, fontsize=10)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     _save(figure, path)
+
+
+def _with_others(colours: Mapping[str, str], parts: Iterable[str]) -> dict[str, str]:
+    """A colour for each part, those without one of their own included."""
+    unknown = [part for part in dict.fromkeys(parts) if part not in colours]
+    spare = {part: OTHERS[index % len(OTHERS)] for index, part in enumerate(unknown)}
+    return {**colours, **spare}
 
 
 def _colours(count: int) -> list[str]:

@@ -114,3 +114,11 @@ def test_utilization_stays_under_the_peak():
         assert (shares[track] * cycles).sum() * timeline.peak(track)[0] == pytest.approx(
             timeline.work(track)
         )
+
+
+def test_no_two_parts_of_a_picture_look_alike():
+    names = ["sddmm", "MAC lines", "vector", "DRAM latency", "DRAM beyond vector", "pack", "x"]
+    for colours in (plots.PHASE_COLOURS, plots.TENSOR_COLOURS):
+        given = plots._with_others(colours, names)
+        assert set(given) == set(colours) | set(names)
+        assert len(set(given.values())) == len(given)
