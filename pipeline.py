@@ -46,8 +46,10 @@ from .result import CodecSummary, CodesignResult
 from .settings import Settings, rate_for
 from .sparsify import (
     Fidelity,
+    HardwareMask,
     attach,
     average_attention,
+    codesign_masks,
     judge,
     polarize,
     random_mask,
@@ -57,6 +59,7 @@ from .sparsify import (
     token_features,
 )
 from .sparsify.fidelity import Saliency
+from .sparsify.hardware_masks import kept_mass
 from .workload import HeadCodec, Workload
 
 SIMULATORS = ("systolic", "vitcod_plain", "vitcod_no_reorder", "vitcod_no_codec", "vitcod")
@@ -110,7 +113,7 @@ def codesign(
         judged_on=run.judged.names,
         mask=mask,
         polarized=polarized,
-        kept_mass=_kept_mass(maps, mask),
+        kept_mass=kept_mass(maps, mask),
         codecs=codecs.codecs if codecs else None,
         codec_summary=_summary(codecs, plain),
         fidelity=run.fidelity,
@@ -154,15 +157,19 @@ class _Run:
         self.progress(name, 1.0)
         self.seconds[name] = time.perf_counter() - begin
 
-    def learn_mask(self) -> tuple[tuple[np.ndarray, ...], AttentionMask]:
-        """Averaged maps and the mask that the settings' rule makes of them."""
-        settings, crops = self.settings, self.learn_crops
+    def average(self) -> tuple[np.ndarray, ...]:
+        """Averaged attention maps, one a layer."""
+        crops = self.learn_crops
         with self.stage("averaging attention") as tell:
-            maps = average_attention(
+            return average_attention(
                 self.model,
-                batches(crops, settings.batch_size),
+                batches(crops, self.settings.batch_size),
                 progress=lambda done: tell(done / len(crops)),
             )
+
+    def learn_mask(self) -> tuple[tuple[np.ndarray, ...], AttentionMask]:
+        """Averaged maps and the mask that the settings' rule makes of them."""
+        settings, maps = self.settings, self.average()
         mask = threshold(
             maps,
             sparsity=settings.sparsity,
@@ -309,6 +316,43 @@ def learn_mask(
     return _Run(model, (photos, photos), settings, None, progress).learn_mask()[1]
 
 
+def learn_mask_within(
+    model: nn.Module,
+    images: Images,
+    cycles: float,
+    settings: Settings = Settings(),
+    hardware: Hardware = presets["vitcod"],
+    progress: Progress = lambda stage, share: None,
+) -> HardwareMask:
+    """The mask that keeps most attention within ``cycles`` of simulated attention.
+
+    Its global keys are kept by every query: simulate it with `WHOLE_COLUMNS`.
+    """
+    photos = images if isinstance(images, Photos) else photo_sets(images)[0]
+    run = _Run(model, (photos, photos), settings, None, progress)
+    maps = run.average()
+    with run.stage("choosing entries by what they cost"):
+        cost = attention_cycles(run.traced(None), hardware)
+        return codesign_masks(maps, cost, cycles, prefix_tokens=prefix_tokens(model))
+
+
+WHOLE_COLUMNS = 1.0 - 1e-9
+"""``min_kept`` for masks of `learn_mask_within`: global are the keys that all queries keep."""
+
+
+def attention_cycles(
+    workload: Workload, hardware: Hardware = presets["vitcod"], min_kept: float = WHOLE_COLUMNS
+) -> Callable[[AttentionMask], float]:
+    """What a mask costs in ``workload``: cycles of its attention, without codec."""
+
+    def cost(mask: AttentionMask) -> float:
+        polarized = polarize(mask, min_kept)
+        sparse = workload.with_polarized(polarized, [None] * len(polarized))
+        return float(simulate(sparse, hardware, simulator="vitcod_no_codec").attention_cycles)
+
+    return cost
+
+
 def model_workload(
     name: str,
     mask: AttentionMask | None = None,
@@ -412,9 +456,3 @@ def _summary(codecs: FittedCodecs | None, plain: FittedCodecs | None) -> CodecSu
         explained_without_turn=plain.explained,
         parameters=sum(p.numel() for p in codecs.codecs.parameters()),
     )
-
-
-def _kept_mass(maps: tuple[np.ndarray, ...], mask: AttentionMask) -> float:
-    """Share of the averaged attention that the mask keeps, mean over heads and queries."""
-    kept = [np.where(k, m, 0).sum(-1).mean(1) for m, k in zip(maps, mask.keep, strict=True)]
-    return float(np.concatenate(kept).mean())

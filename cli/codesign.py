@@ -146,16 +146,23 @@ def masks(
     image_size: ImageSize = 224,
     sparsity: Sparsity = None,
     theta: Theta = None,
+    cycles: Annotated[
+        float | None,
+        typer.Option(help="Most attention within so many simulated cycles; instead of sparsity."),
+    ] = None,
+    hardware: HardwareName = "vitcod",
     learn_crops: Annotated[int, typer.Option(help="Crops for the averaged attention.")] = 64,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
     """Learn fixed attention masks from photos and save them."""
     with one_line_errors(quiet):
-        from ..pipeline import learn_mask
+        from ..pipeline import WHOLE_COLUMNS, learn_mask, learn_mask_within
         from ..settings import Settings
         from ..tables import mask_table
 
+        if cycles is not None and (sparsity is not None or theta is not None):
+            raise ValueError(f"give either cycles or sparsity or theta, got cycles={cycles} too")
         if out.suffix != ".npz":
             raise ValueError(f"the mask file must end in .npz, got {str(out)!r}")
         settings = Settings(
@@ -169,7 +176,19 @@ def masks(
         photos = load_photos(images, None, limit)
         network, _ = load_network(model, weights_source(model, weights))
         with progress_bars(quiet) as progress:
-            mask = learn_mask(network, photos, settings, progress)
+            if cycles is None:
+                mask = learn_mask(network, photos, settings, progress)
+            else:
+                machine = hardware_named(hardware)
+                found = learn_mask_within(network, photos, cycles, settings, machine, progress)
+                mask = found.mask
         mask.save(out)
         if not quiet:
             OUT.print(mask_table(mask))
+            if cycles is not None:
+                OUT.print(
+                    f"{found.cost:,.0f} simulated cycles of attention, {found.mass:.1%} of its "
+                    f"mass kept. Simulate it with --min-kept {WHOLE_COLUMNS}, under which keys "
+                    "that all queries keep are global.",
+                    highlight=False,
+                )

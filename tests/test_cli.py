@@ -77,6 +77,25 @@ def test_masks_then_simulate(photos, tmp_path):
     assert json.loads(report.read_text())["vitcod"]["attention"]["cycles"] > 0
 
 
+def test_masks_within_simulated_cycles(photos, tmp_path):
+    mask, report = tmp_path / "mask.npz", tmp_path / "report.json"
+    done = run("masks", mask, *SMALL, "--images", photos, "--cycles", "4000")
+    assert done.exit_code == 0, done.output
+    assert "simulated cycles of attention" in done.output
+    done = run("simulate", "--model", "deit_tiny", "--mask", mask, "--image-size", "64",
+               "--min-kept", "0.999999999", "--simulator", "vitcod_no_codec",
+               "--json", report)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    cycles = json.loads(report.read_text())["vitcod_no_codec"]["attention"]["cycles"]
+    assert 0.9 * 4000 <= cycles <= 4000
+    done = run("masks", mask, *SMALL, "--images", photos, "--cycles", "4000", "--theta", "0.9")
+    assert done.exit_code == 1
+    assert "either cycles or sparsity" in done.output
+    done = run("masks", mask, *SMALL, "--images", photos, "--cycles", "10")
+    assert done.exit_code == 1
+    assert "always kept alone cost" in " ".join(done.output.split())
+
+
 def test_zoo_lists_names():
     assert "deit_tiny" in run("zoo", "deit*").output.split()
     assert run("zoo", "nothing*").exit_code == 1
