@@ -1,5 +1,5 @@
-"""Layers that several families share: a product joined with a batch norm, which folds
-into it for inference, and residual branches with stochastic depth.
+"""What several families share: a product joined with a batch norm, which folds into it for
+inference, residual branches with stochastic depth, stems, stages and pairs of classifiers.
 
 Attribute names follow the released LeViT and EfficientViT weights (`c`, `bn`, `l`, `m`).
 """
@@ -7,9 +7,13 @@ Attribute names follow the released LeViT and EfficientViT weights (`c`, `bn`, `
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+
+from .timm_names import by_position
 
 
 class ConvBN(nn.Sequential):
@@ -104,6 +108,73 @@ def fuse(model: nn.Module) -> nn.Module:
             if hasattr(child, "folded"):
                 setattr(parent, name, child.folded())
     return fused
+
+
+class StagedNet(nn.Module):
+    """Images -> `stem` -> stages `s1`, `s2`, ... of blocks `b1`, `b2`, ... -> `head`, as the
+    weights released with RegNet name them. A subclass makes the parts."""
+
+    num_prefix_tokens = 0
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The map [batch, width, h, w] that the head is given."""
+        x = self.stem(x)
+        stage = 1
+        while hasattr(self, f"s{stage}"):
+            x = self.get_submodule(f"s{stage}")(x)
+            stage += 1
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.forward_features(x))
+
+
+def stage_of(blocks: Iterable[nn.Module]) -> nn.Sequential:
+    """A stage of `StagedNet`."""
+    named = {f"b{index + 1}": block for index, block in enumerate(blocks)}
+    return nn.Sequential(OrderedDict(named))
+
+
+class DistilledNet(nn.Module):
+    """A network on [batch, dim] features with a classifier, and with ``distillation`` a
+    second one: both averaged in evaluation, both returned in training.
+
+    LeViT and EfficientViT. ``num_classes=0`` returns the features.
+    """
+
+    num_prefix_tokens = 0
+    one_image_size = True
+
+    def add_heads(self, width: int, num_classes: int, distillation: bool) -> None:
+        self.head = BNLinear(width, num_classes) if num_classes else nn.Identity()
+        two = distillation and num_classes
+        self.head_dist = BNLinear(width, num_classes) if two else None
+
+    def classify(self, pooled: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if self.head_dist is None:
+            return self.head(pooled)
+        logits, distilled = self.head(pooled), self.head_dist(pooled)
+        return (logits, distilled) if self.training else (logits + distilled) / 2
+
+    def translate_weights(
+        self, stored: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Also timm's names, for `load_weights`."""
+        return by_position(self, stored)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that training leaves out of weight decay."""
+        return {name for name, _ in self.named_parameters() if "attention_biases" in name}
+
+
+def sixteenth_stem(channels: int, width: int, activation: Callable[[], nn.Module]) -> nn.Sequential:
+    """Four 3x3 convolutions of stride 2 with batch norm: a map of 1/16 of the image's side,
+    ``activation`` after all but the last."""
+    layers: list[nn.Module] = []
+    for share in (8, 4, 2, 1):
+        layers += [ConvBN(channels, width // share, 3, stride=2, padding=1), activation()]
+        channels = width // share
+    return nn.Sequential(*layers[:-1])
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:

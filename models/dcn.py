@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..workload import Deform
+from .shadow import in_shadow
 
 Core = Callable[..., Tensor]
 """``core(value, offset, weight, *, kernel, stride, padding, dilation, groups, offset_scale,
@@ -168,6 +169,9 @@ class DeformSampling(nn.Module):
         self.core = core
 
     def forward(self, value: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
+        if in_shadow():  # `as_op` says what it costs; a compiled core takes no fake tensors
+            _check_shapes(value, offset, weight, self.groups, self.samples)
+            return value.new_empty((*offset.shape[:3], value.shape[-1]))
         return self.core(
             value,
             offset,

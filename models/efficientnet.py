@@ -16,7 +16,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conv_layers import drop_path
+from .conv_layers import StagedNet, drop_path, stage_of
 from .regnet import SqueezeExcite, init_weights
 from .timm_names import by_position
 
@@ -121,14 +121,12 @@ class Head(nn.Module):
         return self.fc(self.dropout(x.mean((2, 3))))
 
 
-class EfficientNet(nn.Module):
+class EfficientNet(StagedNet):
     """Images [batch, 3, h, w] -> logits [batch, num_classes], for any h and w.
 
     ``dropout`` is that of the classifier, ``drop_path`` the stochastic depth of the last
     block, rising linearly from the first. ``num_classes=0`` returns the pooled features.
     """
-
-    num_prefix_tokens = 0
 
     def __init__(
         self,
@@ -151,16 +149,6 @@ class EfficientNet(nn.Module):
             block.drop = drop_path * index / len(blocks)
         self.apply(init_weights)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last feature map before the head's convolution [batch, width, h, w]."""
-        x = self.stem(x)
-        for index in range(len(self.config.depths)):
-            x = self.get_submodule(f"s{index + 1}")(x)
-        return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.forward_features(x))
-
     def translate_weights(
         self, stored: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], list[str]]:
@@ -171,12 +159,11 @@ class EfficientNet(nn.Module):
 def _stage(config: EfficientNetConfig, index: int, inputs: int) -> nn.Sequential:
     width, stride = config.widths[index], config.strides[index]
     expansion, kernel = config.expansions[index], config.kernels[index]
-    stage = nn.Sequential()
-    for block in range(config.depths[index]):
-        mbconv = MBConv(inputs, width, expansion, kernel, stride, config.se_ratio)
-        stage.add_module(f"b{block + 1}", mbconv)
+    blocks = []
+    for _ in range(config.depths[index]):
+        blocks.append(MBConv(inputs, width, expansion, kernel, stride, config.se_ratio))
         inputs, stride = width, 1
-    return stage
+    return stage_of(blocks)
 
 
 CONFIGS: dict[str, EfficientNetConfig] = {  # width, depth, image size (the authors' release)

@@ -7,15 +7,21 @@ State-dict names are those of the released weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conv_layers import BNLinear, ConvBN, Residual, grid, offset_index
-from .timm_names import by_position
+from .conv_layers import (
+    ConvBN,
+    DistilledNet,
+    Residual,
+    grid,
+    offset_index,
+    sixteenth_stem,
+)
 
 STRIDE = 16  # of the stem
 WINDOW = 7  # tokens a side of a local window, all stages
@@ -163,30 +169,19 @@ class Block(nn.Module):
         return self.ffn1(self.dw1(self.mixer(self.ffn0(self.dw0(x)))))
 
 
-def _stem(channels: int, width: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for share in (8, 4, 2, 1):
-        layers += [ConvBN(channels, width // share, 3, stride=2, padding=1), nn.ReLU()]
-        channels = width // share
-    return nn.Sequential(*layers[:-1])
-
-
 def _mixing(dim: int) -> nn.Sequential:
     """Depthwise convolution and FFN, on either side of a patch merging."""
     conv = ConvBN(dim, dim, 3, padding=1, groups=dim)
     return nn.Sequential(Residual(conv), Residual(FFN(dim)))
 
 
-class EfficientViT(nn.Module):
+class EfficientViT(DistilledNet):
     """Images [batch, 3, image_size, image_size] -> logits [batch, num_classes].
 
     ``kernels`` are the query convolutions by head index, the first ``heads`` of them used.
     With ``distillation`` there are two classifiers: averaged in evaluation, both returned
     in training. ``num_classes=0`` returns the pooled features.
     """
-
-    num_prefix_tokens = 0
-    one_image_size = True
 
     def __init__(
         self,
@@ -207,7 +202,7 @@ class EfficientViT(nn.Module):
         if image_size < STRIDE:
             raise ValueError(f"image_size must be at least {STRIDE}, got {image_size}")
         self.image_size = image_size
-        self.patch_embed = _stem(in_channels, widths[0])
+        self.patch_embed = sixteenth_stem(in_channels, widths[0], nn.ReLU)
         resolution = image_size // STRIDE
         for stage, (dim, depth) in enumerate(zip(widths, depths, strict=True)):
             layers: list[nn.Module] = []
@@ -217,30 +212,14 @@ class EfficientViT(nn.Module):
                 resolution = (resolution - 1) // 2 + 1
             layers += [Block(dim, heads[stage], resolution, kernels) for _ in range(depth)]
             self.add_module(f"blocks{stage + 1}", nn.Sequential(*layers))
-        self.head = BNLinear(widths[-1], num_classes) if num_classes else nn.Identity()
-        two = distillation and num_classes
-        self.head_dist = BNLinear(widths[-1], num_classes) if two else None
+        self.add_heads(widths[-1], num_classes, distillation)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map [batch, width, h, w]."""
         return self.blocks3(self.blocks2(self.blocks1(self.patch_embed(x))))
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        pooled = self.forward_features(x).mean((2, 3))
-        if self.head_dist is None:
-            return self.head(pooled)
-        logits, distilled = self.head(pooled), self.head_dist(pooled)
-        return (logits, distilled) if self.training else (logits + distilled) / 2
-
-    def translate_weights(
-        self, stored: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], list[str]]:
-        """Also timm's names, for `load_weights`."""
-        return by_position(self, stored)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that training leaves out of weight decay."""
-        return {name for name, _ in self.named_parameters() if "attention_biases" in name}
+        return self.classify(self.forward_features(x).mean((2, 3)))
 
 
 def _variant(

@@ -6,15 +6,21 @@ State-dict names are those of the released weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conv_layers import BNLinear, ConvBN, LinearBN, Residual, grid, offset_index
-from .timm_names import by_position
+from .conv_layers import (
+    DistilledNet,
+    LinearBN,
+    Residual,
+    grid,
+    offset_index,
+    sixteenth_stem,
+)
 
 STRIDE = 16  # of the stem
 
@@ -96,23 +102,12 @@ def _mlp(dim: int) -> nn.Sequential:
     )
 
 
-def _stem(channels: int, width: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for share in (8, 4, 2, 1):
-        layers += [ConvBN(channels, width // share, 3, stride=2, padding=1), nn.Hardswish()]
-        channels = width // share
-    return nn.Sequential(*layers[:-1])
-
-
-class LeViT(nn.Module):
+class LeViT(DistilledNet):
     """Images [batch, 3, image_size, image_size] -> logits [batch, num_classes].
 
     With ``distillation`` (all released models) there are two classifiers: averaged in
     evaluation, both returned in training. ``num_classes=0`` returns the pooled features.
     """
-
-    num_prefix_tokens = 0
-    one_image_size = True
 
     def __init__(
         self,
@@ -134,7 +129,7 @@ class LeViT(nn.Module):
         if image_size < STRIDE:
             raise ValueError(f"image_size must be at least {STRIDE}, got {image_size}")
         self.image_size = image_size
-        self.patch_embed = _stem(in_channels, widths[0])
+        self.patch_embed = sixteenth_stem(in_channels, widths[0], nn.Hardswish)
         self.resolution = resolution = image_size // STRIDE
         blocks: list[nn.Module] = []
         for stage, (dim, depth) in enumerate(zip(widths, depths, strict=True)):
@@ -147,9 +142,7 @@ class LeViT(nn.Module):
                 attention = Attention(dim, heads[stage], key_dim, resolution)
                 blocks += [Residual(attention, drop_path), Residual(_mlp(dim), drop_path)]
         self.blocks = nn.Sequential(*blocks)
-        self.head = BNLinear(widths[-1], num_classes) if num_classes else nn.Identity()
-        two = distillation and num_classes
-        self.head_dist = BNLinear(widths[-1], num_classes) if two else None
+        self.add_heads(widths[-1], num_classes, distillation)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last tokens [batch, tokens, width]."""
@@ -162,21 +155,7 @@ class LeViT(nn.Module):
         return self.blocks(x.flatten(2).transpose(1, 2))
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        pooled = self.forward_features(x).mean(1)
-        if self.head_dist is None:
-            return self.head(pooled)
-        logits, distilled = self.head(pooled), self.head_dist(pooled)
-        return (logits, distilled) if self.training else (logits + distilled) / 2
-
-    def translate_weights(
-        self, stored: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], list[str]]:
-        """Also timm's names, for `load_weights`."""
-        return by_position(self, stored)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that training leaves out of weight decay."""
-        return {name for name, _ in self.named_parameters() if "attention_biases" in name}
+        return self.classify(self.forward_features(x).mean(1))
 
 
 def _variant(

@@ -58,7 +58,7 @@ def spread(attention: int, mlp: int) -> str:
 
 
 def width_at(
-    target_seconds: float,
+    target: float,
     measure: Callable[[int], float],
     start: int,
     multiple: int = 8,
@@ -66,22 +66,21 @@ def width_at(
 ) -> int:
     """The width, a multiple of ``multiple``, at which ``measure(width)`` is the target.
 
-    Time is taken as a line in the width; each round draws the line through the two
-    measurements nearest to the target. Returns the width measured nearest to it; raises
-    ValueError where even the least width is slower by more than a tenth.
+    ``target`` and times are in one unit of the caller's. Time is taken as a line in the
+    width; each round draws it through the two measurements nearest to the target. Returns
+    the width measured nearest to it; raises ValueError where even that takes longer by
+    more than a tenth.
     """
     times = {width: measure(width) for width in (start, max(multiple, start // 2))}
     for _ in range(rounds):
-        (x0, y0), (x1, y1) = sorted(times.items(), key=lambda p: abs(p[1] - target_seconds))[:2]
+        (x0, y0), (x1, y1) = sorted(times.items(), key=lambda p: abs(p[1] - target))[:2]
         slope = (y1 - y0) / (x1 - x0)
-        step = (target_seconds - y0) / slope if slope > 0 else 0.0
+        step = (target - y0) / slope if slope > 0 else 0.0
         width = max(multiple, round((x0 + step) / multiple) * multiple)
         if width in times:
             break
         times[width] = measure(width)
-    best = min(times, key=lambda width: abs(times[width] - target_seconds))
-    if times[best] > 1.1 * target_seconds:
-        raise ValueError(
-            f"width {best} takes {times[best]:.4g} s, the target is {target_seconds:.4g} s"
-        )
+    best = min(times, key=lambda width: abs(times[width] - target))
+    if times[best] > 1.1 * target:
+        raise ValueError(f"width {best} takes {times[best]:.4g}, the target is {target:.4g}")
     return best

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .conv_layers import StagedNet, stage_of
 from .timm_names import renamed
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
@@ -216,13 +217,11 @@ class Head(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-class RegNet(nn.Module):
+class RegNet(StagedNet):
     """Images [batch, 3, h, w] -> logits [batch, num_classes], for any h and w.
 
     ``num_classes=0`` returns the pooled features.
     """
-
-    num_prefix_tokens = 0
 
     def __init__(self, config: RegNetConfig, num_classes: int = 1000, in_channels: int = 3) -> None:
         super().__init__()
@@ -238,16 +237,6 @@ class RegNet(nn.Module):
         self.head = Head(width, config.head_width, num_classes, activation)
         self.apply(init_weights)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last feature map [batch, width, h, w]."""
-        x = self.stem(x)
-        for index in range(len(self.config.depths)):
-            x = self.get_submodule(f"s{index + 1}")(x)
-        return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.forward_features(x))
-
     def translate_weights(
         self, stored: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], list[str]]:
@@ -258,11 +247,11 @@ class RegNet(nn.Module):
 def _stage(config: RegNetConfig, index: int, inputs: int) -> nn.Sequential:
     width, inner = config.widths[index], config.inner_widths[index]
     group, stride = config.group_widths[index], config.strides[index]
-    stage = nn.Sequential()
-    for block in range(config.depths[index]):
-        stage.add_module(f"b{block + 1}", Block(inputs, width, inner, group, stride, config))
+    blocks = []
+    for _ in range(config.depths[index]):
+        blocks.append(Block(inputs, width, inner, group, stride, config))
         inputs, stride = width, 1
-    return stage
+    return stage_of(blocks)
 
 
 @torch.no_grad()

@@ -169,6 +169,18 @@ def timed(
     return seconds
 
 
+def relative_time(run: Callable[[], Tensor], base: Callable[[], Tensor], repeats: int) -> float:
+    """How many times as long ``run`` takes as ``base``: the median over ``repeats`` pairs.
+
+    The two take turns, so that what slows the machine for a while slows both.
+    """
+    ratios = []
+    for _ in range(repeats + 1):
+        pair = timed(base, 1, warm_up=0) + timed(run, 1, warm_up=0)
+        ratios.append(pair[1] / pair[0])
+    return statistics.median(ratios[1:])  # the first pair warms up
+
+
 @contextlib.contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..models import AttentionHook, find_attention, intercept
+from ..models import AttentionCall, AttentionHook
+from .observe import observe_attention
 
 
 class _Sum(AttentionHook):
@@ -33,7 +34,6 @@ class _Sum(AttentionHook):
         self.count += len(probabilities)
 
 
-@torch.no_grad()
 def average_attention(
     model: nn.Module,
     batches: Iterable[Tensor],
@@ -49,26 +49,13 @@ def average_attention(
     runs in eval mode and is left as it was. Raises ValueError for no images, for a model
     without softmax attention, and where attention is not finite.
     """
-    was_training = model.training
-    model.eval()
     sums: list[_Sum] = []
-    handle, done = None, 0
-    try:
-        for batch in batches:
-            images = batch[0] if isinstance(batch, (tuple, list)) else batch
-            if handle is None:
-                calls = find_attention(model, images[:1])
-                sums = [_Sum() for _ in calls]
-                handle = intercept(model, sums, calls)
-            model(images)
-            done += len(images)
-            if progress is not None:
-                progress(done)
-    finally:
-        if handle is not None:
-            handle.remove()
-        model.train(was_training)
-    return _means(sums, done)
+
+    def watch(calls: tuple[AttentionCall, ...]) -> list[_Sum]:
+        sums.extend(_Sum() for _ in calls)
+        return sums
+
+    return _means(sums, observe_attention(model, batches, watch, progress))
 
 
 def _means(sums: list[_Sum], images: int) -> tuple[np.ndarray, ...]:

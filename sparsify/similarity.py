@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..files import written_whole
-from ..models import AttentionCall, AttentionHook, find_attention, intercept
+from ..models import AttentionCall, AttentionHook
+from .observe import observe_attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,6 @@ class HeadSimilarity:
         ]
 
 
-@torch.no_grad()
 def head_similarity(
     model: nn.Module,
     batches: Iterable[Tensor],
@@ -58,27 +58,18 @@ def head_similarity(
     model runs in eval mode and is left as it was. Raises ValueError for no images, for a
     model without softmax attention and for a block of a single head.
     """
-    was_training = model.training
-    model.eval()
     blocks: list[_Block] = []
-    handle, done = None, 0
-    try:
-        for batch in batches:
-            images = batch[0] if isinstance(batch, (tuple, list)) else batch
-            if handle is None:
-                calls = find_attention(model, images[:1])
-                blocks, hooks = _watch(calls)
-                handle = intercept(model, hooks, calls)
-            for block in blocks:
-                block.images = len(images)
-            model(images)
-            done += len(images)
-            if progress is not None:
-                progress(done)
-    finally:
-        if handle is not None:
-            handle.remove()
-        model.train(was_training)
+
+    def watch(calls: tuple[AttentionCall, ...]) -> list[AttentionHook]:
+        found, hooks = _watch(calls)
+        blocks.extend(found)
+        return hooks
+
+    def begin(images: int) -> None:
+        for block in blocks:
+            block.images = images
+
+    done = observe_attention(model, batches, watch, progress, begin)
     if not done or not blocks:
         raise ValueError("head_similarity needs images and a model with softmax attention")
     values = tuple((block.total / done).cpu().numpy() for block in blocks)

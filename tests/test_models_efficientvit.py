@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sievit.models import find_attention
+from sievit.models import find_attention, trace
 from sievit.models.conv_layers import ConvBN, fuse
 from sievit.models.efficientvit import (
     FFN,
@@ -21,6 +21,7 @@ from sievit.models.efficientvit import (
     cut_windows,
     join_windows,
 )
+from sievit.workload import Conv, Gemm
 
 PARAMS = {  # plain, fused, with two heads; stem, three stages, head
     "m0": (2349436, 2334916, 2542820, (24648, 44548, 496392, 1590464, 193384)),
@@ -89,6 +90,23 @@ def test_costs_are_the_published_ones(name):
     assert sum(macs * out[0].numel() for macs, out in convs) == one_window
     assert linear == classifier
     assert sum(out[0].numel() for _, out in convs) == activations
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_traced_costs_count_every_window(name):
+    """All MACs are the published ones; the published columns of convolutions hold one of the
+    four windows that stage 1's attention is cut into, the trace all four."""
+    with torch.device("meta"):
+        workload = trace(MODELS[f"efficientvit_{name}"]())
+    everything, macs, classifier, activations = COSTS[name]
+    convs = [op for op in workload.ops if isinstance(op, Conv)]
+    windowed = [op for op in convs if op.name.startswith("blocks1.") and ".attn." in op.name]
+    assert workload.macs == everything
+    assert [op.macs for op in workload.ops if isinstance(op, Gemm)] == [classifier]
+    assert sum(op.macs for op in convs) - sum(op.macs for op in windowed) * 3 // 4 == macs
+    left_out = sum(op.activations for op in windowed) * 3 // 4
+    assert sum(op.activations for op in convs) - left_out == activations
+    assert {call.windows for call in workload.attention} == {1, 4}
 
 
 def test_parameters_of_the_parts():

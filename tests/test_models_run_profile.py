@@ -5,8 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sievit.models import create
-from sievit.models.run_profile import MEMORY_BOUND, RunProfile, operation_kind, profile_run
+from sievit.models import create, run_profile
+from sievit.models.run_profile import (
+    MEMORY_BOUND,
+    RunProfile,
+    operation_kind,
+    profile_run,
+    relative_time,
+)
 
 
 def test_shares_by_hand():
@@ -55,3 +61,17 @@ def test_a_real_run_counts_its_operations_and_leaves_all_as_it_was():
         profile_run(model, batch=0)
     with pytest.raises(ValueError, match="multiples of the patch"):
         profile_run(model, 33)
+
+
+def test_two_runs_take_turns(monkeypatch):
+    """A machine that slows down fourfold halfway changes no ratio."""
+    now, calls = [0.0], []
+
+    def step(name: str, seconds: float) -> None:
+        calls.append(name)
+        now[0] += seconds * (4 if len(calls) > 6 else 1)
+
+    monkeypatch.setattr(run_profile.time, "perf_counter", lambda: now[0])
+    ratio = relative_time(lambda: step("run", 0.3), lambda: step("base", 0.2), 5)
+    assert ratio == pytest.approx(1.5)
+    assert calls == ["base", "run"] * 6

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sievit.models import AttentionHook, create, find_attention, intercept, trace
-from sievit.workload import Conv, Elementwise, Gemm, Unused
+from sievit.workload import Conv, Deform, Elementwise, Gemm, Unused
 
 
 def traced(model, *inputs):
@@ -154,3 +154,13 @@ def test_inference_mode_changes_nothing():
     with torch.inference_mode():
         assert trace(model) == expected
         assert trace(create("deit_tiny", depth=1), torch.zeros(1, 3, 32, 32)).macs > 0
+
+
+def test_a_compiled_core_is_not_run():
+    def compiled(value, offset, weight, **geometry):
+        pytest.fail("a compiled core was given tensors without storage")
+
+    small = {"channels": 16, "depths": (1, 1, 1, 1)}
+    workload = trace(create("internimage_t", core=compiled, **small), 64)
+    assert workload == trace(create("internimage_t", **small), 64)
+    assert [op.points for op in workload.ops if isinstance(op, Deform)] == [256, 64, 16, 4]

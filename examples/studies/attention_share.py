@@ -23,25 +23,27 @@ from sievit.files import written_whole
 from sievit.images import center_crops, load_folder, normalize
 from sievit.models import complexity
 from sievit.models.mixed import MixedViT, spread, width_at
-from sievit.models.run_profile import profile_run, set_threads, timed
+from sievit.models.run_profile import profile_run, relative_time, set_threads
 from sievit.result import versions
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 SPEEDUPS = (1.25, 1.5)
 DEIT = {"image_size": 224, "patch_size": 16, "dim": 192, "heads": 3}
 SMALL = {"image_size": 64, "patch_size": 8, "dim": 96, "heads": 3}
-BATCH, REPEATS, SEEDS = 8, 9, (0, 1)
+BATCH, PAIRS, SEEDS = 4, 15, (0, 1)
 
 
-def fastest(model, size: int) -> float:
-    """The fastest of several batches: what other work on the machine disturbs least."""
+def slower(model, base, size: int) -> float:
+    """Run time over the base's, the two taking turns: much else may run on the machine."""
     images = torch.randn(BATCH, 3, size, size)
+    model.eval()
+    base.eval()
     with torch.inference_mode():
-        return min(timed(lambda: model.eval()(images), REPEATS))
+        return relative_time(lambda: model(images), lambda: base(images), PAIRS)
 
 
-def subnetwork(share: float, layers: int, target: float, settings: dict, **more):
-    """The network with that share of attention whose fastest batch takes ``target``."""
+def subnetwork(share: float, layers: int, base, target: float, settings: dict, **more):
+    """The network with that share of attention that takes ``target`` of the base's time."""
     attention = round(share * layers)
     kinds = spread(attention, layers - attention)
     size = settings["image_size"]
@@ -50,17 +52,16 @@ def subnetwork(share: float, layers: int, target: float, settings: dict, **more)
         return MixedViT(kinds, hidden, **settings, **more)
 
     start = 2 * settings["dim"]
-    hidden = width_at(target, lambda width: fastest(build(width), size), start)
-    return build(hidden), {"attention": attention, "mlp": layers - attention, "hidden": hidden}
+    hidden = width_at(target, lambda width: slower(build(width), base, size), start)
+    model = build(hidden)
+    found = {"attention": attention, "mlp": layers - attention, "hidden": hidden}
+    return model, found | {"target_time": target, "time": slower(model, base, size)}
 
 
-def measured(model, settings: dict, base: float) -> dict:
-    size = settings["image_size"]
-    cost = complexity(model, size)
-    profile = profile_run(model, size, BATCH, repeats=REPEATS)
+def costs(model, settings: dict) -> dict:
+    cost = complexity(model, settings["image_size"])
+    profile = profile_run(model, settings["image_size"], BATCH, repeats=PAIRS)
     return {
-        "fastest_seconds": fastest(model, size),
-        "base_seconds": base,
         "macs": cost.macs,
         "params": cost.params,
         "memory_bound_share": profile.memory_bound_share,
@@ -68,19 +69,18 @@ def measured(model, settings: dict, base: float) -> dict:
     }
 
 
-def latencies(result: dict) -> None:
+def latencies(result: dict, save) -> None:
     base = MixedViT(spread(12, 12), 768, **DEIT)
-    seconds = fastest(base, 224)
-    result.setdefault("base", measured(base, DEIT, seconds))
+    result.setdefault("base", costs(base, DEIT))
     for speedup in SPEEDUPS:
         for share in SHARES:
             key = f"{speedup}x, {share:.0%}"
             if key in result:
                 continue
-            seconds = fastest(base, 224)  # again: the machine's speed drifts
-            model, found = subnetwork(share, 24, seconds / speedup, DEIT)
-            result[key] = found | measured(model, DEIT, seconds)
+            model, found = subnetwork(share, 24, base, 1 / speedup, DEIT)
+            result[key] = found | costs(model, DEIT)
             print(key, result[key], flush=True)
+            save()
 
 
 def crops_of(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,10 +122,7 @@ def accuracies(result: dict, data: Path, epochs: int, save) -> None:
         if key in result:
             continue
         torch.manual_seed(0)
-        seconds = fastest(base, SMALL["image_size"]) / 1.25
-        model, found = subnetwork(share, 12, seconds, SMALL, num_classes=classes)
-        found["fastest_seconds"] = fastest(model, SMALL["image_size"])
-        found["target_seconds"] = seconds
+        _, found = subnetwork(share, 12, base, 1 / 1.25, SMALL, num_classes=classes)
         kinds = spread(found["attention"], found["mlp"])
         found["accuracy"] = []
         for seed in SEEDS:
@@ -181,8 +178,7 @@ def main() -> None:
             temporary.write_text(json.dumps(result | about | {"seeds": SEEDS}, indent=1) + "\n")
 
     with set_threads(arguments.threads):
-        latencies(result)
-        save()
+        latencies(result, save)
         if arguments.data is not None:
             accuracies(result, arguments.data, arguments.epochs, save)
     if arguments.plot is not None:
