@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .layers import Mlp
@@ -34,18 +35,30 @@ class MixedViT(ViT):
 
     layers    a letter each: "a" attention, "m" MLP; "amam..." is the plain ViT
     hidden    hidden width of every MLP
+    mean      read out the mean of the patches, not CLS, which without attention sees nothing
     settings  the other arguments of `ViT`
     """
 
-    def __init__(self, layers: str, hidden: int, heads: int = 3, **settings: Any) -> None:
+    def __init__(
+        self, layers: str, hidden: int, heads: int = 3, mean: bool = False, **settings: Any
+    ) -> None:
         if not layers or set(layers) - {"a", "m"}:
             raise ValueError(f"layers is a sequence of 'a' and 'm', got {layers!r}")
         super().__init__(depth=0, heads=heads, **settings)
+        self.mean = mean
         self.blocks = nn.ModuleList(
             Layer(self.dim, Attention(self.dim, heads) if kind == "a" else Mlp(self.dim, hidden))
             for kind in layers
         )
         self._initialize()
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """As `ViT.forward_features`; with ``mean``, CLS is the mean of the patches."""
+        tokens = super().forward_features(images)
+        if not self.mean:
+            return tokens
+        patches = tokens[:, self.num_prefix_tokens :].mean(1, keepdim=True)
+        return torch.cat([patches, tokens[:, 1:]], dim=1)
 
 
 def spread(attention: int, mlp: int) -> str:

@@ -9,6 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from sievit.models import create, load_weights, names, prefix_tokens, trace
 from sievit.models.resnet import CONFIGS as RESNETS
@@ -51,7 +53,7 @@ def images(family: str, count: int = 2, which: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", names())
-def test_every_model_builds_and_says_what_it_is(name):
+def test_every_model_builds_and_is_counted(name):
     with torch.device("meta"):
         model = create(name)
     assert model.registered_name == name
@@ -60,7 +62,10 @@ def test_every_model_builds_and_says_what_it_is(name):
     assert prefix_tokens(model) == model.num_prefix_tokens
     parameters = list(model.parameters())
     assert all(p.is_meta and p.requires_grad for p in parameters)
-    assert sum(p.numel() for p in parameters) > 2e6
+    workload = trace(model)
+    assert workload.params == sum(p.numel() for p in parameters) > 2e6
+    assert workload.macs > 2e7
+    assert workload.unknown == ()
 
 
 @pytest.mark.parametrize("family", SMALL)
@@ -133,7 +138,7 @@ def test_traced_parameters_are_the_models(family):
     assert workload.macs > 0
 
 
-@pytest.mark.parametrize("family", ["levit", "flash_internimage"])
+@pytest.mark.parametrize("family", SMALL)
 def test_export_gives_the_same_logits(family):
     model = small(family).eval()
     x = images(family)
@@ -171,6 +176,51 @@ def timm():
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     yield pytest.importorskip("timm")
     del library
+
+
+def real_macs(model: nn.Module, size: int) -> int:
+    """PyTorch's own counter over a forward on meta tensors, attention written out."""
+    counter = FlopCounterMode(display=False)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            model.eval()(torch.empty(1, 3, size, size, device="meta"))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize(
+    ("name", "attention_layers"),
+    [
+        ("deit_tiny_patch16_224", 12),
+        ("levit_128s", 11),
+        ("swin_tiny_patch4_window7_224", 12),
+        ("mobilenetv3_small_100", 0),
+    ],
+)
+def test_models_of_timm_are_traced(timm, name, attention_layers):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    workload = trace(model, 224)
+    assert workload.macs == real_macs(model, 224)
+    assert workload.params == sum(p.numel() for p in model.parameters())
+    assert workload.unknown == ()
+    assert len(workload.attention) == attention_layers
+
+
+@pytest.mark.parametrize(
+    ("name", "attention_layers"), [("resnet18", 0), ("vit_b_16", 12), ("swin_t", 12)]
+)
+def test_models_of_torchvision_are_traced(timm, name, attention_layers):
+    models = pytest.importorskip("torchvision.models")
+    with torch.device("meta"):
+        model = getattr(models, name)()
+    workload = trace(model, 224)
+    assert workload.macs == real_macs(model, 224)
+    assert workload.params == sum(p.numel() for p in model.parameters())
+    assert workload.unknown == ()
+    assert len(workload.attention) == attention_layers
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,11 @@ def test_half_and_half_is_the_plain_vit():
         torch.testing.assert_close(mixed(x), plain(x), rtol=0, atol=0)
     assert trace(mixed).macs == trace(plain).macs
     assert len(find_attention(MixedViT("mma", 16, **settings))) == 1
+    x.requires_grad_()
+    for mean in (True, False):  # without attention CLS sees nothing of the image
+        blind = MixedViT("mm", 16, mean=mean, **settings)
+        (gradient,) = torch.autograd.grad(blind(x).square().sum(), x)
+        assert bool(gradient.any()) == mean
     with pytest.raises(ValueError, match="'a' and 'm', got 'ax'"):
         MixedViT("ax", 16)
 

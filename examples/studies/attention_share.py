@@ -29,7 +29,7 @@ from sievit.result import versions
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 SPEEDUPS = (1.25, 1.5)
 DEIT = {"image_size": 224, "patch_size": 16, "dim": 192, "heads": 3}
-SMALL = {"image_size": 64, "patch_size": 8, "dim": 96, "heads": 3}
+SMALL = {"image_size": 64, "patch_size": 8, "dim": 96, "heads": 3, "mean": True}
 BATCH, PAIRS, SEEDS = 4, 15, (0, 1)
 
 
