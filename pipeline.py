@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -351,6 +351,20 @@ def attention_cycles(
         return float(simulate(sparse, hardware, simulator="vitcod_no_codec").attention_cycles)
 
     return cost
+
+
+def learn_masks(
+    model: nn.Module,
+    images: Images,
+    sparsities: Sequence[float],
+    settings: Settings = Settings(),
+    progress: Progress = lambda stage, share: None,
+) -> dict[float, AttentionMask]:
+    """As `learn_mask`, at several sparsities: the attention is averaged once for all."""
+    photos = images if isinstance(images, Photos) else photo_sets(images)[0]
+    maps = _Run(model, (photos, photos), settings, None, progress).average()
+    prefix = prefix_tokens(model)
+    return {s: threshold(maps, sparsity=s, prefix_tokens=prefix) for s in sparsities}
 
 
 def model_workload(

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -24,10 +25,13 @@ def grid(values: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], ...]:
 
     A key is a field of `Hardware`, or several joined by "+" that take the same value:
     ``{"lines": (32, 64), "q_buffer_bytes+k_buffer_bytes": (27136, 54272)}``. Raises
-    ValueError for an unknown field and one without values.
+    ValueError for an unknown field, one without values and one that is named twice.
     """
     names = [key.split("+") for key in values]
     _check_fields(name for joined in names for name in joined)
+    twice = [name for name, times in Counter(itertools.chain(*names)).items() if times > 1]
+    if twice:
+        raise ValueError(f"{', '.join(twice)} would be set twice in one configuration")
     for key, allowed in values.items():
         if isinstance(allowed, str) or not isinstance(allowed, Sequence) or not allowed:
             raise ValueError(f"{key} needs a list of values, got {allowed!r}")

@@ -90,6 +90,11 @@ class Exploration:
         order = chosen[np.lexsort(costs[chosen].T[::-1])]
         return tuple(done[index] for index in order)
 
+    def given(self, objectives: Iterable[str]) -> tuple[str, ...]:
+        """Those of ``objectives`` that all points have a figure for."""
+        names = tuple(objectives)
+        return tuple(n for n in names if all(p.figures.get(n) is not None for p in self.done))
+
     def axes(self) -> dict[str, tuple[str, ...]]:
         """What was varied: name of an axis -> the labels that changed together along it."""
         done = self.done

