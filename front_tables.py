@@ -37,10 +37,10 @@ def front_table(found: Exploration, objectives: Sequence[str] = OBJECTIVES) -> T
         f"{', '.join(heading(name).replace(chr(10), ' ') for name in objectives)} at once"
     )
     for joined in axes.values():
-        table.add_column(axis_heading(joined), justify="right", no_wrap=True)
+        table.add_column(axis_heading(joined), justify="right", overflow="fold")
     for name in objectives:
-        table.add_column(heading(name), justify="right", no_wrap=True)
-    table.add_column("busiest in\nattention", no_wrap=True)
+        table.add_column(heading(name).split("\n")[-1], justify="right", overflow="fold")
+    table.add_column("busiest in\nattention", overflow="fold")
     for point in front[:MOST_ROWS]:
         labels = (shown(joined[0], value_of(point, joined[0])) for joined in axes.values())
         figures = (figure_shown(name, point.cost(name)) for name in objectives)
@@ -52,11 +52,11 @@ def front_table(found: Exploration, objectives: Sequence[str] = OBJECTIVES) -> T
 
 def sensitivity_table(found: Exploration, objectives: Sequence[str] = OBJECTIVES) -> Table:
     """What each value of an axis does, all else equal: median ratio, least to most."""
-    table = _table("What a field does: ratio to its first value, all else equal (least - most)")
-    table.add_column("field", no_wrap=True)
-    table.add_column("value", justify="right", no_wrap=True)
+    table = _table("What a field does, all else equal: median ratio to its first value, least-most")
+    table.add_column("field", overflow="fold")
+    table.add_column("value", justify="right", overflow="fold")
     for name in objectives:
-        table.add_column(heading(name).replace("\n", " "), justify="right", no_wrap=True)
+        table.add_column(heading(name), justify="right", overflow="fold")
     by_figure = {name: sensitivity(found, name) for name in objectives}
     axes = found.axes()
     for axis, effects in by_figure[objectives[0]].items():
@@ -68,9 +68,8 @@ def sensitivity_table(found: Exploration, objectives: Sequence[str] = OBJECTIVES
 
 
 def _ratio(effect: Effect) -> str:
-    if effect.least == effect.most:
-        return f"{effect.median:.3f}"
-    return f"{effect.median:.3f} ({effect.least:.2f} - {effect.most:.2f})"
+    median, least, most = (f"{x:.2f}" for x in (effect.median, effect.least, effect.most))
+    return median if least == most else f"{median}  {least}-{most}"
 
 
 def _notes(found: Exploration, refused: Mapping[str, str]) -> list[str]:
@@ -81,8 +80,7 @@ def _notes(found: Exploration, refused: Mapping[str, str]) -> list[str]:
     for text in list(refused.items())[:MOST_ROWS]:
         lines.append("Refused: {}: {}".format(*text))
     for text, group in _errors(found).items():
-        where = _words(group[0]) + (f" and {len(group) - 1} more" if len(group) > 1 else "")
-        lines.append(f"Failed: {where}: {text}")
+        lines.append(f"Failed: {_words(group)}: {text}")
     if found.done:
         first = found.done[0]
         lines.append(f"Energy and area by profile {first.profile}.")
@@ -100,12 +98,25 @@ def _errors(found: Exploration) -> dict[str, list[Point]]:
     return dict(list(groups.items())[:MOST_ROWS])
 
 
-def _words(point: Point) -> str:
-    return ", ".join(f"{name} {value}" for name, value in point.labels.items()) or point.workload
+def _words(group: Sequence[Point]) -> str:
+    """What the points of a group share, and how many they are."""
+    first, *others = group
+    shared = [
+        f"{axis_words([name])} {shown(name, value)}"
+        for name, value in first.labels.items()
+        if all(name in point.labels and point.labels[name] == value for point in others)
+    ]
+    words = ", ".join(shared) or first.workload
+    return f"{words} ({len(group)} points)" if others else words
 
 
 def _table(title: str) -> Table:
-    """No vertical lines, so that tables fit 80 columns."""
+    """No vertical lines and little room between columns, so that many fit 80 characters."""
     return Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )

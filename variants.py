@@ -61,7 +61,7 @@ def variants(
                 refused[name] = str(error)
                 continue
             made[name] = replace(dense.with_polarized(heads, shaped), name=name)
-            labels[name] = {axis: label, "latent_heads": latent or "none", "groups": groups}
+            labels[name] = {axis: label, "latent_heads": latent, "groups": groups}
     return Variants(made, labels, refused)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 from collections.abc import Mapping
@@ -22,22 +23,41 @@ def digest(content: Any) -> str:
 
 @functools.cache
 def code_digest() -> str:
-    """Of every source file that a simulated figure depends on, and some more."""
-    folder = Path(__file__).parent
-    files = sorted(
-        path
-        for path in (*folder.rglob("*.py"), *folder.parent.glob("*.py"))
-        if "kernels" not in path.parts and (path.parent != folder.parent or path.stem in _WAIST)
-    )
+    """Of every source file of this package that a simulated figure depends on: `simulate`,
+    `energy` and all that they import."""
+    package = Path(__file__).parent.parent
     made = hashlib.blake2b(digest_size=16)
-    for path in files:
+    for path in sorted(_with_imports({package / "accel" / name for name in _STARTS})):
         text = path.read_bytes()
-        made.update(f"{path.relative_to(folder.parent).as_posix()} {len(text)} ".encode())
+        made.update(f"{path.relative_to(package).as_posix()} {len(text)} ".encode())
         made.update(text)
     return made.hexdigest()
 
 
-_WAIST = ("masks", "ops", "workload")
+_STARTS = ("simulate.py", "energy.py")
+
+
+def _with_imports(paths: set[Path]) -> set[Path]:
+    """These files and those that they import relatively, and so on."""
+    found: set[Path] = set()
+    while paths:
+        path = paths.pop()
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                paths |= _imported(path, node) - found
+    return found
+
+
+def _imported(path: Path, node: ast.ImportFrom) -> set[Path]:
+    """The files that a relative import can mean: a module, a package, modules of one."""
+    target = path.parents[node.level - 1]
+    target = target.joinpath(*(node.module or "").split("."))
+    names = (target / alias.name for alias in node.names)
+    tried = [name.with_suffix(".py") for name in names]
+    if node.module:  # else the package that this file belongs to
+        tried += [target.with_suffix(".py"), target / "__init__.py"]
+    return {file for file in tried if file.is_file()}
 
 
 def _plain(content: Any) -> Any:

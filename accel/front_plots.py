@@ -14,6 +14,9 @@ from .labels import axis_words, heading, scale, shown
 from .points import OBJECTIVES, Exploration, Point, sensitivity, value_of
 
 GRAY, BLUE = "#a0aec0", "#2b6cb0"
+PLACES = ((-12, 4), (6, 4), (6, -12), (-12, -12))
+"""Of the numbers beside points: points that lie close get numbers on other sides."""
+
 SERIES = ("#2b6cb0", "#dd6b20", "#2f855a", "#805ad5")
 
 
@@ -36,10 +39,16 @@ def plot_front(
             panel.scatter(
                 *(_values(points, which) for which in (first, name)), label=label, **style
             )
-        for number, point in enumerate(dict.fromkeys(map(id, best.values())), 1):
-            chosen = next(p for p in best.values() if id(p) == point)
-            panel.annotate(str(number), [chosen.cost(w) * scale(w) for w in (first, name)],
-                           xytext=(5, 5), textcoords="offset points", weight="bold")  # fmt: skip
+        for number, point in enumerate(_distinct(best), 1):
+            panel.annotate(
+                str(number),
+                [point.cost(which) * scale(which) for which in (first, name)],
+                xytext=PLACES[number % len(PLACES)],
+                textcoords="offset points",
+                weight="bold",
+                zorder=4,
+            )
+        panel.margins(0.1)
         panel.set_xlabel(heading(first).replace("\n", " "))
         panel.set_ylabel(heading(name).replace("\n", " "))
         panel.legend(frameon=False, fontsize=8)
@@ -90,17 +99,20 @@ def _effect(panel: Any, effects: Sequence[Any], shift: float, name: str, colour:
 
 def _best_words(found: Exploration, best: dict[str, Point]) -> str:
     """One line for each numbered point: what it is best in, and its values."""
-    axes, out = found.axes(), {}
-    for name, point in best.items():
-        out.setdefault(id(point), (point, []))[1].append(heading(name).replace("\n", " "))
-    lines = []
-    for number, (point, names) in enumerate(out.values(), 1):
+    axes, lines = found.axes(), []
+    for number, point in enumerate(_distinct(best), 1):
+        names = [heading(name).replace("\n", " ") for name in best if best[name] is point]
         values = (
             f"{axis_words(joined)} {shown(joined[0], value_of(point, joined[0]))}"
             for joined in axes.values()
         )
         lines.append(f"{number} least {' and '.join(names)}: {', '.join(values) or 'the only one'}")
     return "\n".join(lines)
+
+
+def _distinct(best: dict[str, Point]) -> list[Point]:
+    """Each point once, in the order of the objectives."""
+    return list({id(point): point for point in best.values()}.values())
 
 
 def _values(points: Sequence[Point], name: str) -> list[float]:

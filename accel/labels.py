@@ -13,8 +13,8 @@ FIGURES: dict[str, tuple[str, float, str]] = {
     "area_mm2": ("area\nmm2", 1.0, ".2f"),
     "cycles": ("network\ncycles", 1, ",.0f"),
     "attention_cycles": ("attention\ncycles", 1, ",.0f"),
-    "dram_bytes": ("network\nDRAM MB", 1e-6, ".2f"),
-    "attention_dram_bytes": ("attention\nDRAM MB", 1e-6, ".2f"),
+    "dram_bytes": ("network\nMB", 1e-6, ".2f"),
+    "attention_dram_bytes": ("attention\nMB", 1e-6, ".2f"),
     "sram_bytes": ("SRAM\nKB", 1 / 1024, ",.0f"),
     "macs": ("MACs\nM", 1e-6, ",.0f"),
     "utilization": ("MACs\nin use", 100, ".0f"),
@@ -51,7 +51,7 @@ def shown(field: str, value: Any) -> str:
         return f"{value / 1e9:.4g}"
     if isinstance(value, int) and field == "clock_hz":
         return f"{value / 1e6:.4g}"
-    return str(value)
+    return "none" if value is None else str(value)
 
 
 def axis_heading(joined: Sequence[str]) -> str:

@@ -320,13 +320,19 @@ def _finish(
 def _as_json(
     found: Exploration, made: Variants, about: str, objectives: Sequence[str]
 ) -> dict[str, Any]:
+    from ..accel.points import sensitivity
     from ..result import versions
 
+    effects = {name: sensitivity(found, name) for name in objectives}
     return {
         "about": about,
         "objectives": list(objectives),
         "refused": dict(made.refused),
         "front": [point.to_dict() for point in found.front(objectives)],
+        "sensitivity": {
+            name: {axis: [effect._asdict() for effect in made] for axis, made in axes.items()}
+            for name, axes in effects.items()
+        },
         "points": [point.to_dict() for point in found.points],
         "versions": versions(),
     }
