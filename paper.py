@@ -31,7 +31,7 @@ MIN_KEPT = PUBLISHED_MIN_KEPT / 197
 """The published 50 of 197 queries as a share, for layers with other token counts."""
 
 LADDER_MODEL, LADDER_SPARSITY = "deit_tiny", 0.95
-BY_CHANCE = "masks made by chance (sievit.sparsify.synthetic), of no trained model"
+BY_CHANCE = "made by chance (sievit.sparsify.synthetic), of no trained model"
 
 Progress = Callable[[str, float], None]
 

@@ -35,7 +35,7 @@ def paper_tables(study: PaperStudy) -> RenderableType:
     parts: list[RenderableType] = [
         Text(),
         Text(f"ViTCoD's published figures and ours on '{study.hardware}'", style="bold"),
-        Text(f"masks: {study.masks}"),
+        Text(f"Masks: {study.masks}"),
         Text(),
         figures_table(study.rows),
         Text(),
@@ -154,7 +154,7 @@ def plot_factors(study: PaperStudy, path: str | os.PathLike[str]) -> None:
     axes.axvline(1, color="#718096", linewidth=0.8)
     axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.set_xlabel("times faster (energy: times less)")
-    axes.set_title(f"ViTCoD's published factors and ours; {study.masks}", fontsize=9)
+    figure.suptitle(f"ViTCoD's published factors and ours\n{study.masks}", fontsize=9)
     kinds = dict.fromkeys(kind for _, value, kind in bars if value is not None)
     legend = [Patch(color=COLOURS[kind], label=kind) for kind in kinds]
     axes.legend(handles=legend, loc="lower right", fontsize=8)

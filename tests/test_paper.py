@@ -122,6 +122,18 @@ def test_shares_area_and_power_by_hand(study, cases):
         chip = spent.total_pj() - spent.components_pj()["DRAM"]
         milliwatts.append(chip * 1e-12 / report.attention_seconds * 1e3)
     assert of(study, "power")[1].ours == pytest.approx(fmean(milliwatts))
+    ratios = [
+        energy(simulate(c.workload, VITCOD, "sanger"), lop).total_pj()
+        / energy(simulate(c.workload, VITCOD, own), lop).total_pj()
+        for own in ("vitcod", "vitcod_no_codec")
+        for c in cases
+        if c.sparsity == 0.9
+    ]
+    with_dram = [row.ours for row in of(study, "energy_sanger")][3:5]
+    assert with_dram == pytest.approx([fmean(ratios[:2]), fmean(ratios[2:])])
+    chip = of(study, "energy_sanger")[5]
+    assert "DRAM left out" in chip.against
+    assert chip.ours > with_dram[0]
 
 
 def test_a_clock_here_is_named(cases):
