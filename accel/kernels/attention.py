@@ -195,7 +195,7 @@ def _by_rows(
 def _(q, k, v, order, indptr, columns, scale):
     batch, heads, queries, _ = q.shape
     out = q.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
-    return out, q.new_empty(batch, heads, queries, dtype=torch.float32)
+    return out, q.new_empty(batch, heads, queries, 2, dtype=torch.float32)
 
 
 @torch.library.custom_op("sievit::attention_by_rows_backward", mutates_args=(), device_types="cpu")
@@ -205,7 +205,7 @@ def _by_rows_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    sums: Tensor,
     order: Tensor,
     indptr: Tensor,
     columns: Tensor,
@@ -213,11 +213,11 @@ def _by_rows_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from .attention_cpu import run_backward
 
-    return run_backward(grad, q, k, v, out, lse, order, indptr, columns, scale)
+    return run_backward(grad, q, k, v, out, sums, order, indptr, columns, scale)
 
 
 @_by_rows_backward.register_fake
-def _(grad, q, k, v, out, lse, order, indptr, columns, scale):
+def _(grad, q, k, v, out, sums, order, indptr, columns, scale):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 

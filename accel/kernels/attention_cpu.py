@@ -2,7 +2,7 @@
 
 One call of a compiled function does some heads of some images; `run_forward` and
 `run_backward` spread those over a pool of threads. A query's kept keys are a list, so
-scores, softmax (Rabe and Staats, arXiv 2112.05682, for the sums saved) and product touch
+scores, softmax and product touch
 nothing else. The plan's order of queries puts those that share keys next to each other:
 their keys and values are then in the cache. Arithmetic is float32.
 """
@@ -10,7 +10,6 @@ their keys and values are then in the cache. Arithmetic is float32.
 from __future__ import annotations
 
 import functools
-import math
 import os
 import zlib
 from collections.abc import Callable
@@ -26,8 +25,10 @@ from .vectors import (
     LANES,
     add_scaled,
     exp_minus,
+    first_lanes,
     larger,
     load_row,
+    plus,
     plus_scaled_at,
     row_dot,
     row_max,
@@ -35,6 +36,7 @@ from .vectors import (
     scaled,
     store_dots,
     store_row,
+    times_minus,
     zero_row,
 )
 
@@ -44,9 +46,36 @@ _SOURCE = zlib.crc32(Path(__file__).with_name("vectors.py").read_bytes())
 this, in a test that never holds."""
 
 
+_BLOCK = 32
+_CAPACITY = 4096
+"""Queries are computed in blocks of up to 32 and 4,096 scores, so that the steps of one
+overlap those of another: each alone would wait for the one before it."""
+
+
+@njit(inline="always")
+def _padded(count):
+    return (count + LANES - 1) // LANES * LANES
+
+
+@njit(inline="always")
+def _block_end(position, end, starts, offsets, capacity):
+    """Last + 1 of the queries that fit a block; their places in it go to ``offsets``."""
+    used = 0
+    stop = position
+    while stop < end and stop < position + _BLOCK:
+        padded = _padded(starts[stop + 1] - starts[stop])
+        if used + padded > capacity:
+            break
+        offsets[stop - position] = used
+        used += padded
+        stop += 1
+    return stop
+
+
 @njit(inline="always")
 def _dots(row, base, stride, columns, first, count, target):
-    """Dot products of ``row`` with the rows of a matrix that ``columns`` names."""
+    """Dot products of ``row`` with the rows of a matrix that ``columns`` names, in fours:
+    up to three behind the last are its repetition."""
     last = count - 1
     for t in range(0, count, 4):
         store_dots(
@@ -59,54 +88,66 @@ def _dots(row, base, stride, columns, first, count, target):
         )
 
 
+@njit(inline="always")
+def _exponentials(at, count):
+    """Scores become exponentials of their distance from the largest, up to a multiple of 16
+    that is filled with 0; (the largest, 1 / their sum)."""
+    low = np.float32(-np.inf)
+    tail = (count - 1) // LANES * LANES
+    most = first_lanes(load_row(at + _BYTES * tail, LANES), count - tail, low)
+    store_row(at + _BYTES * tail, most)
+    for t in range(0, tail, LANES):
+        most = larger(most, load_row(at + _BYTES * t, LANES))
+    top = row_max(most)
+    total = zero_row(LANES)
+    for t in range(0, count, LANES):
+        chunk = exp_minus(load_row(at + _BYTES * t, LANES), top)
+        store_row(at + _BYTES * t, chunk)
+        total = plus(total, chunk)
+    return top, np.float32(1.0) / row_sum(total)
+
+
 def _forward(key_dim: int, value_dim: int) -> Callable:
     """The compiled forward for these lengths of a row."""
     source = _SOURCE
 
-    def forward(tasks, heads, order, indptr, columns, q, k, v, out, lse, scale):
+    def forward(tasks, heads, order, indptr, columns, q, k, v, out, sums, scale):
         if source < 0:
             return
         queries = order.shape[1]
-        longest = 0
-        for i in range(heads * queries):
-            longest = max(longest, indptr[i + 1] - indptr[i])
-        scores = np.empty(longest + 2 * LANES, np.float32)
-        at = scores.ctypes.data
+        capacity = max(_CAPACITY, _padded(np.max(np.diff(indptr))))
+        scores = np.empty(capacity, np.float32)
+        offsets = np.empty(_BLOCK, np.int64)
         for task in range(len(tasks)):
             batch, head, begin, end = tasks[task]
             q_base = q[0] + batch * q[1] + head * q[2]
             k_base = k[0] + batch * k[1] + head * k[2]
             v_base = v[0] + batch * v[1] + head * v[2]
             out_base = out[0] + batch * out[1] + head * out[2]
-            lse_base = (batch * heads + head) * queries
-            for position in range(begin, end):
-                i = order[head, position]
-                first = indptr[head * queries + position]
-                count = indptr[head * queries + position + 1] - first
-                if count == 0:
-                    lse[lse_base + i] = -np.inf
-                    store_row(out_base + i * out[3], zero_row(value_dim))
-                    continue
-                query = scaled(load_row(q_base + i * q[3], key_dim), scale)
-                _dots(query, k_base, k[3], columns, first, count, at)
-                padded = (count + LANES - 1) // LANES * LANES
-                for t in range(count, padded):
-                    scores[t] = -np.inf
-                most = load_row(at, LANES)
-                for t in range(LANES, padded, LANES):
-                    most = larger(most, load_row(at + _BYTES * t, LANES))
-                top = row_max(most)
-                total = zero_row(LANES)
-                for t in range(0, padded, LANES):
-                    weights = exp_minus(load_row(at + _BYTES * t, LANES), top)
-                    store_row(at + _BYTES * t, weights)
-                    total = plus_scaled_at(total, np.float32(1.0), at + _BYTES * t)
-                mass = row_sum(total)
-                mixed = zero_row(value_dim)
-                for t in range(count):
-                    mixed = plus_scaled_at(mixed, scores[t], v_base + v[3] * columns[first + t])
-                store_row(out_base + i * out[3], scaled(mixed, np.float32(1.0) / mass))
-                lse[lse_base + i] = top + math.log(mass)
+            starts = indptr[head * queries :]
+            block = begin
+            while block < end:
+                stop = _block_end(block, end, starts, offsets, capacity)
+                for p in range(block, stop):
+                    count = starts[p + 1] - starts[p]
+                    at = scores.ctypes.data + _BYTES * offsets[p - block]
+                    query = scaled(load_row(q_base + order[head, p] * q[3], key_dim), scale)
+                    _dots(query, k_base, k[3], columns, starts[p], count, at)
+                for p in range(block, stop):
+                    count = starts[p + 1] - starts[p]
+                    some = sums[batch, head, order[head, p]]
+                    some[0], some[1] = 0.0, 0.0
+                    if count:
+                        at = scores.ctypes.data + _BYTES * offsets[p - block]
+                        some[0], some[1] = _exponentials(at, count)
+                for p in range(block, stop):
+                    i, first, place = order[head, p], starts[p], offsets[p - block]
+                    mixed = zero_row(value_dim)
+                    for t in range(starts[p + 1] - first):
+                        at = v_base + v[3] * columns[first + t]
+                        mixed = plus_scaled_at(mixed, scores[place + t], at)
+                    store_row(out_base + i * out[3], scaled(mixed, sums[batch, head, i, 1]))
+                block = stop
 
     return forward
 
@@ -120,17 +161,14 @@ def _backward(key_dim: int, value_dim: int) -> Callable:
     """
     source = _SOURCE
 
-    def backward(tasks, heads, order, indptr, columns, q, k, v, out, grad, dq, dk, dv, lse, scale):
+    def backward(tasks, heads, order, indptr, columns, q, k, v, out, grad, dq, dk, dv, sums, scale):
         if source < 0:
             return
         queries = order.shape[1]
-        longest = 0
-        for i in range(heads * queries):
-            longest = max(longest, indptr[i + 1] - indptr[i])
-        weights = np.empty(longest + 2 * LANES, np.float32)
-        slopes = np.empty(longest + 2 * LANES, np.float32)
-        weights_at = weights.ctypes.data
-        slopes_at = slopes.ctypes.data
+        capacity = max(_CAPACITY, _padded(np.max(np.diff(indptr))))
+        weights = np.empty(capacity, np.float32)
+        slopes = np.empty(capacity, np.float32)
+        offsets = np.empty(_BLOCK, np.int64)
         for task in range(len(tasks)):
             batch, head, begin, end = tasks[task]
             q_base = q[0] + batch * q[1] + head * q[2]
@@ -141,31 +179,41 @@ def _backward(key_dim: int, value_dim: int) -> Callable:
             dq_base = dq[0] + batch * dq[1] + head * dq[2]
             dk_base = dk[0] + batch * dk[1] + head * dk[2]
             dv_base = dv[0] + batch * dv[1] + head * dv[2]
-            lse_base = (batch * heads + head) * queries
-            for position in range(begin, end):
-                i = order[head, position]
-                first = indptr[head * queries + position]
-                count = indptr[head * queries + position + 1] - first
-                if count == 0:
-                    store_row(dq_base + i * dq[3], zero_row(key_dim))
-                    continue
-                query = scaled(load_row(q_base + i * q[3], key_dim), scale)
-                slope = load_row(grad_base + i * grad[3], value_dim)
-                delta = row_dot(slope, out_base + i * out[3])
-                _dots(query, k_base, k[3], columns, first, count, weights_at)
-                _dots(slope, v_base, v[3], columns, first, count, slopes_at)
-                for t in range(0, count, LANES):
-                    chunk = exp_minus(load_row(weights_at + _BYTES * t, LANES), lse[lse_base + i])
-                    store_row(weights_at + _BYTES * t, chunk)
-                moved = zero_row(key_dim)
-                for t in range(count):
-                    column = columns[first + t]
-                    weight = weights[t]
-                    steep = weight * (slopes[t] - delta)
-                    moved = plus_scaled_at(moved, steep, k_base + k[3] * column)
-                    add_scaled(dk_base + dk[3] * column, steep, query)
-                    add_scaled(dv_base + dv[3] * column, weight, slope)
-                store_row(dq_base + i * dq[3], scaled(moved, scale))
+            starts = indptr[head * queries :]
+            block = begin
+            while block < end:
+                stop = _block_end(block, end, starts, offsets, capacity)
+                for p in range(block, stop):
+                    i, first = order[head, p], starts[p]
+                    count = starts[p + 1] - first
+                    place = _BYTES * offsets[p - block]
+                    query = scaled(load_row(q_base + i * q[3], key_dim), scale)
+                    slope = load_row(grad_base + i * grad[3], value_dim)
+                    _dots(query, k_base, k[3], columns, first, count, weights.ctypes.data + place)
+                    _dots(slope, v_base, v[3], columns, first, count, slopes.ctypes.data + place)
+                for p in range(block, stop):
+                    i, place = order[head, p], _BYTES * offsets[p - block]
+                    slope = load_row(grad_base + i * grad[3], value_dim)
+                    delta = row_dot(slope, out_base + i * out[3])
+                    top, share = sums[batch, head, i, 0], sums[batch, head, i, 1]
+                    for t in range(0, starts[p + 1] - starts[p], LANES):
+                        at = weights.ctypes.data + place + _BYTES * t
+                        chunk = scaled(exp_minus(load_row(at, LANES), top), share)
+                        store_row(at, chunk)
+                        at = slopes.ctypes.data + place + _BYTES * t
+                        store_row(at, times_minus(chunk, load_row(at, LANES), delta))
+                for p in range(block, stop):
+                    i, first, place = order[head, p], starts[p], offsets[p - block]
+                    query = scaled(load_row(q_base + i * q[3], key_dim), scale)
+                    slope = load_row(grad_base + i * grad[3], value_dim)
+                    moved = zero_row(key_dim)
+                    for t in range(starts[p + 1] - first):
+                        column = columns[first + t]
+                        moved = plus_scaled_at(moved, slopes[place + t], k_base + k[3] * column)
+                        add_scaled(dk_base + dk[3] * column, slopes[place + t], query)
+                        add_scaled(dv_base + dv[3] * column, weights[place + t], slope)
+                    store_row(dq_base + i * dq[3], scaled(moved, scale))
+                block = stop
 
     return backward
 
@@ -188,25 +236,26 @@ def run_forward(
     columns: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(output [batch, heads, queries, value_dim] of q's dtype, the logarithm of each
-    query's sum of exponentials, float32 [batch, heads, queries]); -inf for a query that
-    keeps nothing, whose output is 0. Shapes and arrays must be right: they are not checked.
+    """(output [batch, heads, queries, value_dim] of q's dtype; float32 [batch, heads,
+    queries, 2], each query's largest score and 1 / its sum of exponentials of the distance
+    from that, for the backward). All are 0 for a query that keeps nothing. Shapes and
+    arrays must be right: they are not checked.
     """
     dtype = q.dtype
     q, k, v = (_readable(tensor) for tensor in (q, k, v))
     batch, heads, queries, key_dim = q.shape
     out = q.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
-    lse = q.new_empty(batch, heads, queries)
+    sums = q.new_empty(batch, heads, queries, 2)
     arrays = (order.numpy(), indptr.numpy(), columns.numpy())
     rows = (_place(q), _place(k), _place(v), _place(out))
     function = _compiled(_forward, key_dim, v.shape[-1])
     tasks, costs = _tasks(batch, heads, queries, arrays[1], split=True)
 
     def work(some: np.ndarray) -> None:
-        function(some, heads, *arrays, *rows, lse.view(-1).numpy(), np.float32(scale))
+        function(some, heads, *arrays, *rows, sums.numpy(), np.float32(scale))
 
     _spread(work, tasks, costs)
-    return out.to(dtype), lse
+    return out.to(dtype), sums
 
 
 def run_backward(
@@ -215,7 +264,7 @@ def run_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    sums: Tensor,
     order: Tensor,
     indptr: Tensor,
     columns: Tensor,
@@ -232,10 +281,10 @@ def run_backward(
     rows = tuple(_place(tensor) for tensor in (q, k, v, out, grad, grad_q, grad_k, grad_v))
     function = _compiled(_backward, key_dim, v.shape[-1])
     tasks, costs = _tasks(batch, heads, queries, arrays[1], split=False)
-    lse = lse.contiguous().view(-1).numpy()
+    sums_array = sums.contiguous().numpy()
 
     def work(some: np.ndarray) -> None:
-        function(some, heads, *arrays, *rows, lse, np.float32(scale))
+        function(some, heads, *arrays, *rows, sums_array, np.float32(scale))
 
     _spread(work, tasks, costs)
     return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype)

@@ -290,6 +290,57 @@ def larger(typing, row, other):
 
 
 @intrinsic
+def first_lanes(typing, row, count, rest):
+    """The first ``count`` lanes of a row of 16, the others ``rest``."""
+    if row.length != LANES:
+        return None
+
+    def make(context, builder, signature, values):
+        ints = ir.VectorType(ir.IntType(64), LANES)
+        one = builder.insert_element(ir.Constant(ints, ir.Undefined), values[1], _INT(0))
+        zeros = _constant(ir.VectorType(_INT, LANES), [0] * LANES)
+        wide = builder.shuffle_vector(one, one, zeros)
+        inside = builder.icmp_signed("<", _constant(ints, list(range(LANES))), wide)
+        chunk = builder.extract_value(values[0], 0)
+        chunk = builder.select(inside, chunk, _splat(builder, values[2]))
+        return builder.insert_value(values[0], chunk, 0)
+
+    return row(row, types.int64, types.float32), make
+
+
+@intrinsic
+def plus(typing, row, other):
+    """The sum of two rows."""
+
+    def make(context, builder, signature, values):
+        return _each(
+            builder,
+            row.length,
+            lambda number, *_: builder.fadd(
+                *(builder.extract_value(value, number) for value in values)
+            ),
+        )
+
+    return row(row, row), make
+
+
+@intrinsic
+def times_minus(typing, row, other, base):
+    """``row`` times (``other`` - ``base``)."""
+
+    def make(context, builder, signature, values):
+        wide = _splat(builder, values[2])
+
+        def chunk(number, *_):
+            moved = builder.fsub(builder.extract_value(values[1], number), wide)
+            return builder.fmul(builder.extract_value(values[0], number), moved)
+
+        return _each(builder, row.length, chunk)
+
+    return row(row, row, types.float32), make
+
+
+@intrinsic
 def exp_minus(typing, row, base):
     """e to the power of (row - base), for exponents up to 88; below -87.33 it is 0.
 
