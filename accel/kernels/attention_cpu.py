@@ -10,6 +10,7 @@ their keys and values are then in the cache. Arithmetic is float32.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import zlib
 from collections.abc import Callable
@@ -50,6 +51,14 @@ _BLOCK = 32
 _CAPACITY = 4096
 """Queries are computed in blocks of up to 32 and 4,096 scores, so that the steps of one
 overlap those of another: each alone would wait for the one before it."""
+
+
+@njit(inline="always")
+def _task(item, heads, parts, queries):
+    """(image, head, first position, last + 1): items are parts of a head's queries, those of
+    a head together, heads of an image together."""
+    whole, part = item // parts, item % parts
+    return whole // heads, whole % heads, queries * part // parts, queries * (part + 1) // parts
 
 
 @njit(inline="always")
@@ -111,15 +120,15 @@ def _forward(key_dim: int, value_dim: int) -> Callable:
     """The compiled forward for these lengths of a row."""
     source = _SOURCE
 
-    def forward(tasks, heads, order, indptr, columns, q, k, v, out, sums, scale):
+    def forward(items, heads, parts, order, indptr, columns, q, k, v, out, sums, scale):
         if source < 0:
             return
         queries = order.shape[1]
         capacity = max(_CAPACITY, _padded(np.max(np.diff(indptr))))
         scores = np.empty(capacity, np.float32)
         offsets = np.empty(_BLOCK, np.int64)
-        for task in range(len(tasks)):
-            batch, head, begin, end = tasks[task]
+        for item in range(items[0], items[1]):
+            batch, head, begin, end = _task(item, heads, parts, queries)
             q_base = q[0] + batch * q[1] + head * q[2]
             k_base = k[0] + batch * k[1] + head * k[2]
             v_base = v[0] + batch * v[1] + head * v[2]
@@ -135,11 +144,12 @@ def _forward(key_dim: int, value_dim: int) -> Callable:
                     _dots(query, k_base, k[3], columns, starts[p], count, at)
                 for p in range(block, stop):
                     count = starts[p + 1] - starts[p]
-                    some = sums[batch, head, order[head, p]]
-                    some[0], some[1] = 0.0, 0.0
+                    top, share = np.float32(0.0), np.float32(0.0)
                     if count:
                         at = scores.ctypes.data + _BYTES * offsets[p - block]
-                        some[0], some[1] = _exponentials(at, count)
+                        top, share = _exponentials(at, count)
+                    i = order[head, p]
+                    sums[batch, head, i, 0], sums[batch, head, i, 1] = top, share
                 for p in range(block, stop):
                     i, first, place = order[head, p], starts[p], offsets[p - block]
                     mixed = zero_row(value_dim)
@@ -161,7 +171,9 @@ def _backward(key_dim: int, value_dim: int) -> Callable:
     """
     source = _SOURCE
 
-    def backward(tasks, heads, order, indptr, columns, q, k, v, out, grad, dq, dk, dv, sums, scale):
+    def backward(
+        items, heads, parts, order, indptr, columns, q, k, v, out, grad, dq, dk, dv, sums, scale
+    ):
         if source < 0:
             return
         queries = order.shape[1]
@@ -169,8 +181,8 @@ def _backward(key_dim: int, value_dim: int) -> Callable:
         weights = np.empty(capacity, np.float32)
         slopes = np.empty(capacity, np.float32)
         offsets = np.empty(_BLOCK, np.int64)
-        for task in range(len(tasks)):
-            batch, head, begin, end = tasks[task]
+        for item in range(items[0], items[1]):
+            batch, head, begin, end = _task(item, heads, parts, queries)
             q_base = q[0] + batch * q[1] + head * q[2]
             k_base = k[0] + batch * k[1] + head * k[2]
             v_base = v[0] + batch * v[1] + head * v[2]
@@ -249,12 +261,12 @@ def run_forward(
     arrays = (order.numpy(), indptr.numpy(), columns.numpy())
     rows = (_place(q), _place(k), _place(v), _place(out))
     function = _compiled(_forward, key_dim, v.shape[-1])
-    tasks, costs = _tasks(batch, heads, queries, arrays[1], split=True)
+    parts = min(queries, max(1, 4 * torch.get_num_threads() // max(1, batch * heads)))
 
-    def work(some: np.ndarray) -> None:
-        function(some, heads, *arrays, *rows, sums.numpy(), np.float32(scale))
+    def work(items: tuple[int, int]) -> None:
+        function(items, heads, parts, *arrays, *rows, sums.numpy(), np.float32(scale))
 
-    _spread(work, tasks, costs)
+    _spread(work, batch, heads, parts, arrays[1])
     return out.to(dtype), sums
 
 
@@ -273,20 +285,19 @@ def run_backward(
     """Gradients of q, k and v, of their dtype, contiguous; the same in every run."""
     dtype = q.dtype
     grad, q, k, v, out = (_readable(tensor) for tensor in (grad, q, k, v, out))
-    batch, heads, queries, key_dim = q.shape
+    batch, heads, _, key_dim = q.shape
     grad_q = q.new_empty(q.shape)
     grad_k = q.new_zeros(k.shape)
     grad_v = q.new_zeros(v.shape)
     arrays = (order.numpy(), indptr.numpy(), columns.numpy())
     rows = tuple(_place(tensor) for tensor in (q, k, v, out, grad, grad_q, grad_k, grad_v))
     function = _compiled(_backward, key_dim, v.shape[-1])
-    tasks, costs = _tasks(batch, heads, queries, arrays[1], split=False)
     sums_array = sums.contiguous().numpy()
 
-    def work(some: np.ndarray) -> None:
-        function(some, heads, *arrays, *rows, sums_array, np.float32(scale))
+    def work(items: tuple[int, int]) -> None:
+        function(items, heads, 1, *arrays, *rows, sums_array, np.float32(scale))
 
-    _spread(work, tasks, costs)
+    _spread(work, batch, heads, 1, arrays[1])
     return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype)
 
 
@@ -309,37 +320,27 @@ _LEAST_COST = 30_000
 """Less than this is not worth a second thread (measured: about 0.2 ms)."""
 
 
-def _tasks(
-    batch: int, heads: int, queries: int, indptr: np.ndarray, split: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [tasks, 4] of (image, head, first position, last + 1), and the cost of each.
-
-    A task is a head of an image, or a part of its queries where there are few heads.
-    """
-    parts = 1
-    if split:
-        parts = min(queries, max(1, 4 * torch.get_num_threads() // max(1, batch * heads)))
-    edges = np.linspace(0, queries, parts + 1).astype(np.int64)
-    heads_of, part_of = (x.reshape(-1) for x in np.mgrid[:heads, :parts])
-    first, last = edges[part_of], edges[part_of + 1]
-    base = heads_of * queries
-    cost = indptr[base + last] - indptr[base + first] + _ROW_COST * (last - first)
-    one = np.stack([np.zeros_like(heads_of), heads_of, first, last], axis=1)
-    tasks = np.tile(one, (batch, 1))
-    tasks[:, 0] = np.repeat(np.arange(batch), len(one))
-    return tasks, np.tile(cost, batch)
-
-
-def _spread(work: Callable[[np.ndarray], None], tasks: np.ndarray, costs: np.ndarray) -> None:
-    """Do all tasks, in about four equal shares a thread of PyTorch's number."""
+def _spread(
+    work: Callable[[tuple[int, int]], None],
+    batch: int,
+    heads: int,
+    parts: int,
+    indptr: np.ndarray,
+) -> None:
+    """Do all items (`_task`), in about four equal shares a thread of PyTorch's number."""
     threads = torch.get_num_threads()
-    done = np.cumsum(costs)
-    if threads == 1 or len(tasks) < 2 or done[-1] < _LEAST_COST:
-        work(tasks)
+    items = batch * heads * parts
+    rows = (len(indptr) - 1) * batch
+    cost = int(indptr[-1]) * batch + _ROW_COST * rows
+    if threads == 1 or items < 2 or cost < _LEAST_COST:
+        work((0, items))
         return
-    shares = min(4 * threads, len(tasks))
-    cuts = np.searchsorted(done, done[-1] * np.arange(1, shares) / shares)
-    list(_pool(threads).map(work, (s for s in np.split(tasks, cuts) if len(s))))
+    of_head = np.diff(indptr[:: (len(indptr) - 1) // heads]) + _ROW_COST * rows / (heads * batch)
+    done = np.cumsum(np.tile(np.repeat(of_head / parts, parts), batch))
+    shares = min(4 * threads, items)
+    cuts = np.searchsorted(done, done[-1] * np.arange(1, shares) / shares).tolist()
+    edges = [0, *cuts, items]
+    list(_pool(threads).map(work, itertools.pairwise(edges)))
 
 
 @functools.lru_cache(maxsize=1)
