@@ -23,6 +23,7 @@ twin in the tests, and the lines in Verilog (rtl/).
 from __future__ import annotations
 
 from .compiled import cached_core, core, sources_digest
+from .dma import all_landed, serve_lines
 from .hardware import Hardware
 from .lines import open_piece, step_scores, step_values
 from .machine import (
@@ -238,16 +239,18 @@ def _compiled(sources: str):
         """Step until all stages and channels are done; False where nothing moves any more."""
         assert sources
         run, channels, transfers = state.run, state.channels, program.transfers
-        patience = machine.dram_latency + 8
-        while run.still < patience or run.cycle <= run.wake_at < NEVER:
+        while run.still < machine.patience or run.cycle <= run.wake_at < NEVER:
             ended = run.stage == program.stages.size
-            if ended and _left(channels) == 0:
+            if ended and _left(channels) == 0 and (not machine.ddr4 or all_landed(machine, state)):
                 counts.cycles = run.cycle
                 return True
             run.still += 1
-            serve_dram(
-                machine, run, channels, transfers, trace.transfer_times, trace.landed_at, counts
-            )
+            if machine.ddr4:
+                serve_lines(machine, program, state, trace.transfer_times, trace.landed_at, counts)
+            else:
+                serve_dram(
+                    machine, run, channels, transfers, trace.transfer_times, trace.landed_at, counts
+                )
             arrive(machine, run, channels, state.history, trace.decoded_at, counts)
             if ended:
                 counts.tail_cycles += 1
@@ -261,8 +264,19 @@ def _compiled(sources: str):
 
 
 _step = _compiled(
-    sources_digest("assign", "compiled", "engine", "lines", "machine", "memory", "program")
-)
+    sources_digest(
+        "assign", "compiled", "controller", "ddr4", "dma", "engine", "layout", "lines",
+        "machine", "memory", "program",
+    )
+)  # fmt: skip
+
+
+MEMORY_COUNTS = {
+    "dram_row_hits": "hits",
+    "dram_activates": "activates",
+    "dram_refreshes": "refreshes",
+}
+"""Counts of a trace that the controllers of a DDR4 memory keep, by their names there."""
 
 
 def run(program: Program, hardware: Hardware, mapping: Mapping) -> Trace:
@@ -280,4 +294,6 @@ def run(program: Program, hardware: Hardware, mapping: Mapping) -> Trace:
             f"{state.run['stage']} of {len(program.stages)}: a fault of the engine or of its "
             f"program (mapping {mapping.group} heads x {mapping.query_tile} queries)"
         )
+    for name, of_memory in MEMORY_COUNTS.items():
+        counts[name] = state.dram.controllers[of_memory].sum()
     return trace

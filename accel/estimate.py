@@ -109,7 +109,7 @@ def estimate_cycles(mapping: Mapping, work: WorkOfTiles) -> float:
     scores = BANK_WAITS * columns * mapping.key_words
     values = BANK_WAITS * rows * mapping.value_words
     softmax = work.scores / hardware.softmax_lanes
-    rate = float(hardware.dram_bytes_per_cycle)
+    rate = float(hardware.dram_stream_bytes_per_cycle)
     store = op.heads * op.queries * op.value_dim * hardware.operand_bytes / rate
     scores, values, softmax, store = (x / units for x in (scores, values, softmax, store))
     if mapping.ahead:  # softmax runs beside the values before and the scores after
@@ -145,7 +145,7 @@ def _fill_cycles(mapping: Mapping) -> float:
     """To load and decode what the first stage of a pass needs."""
     op, hardware = mapping.op, mapping.hardware
     tokens = mapping.key_tile + (op.queries if mapping.whole_queries else mapping.query_tile)
-    load = tokens * mapping.token_bytes / float(hardware.dram_bytes_per_cycle)
+    load = tokens * mapping.token_bytes / float(hardware.dram_stream_bytes_per_cycle)
     return max(load, tokens * mapping.decode_macs / hardware.decoder_macs)
 
 

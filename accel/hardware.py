@@ -11,7 +11,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 
-__all__ = ["ASSIGNMENTS", "DATAFLOWS", "FILLS", "Hardware", "presets"]
+from .ddr4 import DRAM_TIMINGS, checked_map
+from .dram import stream_efficiency
+
+__all__ = ["ASSIGNMENTS", "DATAFLOWS", "DRAM_MODELS", "FILLS", "Hardware", "presets"]
 
 ASSIGNMENTS = ("balanced", "round_robin", "lockstep")
 """How columns (rows) of the sparser part reach the lines; see `sievit.accel.assign`."""
@@ -21,6 +24,10 @@ DATAFLOWS = ("os", "ws", "is")
 
 FILLS = ("back_to_back", "per_tile")
 """Tiles of a dense product follow each other, or each pays the array's skew."""
+
+DRAM_MODELS = ("flat", "ddr4")
+"""The full bandwidth at any address after a fixed latency; or banks, rows, queues and refresh
+(`sievit.accel.controller`), where the bandwidth is that of a whole number of channels."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,11 @@ class Hardware:
     # DRAM. ViTCoD: DDR4-2400, 76.8 GB/s. Latency is a choice: 50 ns, about an ACT and a read.
     dram_bytes_per_s: int = 76_800_000_000
     dram_latency_cycles: int = 25
+    # The model "ddr4" takes that bandwidth as the peak of its channels, that latency as the
+    # least; "flat" does not look at timing and map.
+    dram_model: str = "flat"
+    dram_timing: str = "ddr4_2400"
+    dram_map: str = "groups_interleaved"
 
     # Widths. ViTCoD: int8. Scores 16 bits and accumulators 32 bits are choices.
     operand_bytes: int = 1
@@ -92,6 +104,15 @@ class Hardware:
         _one_of("assignment", self.assignment, ASSIGNMENTS)
         _one_of("dense_dataflow", self.dense_dataflow, DATAFLOWS)
         _one_of("dense_fill", self.dense_fill, FILLS)
+        _one_of("dram_model", self.dram_model, DRAM_MODELS)
+        _one_of("dram_timing", self.dram_timing, tuple(DRAM_TIMINGS))
+        checked_map(self.dram_map)
+        peak = DRAM_TIMINGS[self.dram_timing].peak_bytes_per_s
+        if self.dram_model == "ddr4" and self.dram_bytes_per_s % peak:
+            raise ValueError(
+                f"dram_bytes_per_s must be a multiple of {peak}, the peak of a channel of "
+                f"{self.dram_timing}, with the model 'ddr4', got {self.dram_bytes_per_s}"
+            )
 
     @property
     def macs(self) -> int:
@@ -114,13 +135,27 @@ class Hardware:
         """Exact: 768/5 bytes for the published machine."""
         return Fraction(self.dram_bytes_per_s, self.clock_hz)
 
+    @property
+    def dram_channels(self) -> int:
+        """Of the model "ddr4"."""
+        return self.dram_bytes_per_s // DRAM_TIMINGS[self.dram_timing].peak_bytes_per_s
+
+    @property
+    def dram_stream_bytes_per_cycle(self) -> Fraction:
+        """What one long stream of reads reaches: all of the bandwidth in the flat model, what
+        `sievit.accel.dram.stream_efficiency` measures in the other."""
+        if self.dram_model == "flat":
+            return self.dram_bytes_per_cycle
+        share = stream_efficiency(self.dram_timing, self.dram_map, self.dram_channels)
+        return self.dram_bytes_per_cycle * share
+
     def seconds(self, cycles: int) -> float:
         """Time of ``cycles`` at this clock."""
         return cycles / self.clock_hz
 
     def dram_cycles(self, size_bytes: int) -> int:
-        """Cycles that ``size_bytes`` occupy the DRAM at its full bandwidth, rounded up."""
-        rate = self.dram_bytes_per_cycle
+        """Cycles in which the DRAM moves ``size_bytes`` as a stream, rounded up."""
+        rate = self.dram_stream_bytes_per_cycle
         return -(-size_bytes * rate.denominator // rate.numerator)
 
 

@@ -7,10 +7,13 @@ are in 1/dram_denominator bytes ("units"), so that 153.6 bytes a cycle stay exac
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 
+from .controller import Dram, new_dram
+from .ddr4 import DRAM_TIMINGS
 from .hardware import Hardware
 from .mapping import Mapping
 from .program import CHANNELS, INDEX, K, Program, Q, V
@@ -52,7 +55,11 @@ COUNTS = (
     "cycles",
     "tail_cycles",  # after the last stage, until the channels are done
     "dram_units",  # moved, in 1/denominator bytes
-    "dram_cycles",  # in which anything moved
+    "dram_cycles",  # in which anything moved (DDR4: was asked for)
+    "dram_lines",  # DDR4: bursts, and those that found their row open and used before
+    "dram_row_hits",
+    "dram_activates",
+    "dram_refreshes",
     "decoder_macs",
     "decoder_cycles",  # in which it worked
     "softmax_cycles",  # of one of the unit's three passes
@@ -86,6 +93,11 @@ MACHINE = _record(
     "dram_numerator",  # units a cycle
     "dram_denominator",  # units a byte
     "dram_latency",
+    "ddr4",  # the DRAM is stepped command by command
+    "dram_clock_numerator",  # cycles of the memory in a cycle of the machine
+    "dram_clock_denominator",
+    "landing_latency",  # of what has been counted as landed: none in DDR4
+    "patience",  # cycles in which nothing moves that are no fault
     "decode_cost",  # MACs a token of Q or K; 0: no codec
     "decoder_rate",  # MACs a cycle
     "codec_bytes",  # that must be there before anything is decoded
@@ -102,6 +114,11 @@ CHANNEL = _record(
     "port",  # units a cycle that its buffer takes
     "port_left",
     "staging",  # latent tokens that may wait for the decoder; -1: not decoded
+    "burst",  # DDR4: next line to be asked for, and to land
+    "landing",
+    "whole",  # DDR4: the transfer whose lines land
+    "asked",  # DDR4: tokens (bytes) whose lines are asked for
+    "held_up",  # DDR4: by the ports alone, in the last cycle
     "landed",  # tokens (Q, K, V) or bytes that the DRAM has sent
     "sent",  # ... at least its latency ago
     "arrived",  # ... and decoded: the lines can use them
@@ -144,6 +161,7 @@ RUN = _record(
     "split",  # cycles of reconfiguration left
     "flush",  # cycles until the last results are through
     "slot",  # of the history
+    "credit",  # DDR4: units that may still be asked for
     "index_reads",  # in this cycle
     "on_chip",  # entries of the stage's index stream
     "piece_done",  # by a line in this cycle, or a drain
@@ -163,6 +181,9 @@ RUN = _record(
 
 NEVER = 2**62
 
+TAGS = 4096
+"""DDR4: lines of a DMA channel that may be on their way."""
+
 
 class State(NamedTuple):
     """Everything that changes while the core runs."""
@@ -177,6 +198,8 @@ class State(NamedTuple):
     output_banks: np.ndarray
     rows: np.ndarray  # (2, rows) ROW of the two units in flight
     counted: np.ndarray  # lines by what they did in this cycle
+    dram: Dram  # in the flat model an idle one
+    ask_times: np.ndarray  # (lines on their way) cycle in which each was asked for
 
 
 class Trace(NamedTuple):
@@ -199,7 +222,8 @@ class Trace(NamedTuple):
 
 def machine_of(hardware: Hardware, mapping: Mapping) -> np.void:
     """The MACHINE record of ``hardware`` running ``mapping``."""
-    rate = hardware.dram_bytes_per_cycle
+    rate, timing = hardware.dram_bytes_per_cycle, DRAM_TIMINGS[hardware.dram_timing]
+    ddr4, clock = hardware.dram_model == "ddr4", Fraction(timing.clock_hz, hardware.clock_hz)
     machine = np.zeros(1, MACHINE)
     machine[0] = (
         hardware.lines,
@@ -211,6 +235,11 @@ def machine_of(hardware: Hardware, mapping: Mapping) -> np.void:
         rate.numerator,
         rate.denominator,
         hardware.dram_latency_cycles,
+        ddr4,
+        clock.numerator,
+        clock.denominator,
+        0 if ddr4 else hardware.dram_latency_cycles,
+        hardware.dram_latency_cycles + 8 + ddr4 * int(2 * timing.refi / clock),
         mapping.decode_macs,
         mapping.decoder_rate,
         mapping.codec_bytes if mapping.decode_macs else 0,
@@ -224,10 +253,12 @@ def initial_state(program: Program, hardware: Hardware, mapping: Mapping) -> Sta
     run["decoding"] = K
     run["split"] = program.stages["reconfigure"][0]
     rows = max(int(np.diff(program.unit_row).max()), 1)
+    latency = hardware.dram_latency_cycles if hardware.dram_model == "flat" else 0
+    dram = _dram(hardware)
     return State(
         run[0],
         _channels(program, hardware, mapping),
-        np.zeros((CHANNELS, hardware.dram_latency_cycles + 1), np.int64),
+        np.zeros((CHANNELS, latency + 1), np.int64),
         np.zeros(hardware.lines, LINE),
         *(
             np.full(count, -1, np.int64).repeat(2).view(BANK_PORT)
@@ -240,12 +271,26 @@ def initial_state(program: Program, hardware: Hardware, mapping: Mapping) -> Sta
         ),
         np.zeros((2, rows), ROW),
         np.zeros(len(STALLS), np.int64),
+        dram,
+        np.zeros(len(dram.done), np.int64),
     )
+
+
+def _dram(hardware: Hardware) -> Dram:
+    if hardware.dram_model == "flat":
+        return _IDLE
+    timing = DRAM_TIMINGS[hardware.dram_timing]
+    return new_dram(timing, hardware.dram_map, hardware.dram_channels, CHANNELS * TAGS)
+
+
+_IDLE = new_dram(DRAM_TIMINGS["ddr4_2400"], "groups_interleaved", 1, 0)
+"""Stands in the state of a flat memory; never stepped."""
 
 
 def _channels(program: Program, hardware: Hardware, mapping: Mapping) -> np.ndarray:
     channels = np.zeros(CHANNELS, CHANNEL)
-    channels["current"] = channels["freed"] = program.channel_first[:-1]
+    channels["current"] = channels["freed"] = channels["whole"] = program.channel_first[:-1]
+    channels["burst"] = channels["landing"] = program.channel_burst[:-1]
     channels["last"] = program.channel_first[1:]
     unit, word = hardware.dram_bytes_per_cycle.denominator, hardware.word_bytes
     sizes = {

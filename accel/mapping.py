@@ -19,6 +19,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from ..workload import Attention, PolarizedMask
+from .ddr4 import LINE_BYTES
 from .estimate import WorkOfTiles, ranked
 from .hardware import Hardware
 from .remembered import Remembered
@@ -318,13 +319,14 @@ def _shortages(mapping: Mapping, work: WorkOfTiles) -> list[tuple[str, int]]:
     starts = max(mapping.query_tile, mapping.key_tile) + hardware.lines
     row = mapping.key_words * hardware.word_bytes
     latents = 2 * mapping.token_bytes + mapping.codec_bytes if op.codec else 0
+    burst = LINE_BYTES if hardware.dram_model == "ddr4" else 0  # enters IdxBuf whole
     needs = {
         "q_buffer_bytes": mapping.group * _resident_queries(mapping) * row,
         "k_buffer_bytes": mapping.group * mapping.key_tile * row,
         "v_buffer_bytes": mapping.key_tile * mapping.value_words * hardware.word_bytes,
         "index_buffer_bytes": alive * bitmap
         + starts * mapping.start_bytes
-        + hardware.lines * mapping.entry_bytes,
+        + max(hardware.lines * mapping.entry_bytes, burst),
         "output_buffer_bytes": alive * scores * hardware.score_bytes
         + regions * accumulators * hardware.accumulator_bytes,
         "other_buffer_bytes": latents,

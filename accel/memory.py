@@ -1,4 +1,4 @@
-"""Part of the compiled core: DRAM, DMA channels, decoder, and banked buffers.
+"""Part of the compiled core: flat DRAM, DMA channels, decoder, and banked buffers.
 
 One DRAM serves six channels (Q, K, V, index, codec weights, output), each in the order of
 its transfers; first the channel whose data is needed by the earliest stage, equals in turn.
@@ -26,7 +26,7 @@ def grant(port, address, cycle):
 @core
 def serve_dram(machine, run, channels, transfers, transfer_times, landed_at, counts):
     """One cycle of the DRAM at its full rate, as far as anything can be moved."""
-    _free(machine, run, channels, transfers)
+    free_chunks(machine, run, channels, transfers)
     credit = machine.dram_numerator
     for number in range(channels.size):
         channels[number].port_left = channels[number].port
@@ -47,7 +47,7 @@ def serve_dram(machine, run, channels, transfers, transfer_times, landed_at, cou
 
 
 @core
-def _free(machine, run, channels, transfers):
+def free_chunks(machine, run, channels, transfers):
     """Give back the room of whole chunks that only stages before this one needed."""
     for number in range(INDEX):
         channel = channels[number]
@@ -121,7 +121,7 @@ def arrive(machine, run, channels, history, decoded_at, counts):
     """Data that was sent a latency ago is usable; latents of Q and K pass the decoder."""
     run.arrived = 0
     now = run.slot
-    then = now + 1 if now < machine.dram_latency else 0
+    then = now + 1 if now < machine.landing_latency else 0
     run.slot = then
     for number in range(STORE):
         channel = channels[number]

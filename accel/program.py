@@ -19,7 +19,9 @@ import numpy as np
 from ..workload import Attention
 from .assign import DENSE_ROUND, Assignment, assign
 from .compiled import cached
+from .ddr4 import LINE_BYTES
 from .hardware import Hardware
+from .layout import BURST, Span, bursts_of
 from .mapping import Mapping, Pattern
 from .remembered import Remembered
 
@@ -84,6 +86,8 @@ class Program(NamedTuple):
     row_scores: np.ndarray  # scores of each row, all key tiles
     channel_first: np.ndarray  # (7) first transfer of each channel
     transfers: np.ndarray  # TRANSFER, channel after channel
+    channel_burst: np.ndarray  # (7) first burst of each channel; zeros in the flat model
+    bursts: np.ndarray  # BURST, transfer after transfer; none in the flat model
 
     def dram_bytes(self, channel: int) -> int:
         """All bytes that a channel moves."""
@@ -179,10 +183,13 @@ class _Builder:
         self.assignments: list[Assignment] = []
         self.stages: list[tuple[int, ...]] = []
         self.transfers: list[list[list[int]]] = [[] for _ in range(CHANNELS)]
+        self.spans: list[list[Span]] = [[] for _ in range(CHANNELS)]
         self.chunks: dict[int, tuple] = {}
         self.tokens = [0, 0, 0]
         self.split = (0, 0)
         self.index_bytes = 0
+        self.index_places: dict[int, int] = {}
+        self.index_end = 0
         self.rows: list[np.ndarray] = []
 
     def plan(self, head: int, rows: slice, keys: slice, kind: int) -> int:
@@ -194,12 +201,13 @@ class _Builder:
             self.assignments.append(made)
         return self.plans[key]
 
-    def chunk(self, channel: int, key: tuple, tokens: int, token_bytes: int, room: int) -> int:
+    def chunk(self, channel: int, key: tuple, span: Span, token_bytes: int, room: int) -> int:
         """First token of chunk ``key`` in its channel; a new one is loaded, an old one kept."""
         stage = len(self.stages)
         if self.chunks.get(channel) != key:
             self.chunks[channel] = key
-            start = self.tokens[channel]
+            self.spans[channel].append(span)
+            start, tokens = self.tokens[channel], span.stop - span.start
             self.tokens[channel] += tokens
             self.transfers[channel].append(
                 [tokens * token_bytes, tokens * room, stage, 0, stage + 1, start, token_bytes]
@@ -228,6 +236,7 @@ class _Builder:
         if size:
             need = len(self.stages)
             self.transfers[INDEX].append([size, 0, need, 0, need + 1, self.index_bytes, 1])
+            self._place_index(plan, size)
         self.index_bytes += size
         split = (made.denser_lines, made.sparser_lines)
         changed = bool(self.stages) and self.split != split
@@ -235,6 +244,14 @@ class _Builder:
         cycles = self.hardware.reconfigure_cycles if changed else 0
         frees = bitmaps[1] + held
         self.stages.append((kind, plan, unit, opens, words, *place, before, frees, stores, cycles))
+
+    def _place_index(self, plan: int, size: int) -> None:
+        """Windows load the same index bytes again; each plan's begin a line."""
+        if plan not in self.index_places:
+            self.index_places[plan] = self.index_end
+            self.index_end += -(-size // LINE_BYTES) * LINE_BYTES
+        start = self.index_places[plan]
+        self.spans[INDEX].append(Span(0, start, start + size))
 
 
 def build(
@@ -244,6 +261,7 @@ def build(
     builder = _Builder(op, hardware, mapping)
     if op.codec is not None:
         builder.transfers[CODEC].append([mapping.codec_bytes, 0, 0, 0, 0, 0, 1])
+        builder.spans[CODEC].append(Span(0, 0, mapping.codec_bytes))
     units = list(mapping.units(instances))
     for number, unit in enumerate(units):
         if number == 0 or not mapping.ahead:
@@ -262,12 +280,17 @@ def _scores(builder: _Builder, number: int, unit: tuple[int, int, slice]) -> Non
     tokens = slice(0, op.queries) if mapping.whole_queries else rows
     size = mapping.token_bytes
     room = mapping.group * mapping.key_words * builder.hardware.word_bytes
+    regions = op.codec.groups if op.codec else op.heads
+    region = instance * regions + head * regions // op.heads
+    alone = head if mapping.group == 1 else -1
     for keys in mapping.key_tiles:
         first = (instance, group, keys.start, *mapping.reload(unit))
         key_count, query_count = keys.stop - keys.start, tokens.stop - tokens.start
-        vector = builder.chunk(K, first, key_count, size, room)
+        span = Span(region, keys.start, keys.stop, alone, keys=True)
+        vector = builder.chunk(K, first, span, size, room)
         first = (instance, group, tokens.start)
-        operand = builder.chunk(Q, first, query_count, size, room)
+        span = Span(region, tokens.start, tokens.stop, alone)
+        operand = builder.chunk(Q, first, span, size, room)
         skipped = rows.start - tokens.start
         opens = keys.start == 0
         bitmap = mapping.bitmap_bytes(head, rows) if opens else 0
@@ -290,7 +313,8 @@ def _values(builder: _Builder, number: int, unit: tuple[int, int, slice]) -> Non
     room = mapping.value_words * builder.hardware.word_bytes
     for keys in mapping.key_tiles:
         first = (instance, head, keys.start, *mapping.reload(unit))
-        operand = builder.chunk(V, first, keys.stop - keys.start, size, room)
+        span = Span(instance * op.heads + head, keys.start, keys.stop, head, keys=True)
+        operand = builder.chunk(V, first, span, size, room)
         stores = max(number + 1 - mapping.output_regions, 0) if keys.start == 0 else 0
         bitmap = mapping.bitmap_bytes(head, rows) if keys.stop == op.keys else 0
         plan = builder.plan(head, rows, keys, SPMM)
@@ -302,6 +326,7 @@ def _values(builder: _Builder, number: int, unit: tuple[int, int, slice]) -> Non
     need = stage + 2 * len(mapping.key_tiles)
     out = (rows.stop - rows.start) * size
     builder.transfers[STORE].append([out, 0, need, stage, 0, 0, 1])
+    builder.spans[STORE].append(Span(instance * op.heads + head, rows.start, rows.stop, head))
 
 
 def _arrays(builder: _Builder) -> Program:
@@ -312,6 +337,7 @@ def _arrays(builder: _Builder) -> Program:
     bases = np.repeat(entry_base[:-1], np.diff(piece_base))
     pieces["first"] += np.where(pieces["round"] == DENSE_ROUND, 0, bases)
     transfers = [tuple(transfer) for queue in builder.transfers for transfer in queue]
+    bursts, channel_burst = _bursts(builder)
     return Program(
         line_piece=np.stack([a.line_piece for a in made]) + piece_base[:-1, None],
         line_entry=np.stack([a.line_entry for a in made]) + entry_base[:-1, None],
@@ -322,7 +348,21 @@ def _arrays(builder: _Builder) -> Program:
         row_scores=np.concatenate(builder.rows),
         channel_first=np.cumsum([0] + [len(queue) for queue in builder.transfers]),
         transfers=np.array(transfers, dtype=TRANSFER),
+        channel_burst=channel_burst,
+        bursts=bursts,
     )
+
+
+def _bursts(builder: _Builder) -> tuple[np.ndarray, np.ndarray]:
+    """(BURST of all transfers, first of each channel), where the memory has addresses."""
+    op, mapping = builder.op, builder.mapping
+    if builder.hardware.dram_model == "flat":
+        return np.zeros(0, BURST), np.zeros(CHANNELS + 1, np.int64)
+    value = op.value_dim * builder.hardware.operand_bytes
+    token_bytes = [mapping.token_bytes, mapping.token_bytes, value, 1, 1, value]
+    index = builder.index_end
+    tokens = [op.queries, op.keys, op.keys, index, mapping.codec_bytes, op.queries]
+    return bursts_of(op, builder.spans, token_bytes, tokens)
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

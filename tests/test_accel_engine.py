@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from numba import njit
 
-from sievit.accel import compiled, engine
+from sievit.accel import compiled, controller, engine
+from sievit.accel.ddr4 import DRAM_TIMINGS
 from sievit.accel.hardware import ASSIGNMENTS, Hardware, presets
 from sievit.accel.machine import COUNTS, PHASES, STALLS
 from sievit.accel.mapping import choose
@@ -74,24 +76,150 @@ class Twin:
                 sent=0,
                 arrived=0,
                 decoded=bool(mapping.decode_macs) and c in (Q, K),
+                bursts=list(program.bursts[slice(*program.channel_burst[c : c + 2])]),
+                asked=[],  # lines on their way
+                wanted_tokens=0,
+                budget=0,
+                held_up=False,
             )
             for c in range(6)
         ]
+        self.stepped = hardware.dram_model == "ddr4"
+        self.credit = 0
+        if self.stepped:
+            timing, channels = DRAM_TIMINGS[hardware.dram_timing], hardware.dram_channels
+            lines = len(program.bursts)
+            self.memory = controller.new_dram(timing, hardware.dram_map, channels, lines)
         self.decoding, self.decode_left = K, 0
         self.decoder_rate = mapping.decoder_rate
         self.softmax_free = [0, 0, 0]
         self.ready = {}  # (unit, row) -> first cycle in which the probabilities are there
         self.left = {}  # (unit, row) -> scores still missing
 
-    def dram(self, cycle, stage):
+    def ddr4(self, cycle, stage):
+        """Whole lines, asked of the memory's controllers (which have a twin of their own)."""
+        clock = Fraction(DRAM_TIMINGS[self.hw.dram_timing].clock_hz, self.hw.clock_hz)
+        time = int(cycle * clock)
+        for number in range(self.hw.dram_channels):
+            controller.advance(self.memory, number, time)
+        self.free(stage)
+        for c in self.channels[:STORE]:
+            while c.asked and self.landed(c.asked[0], time, cycle):
+                _, burst, _, number = c.asked.pop(0)
+                before, c.landed = (
+                    c.landed,
+                    int(self.p.transfers["token"][number] + burst["tokens"]),
+                )
+                if c.number < INDEX:
+                    self.tokens[c.number] += [cycle] * (c.landed - before)
+                if burst["closes"] >= 0:
+                    self.transfer_times[number][1] = cycle
+        line, before = 64 * self.unit, self.count["dram_lines"]
+        self.credit += self.rate
+        for c in self.channels:
+            c.budget = c.port + (min(c.budget, line) if c.held_up else 0)
+            c.held_up = False
+        while True:
+            best = None
+            for c in self.in_turn(cycle):
+                need = self.wanted(c, stage)
+                if need is not None and (best is None or need < best[0]) and self.fits(c):
+                    best = need, c
+            if best is None:
+                held = any(c.held_up for c in self.channels)
+                self.credit = min(self.credit, line) if held else 0
+                break
+            if self.credit < line:
+                best[1].held_up = True
+                break
+            self.credit -= line
+            self.ask_line(best[1], cycle)
+        self.count["dram_cycles"] += self.count["dram_lines"] > before
+
+    def landed(self, asked, time, cycle):
+        when, _, tag, _ = asked
+        end = self.memory.done[tag]
+        return 0 < end <= time and cycle >= when + self.hw.dram_latency_cycles
+
+    def wanted(self, c, stage):
+        """The need of a channel's next transfer, if it may begin."""
+        if not c.queue or self.p.transfers["after"][c.queue[0]] > stage:
+            return None
+        return int(self.p.transfers["need"][c.queue[0]])
+
+    def fits(self, c):
+        """Can the buffer, its ports, the decoder's queue and the memory take the next line?"""
+        t, burst, number = self.p.transfers[c.queue[0]], c.bursts[0], c.queue[0]
+        units = int(burst["bytes"]) * self.unit
+        if c.budget < units:
+            c.held_up = True
+            return False
+        first = number not in self.transfer_times
+        if c.number == INDEX and units > c.capacity - c.used:
+            return False
+        if c.number < INDEX and first and c.used + int(t["room"]) * self.unit > c.capacity:
+            return False
+        if c.decoded and c.wanted_tokens > c.arrived:
+            waiting = int(t["token"] + burst["tokens"]) - c.arrived
+            if waiting > self.mp.staging_tokens:
+                return False
+        channel = controller.channel_of(self.memory, burst["line"])
+        return controller.has_room(self.memory, channel, c.number == STORE)
+
+    def ask_line(self, c, cycle):
+        number, burst = c.queue[0], c.bursts.pop(0)
+        units = int(burst["bytes"]) * self.unit
+        if number not in self.transfer_times:
+            self.transfer_times[number] = [cycle, None]
+            if c.number < INDEX:
+                c.used += int(self.p.transfers["room"][number]) * self.unit
+        if c.number == INDEX:
+            c.used += units
+        c.budget -= units
+        c.wanted_tokens = int(self.p.transfers["token"][number] + burst["tokens"])
+        tag = self.count["dram_lines"]
+        channel = controller.channel_of(self.memory, burst["line"])
+        controller.offer(self.memory, channel, burst["line"], c.number == STORE, tag)
+        c.asked.append((cycle, burst, tag, number))
+        self.count["dram_lines"] += 1
+        self.count["dram_units"] += units
+        if burst["closes"] >= 0:
+            c.queue.pop(0)
+            c.loaded.append(number)
+            if c.number == STORE:
+                self.count["stores_done"] += 1
+                self.transfer_times[number][1] = cycle + 1
+
+    def memory_busy(self, cycle):
+        """Lines on their way, or not yet written, when nothing more will be asked for."""
+        clock = Fraction(DRAM_TIMINGS[self.hw.dram_timing].clock_hz, self.hw.clock_hz)
+        now, busy = self.memory.controllers, any(c.asked for c in self.channels[:STORE])
+        now["wake"] = np.where(now["flush"] == 0, np.minimum(now["wake"], now["now"]), now["wake"])
+        now["flush"] = 1
+        waiting = sum(int(now[name].sum()) for name in ("reads", "writes", "queued"))
+        return busy or waiting > 0 or now["busy_until"].max() > int(cycle * clock)
+
+    def count_memory(self):
+        if self.stepped:
+            made = self.memory.controllers
+            self.count["dram_row_hits"] = made["hits"].sum()
+            self.count["dram_activates"] = made["activates"].sum()
+            self.count["dram_refreshes"] = made["refreshes"].sum()
+
+    def in_turn(self, cycle):
+        return [self.channels[(cycle + step) % 6] for step in range(6)]
+
+    def free(self, stage):
         for c in self.channels[:3]:
             while c.loaded and self.p.transfers["release"][c.loaded[0]] <= stage:
                 c.used -= int(self.p.transfers["room"][c.loaded.pop(0)]) * self.unit
+
+    def dram(self, cycle, stage):
+        self.free(stage)
         credit, entered = self.rate, [0] * 6
         while credit:
             best = None
-            for step in range(6):
-                c = self.channels[(cycle + step) % 6]
+            for c in self.in_turn(cycle):
                 if not c.queue:
                     continue
                 t = self.p.transfers[c.queue[0]]
@@ -144,7 +272,7 @@ class Twin:
     def arrive(self, cycle):
         for c in self.channels[:5]:
             c.history.append(c.landed)
-            then = cycle - self.hw.dram_latency_cycles
+            then = cycle - (0 if self.stepped else self.hw.dram_latency_cycles)
             c.sent = c.history[then] if then >= 0 else 0
             if not c.decoded:
                 c.arrived = c.sent
@@ -389,10 +517,12 @@ class Twin:
         split = int(self.p.stages["reconfigure"][0])
         for cycle in range(limit):
             busy = any(c.queue or (c.decoded and c.landed > c.arrived) for c in self.channels)
-            if at == len(self.p.stages) and not busy:
+            ended = at == len(self.p.stages) and not busy
+            if ended and not (self.stepped and self.memory_busy(cycle)):
                 self.count["cycles"] = cycle
+                self.count_memory()
                 return self
-            self.dram(cycle, at)
+            (self.ddr4 if self.stepped else self.dram)(cycle, at)
             self.arrive(cycle)
             if at == len(self.p.stages):
                 self.count["tail_cycles"] += 1
@@ -525,6 +655,20 @@ def random_case(seed):
 @pytest.mark.parametrize("seed", range(60))
 def test_equals_its_naive_twin(seed):
     op, hardware, instances = random_case(seed)
+    _, trace, twin = both(op, hardware, instances)
+    assert_equal_runs(trace, twin)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_equals_its_naive_twin_on_ddr4(seed):
+    op, hardware, instances = random_case(seed)
+    hardware = replace(
+        hardware,
+        dram_model="ddr4",
+        dram_bytes_per_s=(1, 2, 4)[seed % 3] * 19_200_000_000,
+        dram_map=("groups_interleaved", "rows_interleaved")[seed % 2],
+        index_buffer_bytes=hardware.index_buffer_bytes + 100,
+    )
     _, trace, twin = both(op, hardware, instances)
     assert_equal_runs(trace, twin)
 

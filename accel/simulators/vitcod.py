@@ -177,10 +177,20 @@ def cost_of(run: Stepped, batch: int) -> OpCost:
             "awaited_queries": got["waited"],
             "scores_computed": counts.scores,
             "scores_kept": op.kept * batch,
+            **_memory_details(hardware, got),
         },
         heads=head_costs(run),
         codec_macs=decoded,
     )
+
+
+def _memory_details(hardware: Hardware, got: dict[str, int]) -> dict[str, int | str]:
+    """The model of the DRAM, and what it did beyond moving bytes."""
+    details: dict[str, int | str] = {"dram_model": hardware.dram_model}
+    if hardware.dram_model == "ddr4":
+        names = ("dram_lines", "dram_row_hits", "dram_activates", "dram_refreshes")
+        details |= {"dram_map": hardware.dram_map} | {name: got[name] for name in names}
+    return details
 
 
 def _traffic(
