@@ -320,7 +320,7 @@ def test_ddr4_costs_a_little_on_the_real_masks(deit_masks, codec):
     flat = run_layers(deit_masks, presets["vitcod"], codec)
     for dram_map in ADDRESS_MAPS:
         cycles = run_layers(deit_masks, ddr4_of(presets["vitcod"], 4, dram_map), codec)
-        assert (cycles >= 0.97 * flat).all()
+        assert (cycles >= 0.95 * flat).all()
         assert flat.sum() < cycles.sum() < 1.25 * flat.sum()
 
 
