@@ -25,7 +25,8 @@ from .shadow import in_shadow
 
 Core = Callable[..., Tensor]
 """``core(value, offset, weight, *, kernel, stride, padding, dilation, groups, offset_scale,
-remove_center)``, as `deform_core`: a compiled kernel may stand in its place."""
+remove_center)``, as `deform_core`: a compiled kernel may stand in its place. One that has a
+function ``merged(value, offset_mask, ...)`` beside is given DCNv4's tensor as it is."""
 
 Pair = int | tuple[int, int]
 """One number for both axes, or (height, width)."""
@@ -168,24 +169,29 @@ class DeformSampling(nn.Module):
         self.samples = len(kernel_points(kernel, remove_center))
         self.core = core
 
-    def forward(self, value: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
+    def forward(self, value: Tensor, offset: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Without ``weight``, ``offset`` is DCNv4's merged tensor."""
+        geometry = {
+            "kernel": self.kernel,
+            "stride": 1,
+            "padding": self.dilation * (self.kernel - 1) // 2,
+            "dilation": self.dilation,
+            "groups": self.groups,
+            "offset_scale": self.offset_scale,
+            "remove_center": self.remove_center,
+        }
+        if weight is None and hasattr(self.core, "merged") and not in_shadow():
+            return self.core.merged(value, offset, **geometry)
+        if weight is None:
+            offset, weight = split_offset_mask(offset, self.groups, self.samples)
         if in_shadow():  # `as_op` says what it costs; a compiled core takes no fake tensors
             _check_shapes(value, offset, weight, self.groups, self.samples)
             return value.new_empty((*offset.shape[:3], value.shape[-1]))
-        return self.core(
-            value,
-            offset,
-            weight,
-            kernel=self.kernel,
-            stride=1,
-            padding=self.dilation * (self.kernel - 1) // 2,
-            dilation=self.dilation,
-            groups=self.groups,
-            offset_scale=self.offset_scale,
-            remove_center=self.remove_center,
-        )
+        return self.core(value, offset, weight, **geometry)
 
-    def as_op(self, name: str, value: Tensor, offset: Tensor, weight: Tensor) -> Deform:
+    def as_op(
+        self, name: str, value: Tensor, offset: Tensor, weight: Tensor | None = None
+    ) -> Deform:
         """This operator for one image, as `trace` counts it whatever the core."""
         return Deform(
             name,
@@ -323,9 +329,7 @@ class DCNv4(nn.Module):
         branch = x
         if self.offset_mask_dw is not None:
             branch = self.offset_mask_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        offset_mask = self.offset_mask(branch)
-        parts = split_offset_mask(offset_mask, self.sampling.groups, self.sampling.samples)
-        mixed = self.sampling(value, *parts)
+        mixed = self.sampling(value, self.offset_mask(branch))
         mixed = _mix_center(self, mixed, value, mixed)
         return mixed if self.output_proj is None else self.output_proj(mixed)
 

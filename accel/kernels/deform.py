@@ -90,6 +90,9 @@ def deform_conv(
     return _run(value, offset_mask, None, geometry)
 
 
+deform_core.merged = deform_conv  # where `sievit.models.dcn` looks for it
+
+
 def _geometry(kernel, stride, padding, dilation, groups, offset_scale, remove_center) -> Geometry:
     pairs = [pair(p) for p in (kernel, stride, padding, dilation)]
     return Geometry(*pairs, int(groups), float(offset_scale), bool(remove_center))
