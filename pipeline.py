@@ -13,13 +13,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from .accel import Hardware, Report, presets, simulate
-from .accel.kernels import MeasuredAttention, measure_attention
+from .accel.kernels import MeasuredAttention, deform_core, measure_attention
 from .ae import (
     FittedCodecs,
     attach_codec,
@@ -40,6 +41,7 @@ from .images import (
 )
 from .masks import AttentionMask
 from .models import create, prefix_tokens, trace
+from .models.dcn import DeformSampling
 from .models.recipe import Recipe
 from .models.training import Trained
 from .result import CodecSummary, CodesignResult
@@ -365,6 +367,16 @@ def learn_masks(
     maps = _Run(model, (photos, photos), settings, None, progress).average()
     prefix = prefix_tokens(model)
     return {s: threshold(maps, sparsity=s, prefix_tokens=prefix) for s in sparsities}
+
+
+def create_to_run(name: str, pretrained: str | None = None, **overrides: Any) -> nn.Module:
+    """`create`, for a network that will run: InternImage and its like get the compiled
+    deformable operator as their core, unless ``core`` is given."""
+    model = create(name, pretrained, **overrides)
+    for module in model.modules():
+        if isinstance(module, DeformSampling) and "core" not in overrides:
+            module.core = deform_core
+    return model
 
 
 def model_workload(

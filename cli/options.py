@@ -90,11 +90,12 @@ def load_network(model: str, source: str | None) -> tuple[Any, Any]:
     """The network, and its saliency decoder where the weights hold one."""
     import torch
 
-    from ..models import SaliencyDecoder, create
+    from ..models import SaliencyDecoder
     from ..models.weights import load_pretrained
+    from ..pipeline import create_to_run
 
     torch.manual_seed(0)  # the weights of 'random'
-    network = create(model).eval()
+    network = create_to_run(model).eval()
     if source is None:
         return network, None
     report = load_pretrained(network, source)

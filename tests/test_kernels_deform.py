@@ -16,6 +16,7 @@ from sievit.accel.kernels.deform_shapes import Geometry
 from sievit.accel.kernels.deform_torch import sampled
 from sievit.models import dcn
 from sievit.models.internimage import BlockStyle, InternImage
+from sievit.pipeline import create_to_run
 
 CASES = ("a_base", "b_nonsquare", "c_removecenter", "d_stride2")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -334,6 +335,38 @@ def test_whole_networks_with_the_kernel_as_their_core(style, dtype):
         if isinstance(module, dcn.DeformSampling):
             module.core = deform_core
     assert error(model(x), expected.double()) < (1e-12 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("name", ["internimage_t", "flash_internimage_t"])
+def test_networks_that_run_have_the_kernel(name):
+    torch.manual_seed(0)
+    model = create_to_run(name).double().eval()
+    samplings = [m for m in model.modules() if isinstance(m, dcn.DeformSampling)]
+    assert len(samplings) == 30
+    assert all(m.core is deform_core for m in samplings)
+    for parameter in model.parameters():
+        if not parameter.any():  # the first values leave offsets, or the operator, at zero
+            torch.nn.init.normal_(parameter, std=0.05)
+    x = rand(1, 3, 96, 64)
+    with torch.inference_mode():
+        found = model(x)
+        for module in samplings:
+            module.core = dcn.deform_core
+        assert error(found, model(x)) < 1e-9
+    given = create_to_run(name, core=dcn.deform_core)
+    assert next(m for m in given.modules() if isinstance(m, dcn.DeformSampling)).core is (
+        dcn.deform_core
+    )
+
+
+def test_a_core_without_a_merged_form_gets_the_parts():
+    torch.manual_seed(0)
+    module = dcn.DCNv4(16, 2, core=deform_core).double()
+    torch.nn.init.normal_(module.offset_mask.weight, std=0.3)
+    x = rand(1, 4, 5, 16)
+    merged_form = module(x)
+    module.sampling.core = lambda *tensors, **geometry: deform_core(*tensors, **geometry)
+    assert torch.equal(module(x), merged_form)
 
 
 def test_where_no_kernel_is_present_pytorch_does_it(monkeypatch, caplog):
