@@ -45,7 +45,7 @@ from .models.dcn import DeformSampling
 from .models.recipe import Recipe
 from .models.training import Trained
 from .result import CodecSummary, CodesignResult
-from .settings import Settings, rate_for
+from .settings import Settings
 from .sparsify import (
     Fidelity,
     HardwareMask,
@@ -236,8 +236,8 @@ class _Run:
         else:
             attach(student, mask, image_size=size)
         seconds, steps = settings.recovery_seconds, settings.recovery_steps
-        photos = len(self.learn)
         if seconds or steps:
+            recipe = Recipe(learning_rate=settings.recovery_rate or Recipe.learning_rate)
             with self.stage("recovering") as tell:
                 recovery_log = recover(
                     student,
@@ -245,7 +245,7 @@ class _Run:
                     stream,
                     steps=None if seconds else steps,
                     seconds=seconds,
-                    recipe=Recipe(learning_rate=settings.recovery_rate or rate_for(photos)),
+                    recipe=recipe,
                     listener=lambda step, rate, terms, share: tell(share),
                 )
             with self.stage("judging the recovered model"):

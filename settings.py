@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .masks import PUBLISHED_MIN_KEPT
 
 FEW_PHOTOS = 100
-"""Below this many, photos are too few to judge a model by, or to train on boldly."""
+"""Below this many, photos are too few to judge a model by."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Settings:
     codec_steps        training steps of the codec; 0 keeps the closed form
     recovery_steps     training steps of the recovery; 0 for none
     recovery_seconds   replaces the steps; how many fit then depends on the machine
-    recovery_rate      learning rate; None is `rate_for` the number of photos
+    recovery_rate      learning rate; None is that of `sievit.models.recipe.Recipe`
     batch_size         crops in a batch, for training, judging and measuring
     measure            time dense attention on this machine
     """
@@ -66,16 +66,6 @@ class Settings:
             raise ValueError(f"recovery_seconds must be above 0, got {self.recovery_seconds}")
         if self.recovery_rate is not None and self.recovery_rate <= 0:
             raise ValueError(f"recovery_rate must be above 0, got {self.recovery_rate}")
-
-
-def rate_for(photos: int) -> float:
-    """A learning rate for a recovery on so many photos.
-
-    A handful is soon learned by heart. Five photos, 90 % sparsity, ViT-S/14, patch cosine
-    on other photos from .782: 24 steps at 5e-5 give .757, 20 at 1e-5 give .804. The rate
-    was chosen on those other photos.
-    """
-    return 5e-5 if photos >= FEW_PHOTOS else 1e-5
 
 
 def _at_least(name: str, value: object, least: int) -> None:

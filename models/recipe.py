@@ -12,7 +12,9 @@ import torch
 class Recipe:
     """Settings of the optimizer and of the loop.
 
-    learning_rate   peak, after ``warmup_steps`` steps; then a cosine to zero
+    learning_rate   peak, after ``warmup_steps`` steps; then a cosine to zero. 2e-5 is what
+                    recovers a masked ViT-S/14 best in 24 to 40 steps, on many photos and
+                    on five, judged on photos held out for this (examples/studies)
     full_rate_loss  AdamW's steps do not shrink with the loss, so a model that is nearly
                     right is moved as far as a broken one: where the first loss is below
                     this, the rate is scaled by first loss / full_rate_loss; 0: no scaling
