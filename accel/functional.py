@@ -32,13 +32,15 @@ from .arithmetic import (
     quantize,
     quantize_head_map,
     scale_for,
+    score_shift_for,
 )
 from .assign import DENSE_ROUND
 from .hardware import Hardware, presets
-from .mapping import Mapping, choose
-from .program import SDDMM, K, Program, Q, V, build
+from .mapping import Mapping
+from .program import SDDMM, K, Program, Q, V
 from .report import OpCost
-from .simulators.vitcod import attention_cost
+from .simulators.vitcod import cost_of
+from .stepped import step
 
 __all__ = ["CodecWeights", "FunctionalResult", "coded_operands", "simulate_attention"]
 
@@ -79,11 +81,13 @@ class FunctionalResult:
                order they were given in
     reference  float64, the same attention (mask, codec, bias) without any rounding
     cost       cycles and bytes of this call (`sievit.accel.report.OpCost`)
+    score_shift  int64 [heads], places behind the point that scores did without
     """
 
     output: Quantized
     reference: np.ndarray
     cost: OpCost
+    score_shift: np.ndarray
 
     @property
     def max_error(self) -> float:
@@ -109,6 +113,7 @@ def simulate_attention(
     softmax_scale: float | None = None,
     output_scale: np.ndarray | float | None = None,
     bias: np.ndarray | None = None,
+    score_shift: np.ndarray | int | None = None,
     arithmetic: Arithmetic | None = None,
 ) -> FunctionalResult:
     """One attention call on the machine, with data: [(images,) heads, tokens, dim].
@@ -119,6 +124,8 @@ def simulate_attention(
     softmax_scale  None is key_dim^-1/2
     output_scale   of the result, a head each; None takes V's
     bias           real [heads, queries, keys], added to the scores before softmax
+    score_shift    places behind the point that a head's scores do without; None takes the
+                   least at which no kept score saturates
     arithmetic     None takes the widths of ``hardware``
 
     Raises ValueError for shapes that do not fit, operands beyond their width, sums that the
@@ -131,18 +138,23 @@ def simulate_attention(
     op = _op(q, k, v, masks, shape, bias)
     plain = [codec.decoded(codec.encoded(x)) for codec, x in zip(codecs or (), given, strict=False)]
     sides = coded_operands(q, k, codecs, arithmetic) if codecs else (Side(q), Side(k))
-    rules = checked_rules(*(s.operands for s in sides), v, softmax_scale, output_scale, arithmetic)
-    mapping = choose(op, hardware)
+    operands = [side.operands for side in sides]
+    if score_shift is None:
+        largest = _largest_scores(*operands, masks, softmax_scale, bias)
+        score_shift = score_shift_for(largest, arithmetic)
+    rules = checked_rules(*operands, v, softmax_scale, output_scale, arithmetic, score_shift)
     images = _images(v.values)
-    program, _ = build(op, hardware, mapping, len(images))
-    added = None if bias is None else fixed_bias(bias, arithmetic)
+    stepped = step(op, hardware, len(images))
+    added = None if bias is None else fixed_bias(bias, rules)
     memory = (_images(sides[0].stored.values), _images(sides[1].stored.values), images)
-    run = _Run(mapping, program, memory, tuple(s.decoder for s in sides), rules, added)
+    decoders = (sides[0].decoder, sides[1].decoder)
+    run = _Run(stepped.mapping, stepped.program, memory, decoders, rules, added)
     made = run.all_stages().reshape(*v.values.shape[:-2], op.queries, op.value_dim)
     scale = op.key_dim**-0.5 if softmax_scale is None else softmax_scale
     reference = float_attention(*(plain or given[:2]), given[2], masks, scale, bias)
-    cost = attention_cost(op, hardware, len(images))
-    return FunctionalResult(Quantized(made, rules.output_scale), reference, cost)
+    cost = cost_of(stepped, len(images))
+    output = Quantized(made, rules.output_scale)
+    return FunctionalResult(output, reference, cost, rules.score_shift)
 
 
 def arithmetic_of(hardware: Hardware) -> Arithmetic:
@@ -220,6 +232,23 @@ def float_attention(
 
 def _real(x: np.ndarray | Quantized) -> np.ndarray:
     return x.real if isinstance(x, Quantized) else np.asarray(x, dtype=np.float64)
+
+
+def _largest_scores(
+    q: Quantized,
+    k: Quantized,
+    masks: Sequence[PolarizedMask] | None,
+    scale: float | None,
+    bias: np.ndarray | None,
+) -> np.ndarray:
+    """Largest magnitude of each head's scaled scores, bias before and after, kept ones."""
+    scale = q.values.shape[-1] ** -0.5 if scale is None else scale
+    scores = np.abs(_images(q.real @ k.real.swapaxes(-1, -2))) * scale
+    if bias is not None:
+        scores = scores + np.abs(bias)
+    if masks is not None:
+        scores = scores * np.stack([mask.dense() for mask in masks])
+    return scores.max(axis=(0, 2, 3))
 
 
 def _largest(x: np.ndarray) -> np.ndarray:
@@ -401,7 +430,9 @@ class _Run:
         if self.op.masks is not None:
             mask = self.op.masks[head]
             keep[:, : mask.num_global] &= mask.global_keep[rows][done]
-        made = integer_softmax(unit.scores[done], keep, self.rules.arithmetic)
+        rules = self.rules
+        shift = rules.score_shift[head]
+        made = integer_softmax(unit.scores[done], keep, rules.arithmetic, shift)
         unit.probabilities[done] = made
         unit.ready[done] = True
 

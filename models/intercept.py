@@ -33,7 +33,8 @@ class AttentionHook:
     kernel     kernel(q, k, v, scale) -> [batch, heads, queries, value_dim] computes the
                call instead, masking included; where something else is in the way (an
                eager softmax, another bias, mask, dropout or observer) ``keep``, which must
-               then be given too, is applied densely
+               then be given too, is applied densely. A kernel whose ``takes_bias`` is true
+               gets the call's own bias too, kernel(q, k, v, scale, bias)
     """
 
     keep: Tensor | None = None
@@ -268,9 +269,13 @@ def _hooked(call: Fused, hooks: list[AttentionHook], name: str) -> Tensor:
     call = replace(call, query=query, key=key)
     observers = [hook.observe for hook in hooks if hook.observe is not None]
     masking = [hook for hook in hooks if hook.keep is not None or hook.kernel is not None]
-    plain = call.attn_mask is None and not call.is_causal and call.dropout_p == 0
-    if plain and not observers and len(masking) == 1 and masking[0].kernel is not None:
-        return masking[0].kernel(query, key, call.value, call.softmax_scale)
+    alone = not observers and len(masking) == 1 and masking[0].kernel is not None
+    if alone and not call.is_causal and call.dropout_p == 0:
+        kernel, bias = masking[0].kernel, call.attn_mask
+        if bias is None:
+            return kernel(query, key, call.value, call.softmax_scale)
+        if getattr(kernel, "takes_bias", False) and bias.dtype != torch.bool:
+            return kernel(query, key, call.value, call.softmax_scale, bias)
     shape = (query.shape[1], query.shape[2], key.shape[2])
     keep = _joint_keep(hooks, shape, query.device, name)
     if observers:
@@ -286,8 +291,8 @@ def _joint_keep(
     for hook in hooks:
         if hook.keep is None and hook.kernel is not None:
             raise ValueError(
-                f"the kernel for {name!r} cannot act here; its hook needs keep as well, to be "
-                "applied densely"
+                f"the kernel for {name!r} cannot act here (a softmax written out, another "
+                "mask, dropout or observer); its hook needs keep as well, to be applied densely"
             )
         if hook.keep is None:
             continue

@@ -3,7 +3,8 @@
 Floor plan: average attention (`probe`) -> masks (`threshold`, `controls`,
 `hardware_masks`) -> dense block
 and sparse rest (`reorder`) -> into a model (`adapt`) -> what is left of its features
-(`fidelity`) -> recovery (`finetune`). Beside them two analyses of the EfficientViT paper:
+(`fidelity`) -> recovery (`finetune`). The machine's integers in a
+model stand in `int8`. Beside them two analyses of the EfficientViT paper:
 head similarity (`similarity`) and Taylor pruning of channels (`taylor`); and maps made by
 chance for studies of machines (`synthetic`).
 """
@@ -13,6 +14,7 @@ from .controls import random_mask, window_mask
 from .fidelity import Fidelity, fidelity, judge, token_features
 from .finetune import GradualMask, finetune, recover
 from .hardware_masks import HardwareMask, codesign_masks
+from .int8 import attach_int8, calibrate_int8
 from .probe import average_attention
 from .reorder import polarize
 from .similarity import head_similarity
@@ -25,7 +27,9 @@ __all__ = [
     "GradualMask",
     "HardwareMask",
     "attach",
+    "attach_int8",
     "average_attention",
+    "calibrate_int8",
     "codesign_masks",
     "fidelity",
     "finetune",

@@ -35,16 +35,15 @@ def nearest(factor: float, bits: int) -> Fraction:
     return round(Fraction(factor) * Fraction(2) ** shift) / Fraction(2) ** shift
 
 
-def attention_naive(q, k, v, keep, scale, output_scale, a: Arithmetic):
+def attention_naive(q, k, v, keep, scale, output_scale, shift, a: Arithmetic):
     """Entry by entry in Python's own integers; ``a`` gives the widths."""
     low, high = -(2 ** (a.score_bits - 1)), 2 ** (a.score_bits - 1) - 1
     limit = 2 ** (a.operand_bits - 1) - 1
     entries, one = 2**a.fraction_bits, 2**a.term_bits - 1
     made = np.zeros((*q.values.shape[:2], v.values.shape[2]), dtype=np.int64)
     for head, row in np.ndindex(made.shape[:2]):
-        to_score = nearest(
-            q.scale[head] * k.scale[head] * scale * math.log2(math.e) * entries, a.multiplier_bits
-        )
+        base_2 = q.scale[head] * k.scale[head] * scale * math.log2(math.e)
+        to_score = nearest(base_2 * entries / 2**shift, a.multiplier_bits)
         top_one = 2**a.probability_bits - 1
         to_out = nearest(v.scale[head] / (top_one * output_scale[head]), a.multiplier_bits)
         kept = np.flatnonzero(keep[head, row])
@@ -58,7 +57,7 @@ def attention_naive(q, k, v, keep, scale, output_scale, a: Arithmetic):
         top = max(scores.values(), default=0)
         terms = {}
         for key, score in scores.items():
-            whole, fraction = divmod(top - score, entries)
+            whole, fraction = divmod((top - score) << shift, entries)
             terms[key] = round(one * 2.0 ** (-fraction / entries)) >> whole
         total = sum(terms.values())
         weights = {key: round(Fraction(term * top_one, total)) for key, term in terms.items()}
@@ -97,8 +96,11 @@ def test_the_plain_function_is_what_its_words_say(seed, arithmetic, density, sam
     )
     keep = rng.random((heads, queries, keys)) < density
     scale = v.scale if same_scale else v.scale * 0.6  # the second may saturate
-    made = integer_attention(q, k, v, keep, output_scale=scale, arithmetic=arithmetic)
-    expected = attention_naive(q, k, v, keep, dim**-0.5, scale, arithmetic)
+    shift = int(rng.integers(0, 4))
+    made = integer_attention(
+        q, k, v, keep, output_scale=scale, score_shift=shift, arithmetic=arithmetic
+    )
+    expected = attention_naive(q, k, v, keep, dim**-0.5, scale, shift, arithmetic)
     assert np.array_equal(made.values, expected)
 
 
@@ -222,7 +224,10 @@ def test_the_schedule_gives_the_plain_result_bit_for_bit(call, hardware, images,
     arithmetic = arithmetic_of(hardware)
     sides = coded_operands(q, k, codecs, arithmetic) if codecs else None
     decoded = (q, k) if sides is None else tuple(side.operands for side in sides)
-    plain = integer_attention(*decoded, v, keep, bias=bias, arithmetic=arithmetic)
+    assert found.score_shift.shape == (sizes[0],)
+    plain = integer_attention(
+        *decoded, v, keep, bias=bias, score_shift=found.score_shift, arithmetic=arithmetic
+    )
     assert np.array_equal(found.output.values, plain.values)
     assert np.array_equal(found.output.scale, plain.scale)
     assert found.cost.details["scores_computed"] >= found.cost.details["scores_kept"]
@@ -317,6 +322,18 @@ def test_real_masks_stay_near_float(golden):
     assert (
         simulate_attention(q, k, v, masks, arithmetic=finer).relative_error < found.relative_error
     )
+
+
+def test_large_scores_are_held_coarser_instead_of_saturating():
+    rng = np.random.default_rng(4)
+    q, k, v = operands(rng, 2, 20, 20, 16, 16, 1.0)
+    q[1], k[1, :3] = 20 * q[1], 20 * k[1, :3]  # scores up to some hundreds
+    found = simulate_attention(q, k, v)
+    stuck = simulate_attention(q, k, v, score_shift=0)
+    assert found.score_shift[0] == 0 < found.score_shift[1]
+    assert found.relative_error < 0.03 < stuck.relative_error
+    with pytest.raises(ValueError, match=r"score_shift must lie in 0\.\.16, got 17"):
+        simulate_attention(q, k, v, score_shift=17)
 
 
 def test_a_codec_is_compared_with_the_same_codec_in_float():

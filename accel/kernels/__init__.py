@@ -3,7 +3,8 @@ that imports torch.
 
 Floor plan: rows of floats for compiled loops (`vectors`) -> order and tiles of a mask
 (`tiling`) -> a layer's plan (`plan`) -> kernels (`attention_cpu`, `attention_gpu`) -> the
-operator and the choice between them (`attention`). Beside them dense attention, timed
+operator and the choice between them (`attention`). Beside them the simulated machine's
+integers on batches (`int8`), dense attention, timed
 (`measure`), and the deformable operator: geometry (`deform_shapes`) -> kernels
 (`deform_cpu`, `deform_gpu`, `deform_torch`) -> the operator (`deform`).
 """
@@ -16,17 +17,23 @@ from .attention import (
     sparse_attention,
 )
 from .deform import deform_conv, deform_core
+from .int8 import Arithmetic, Int8Attention, Int8Scales, RangeWatcher, int8_attention
 from .measure import MeasuredAttention, measure_attention
 from .plan import AttentionPlan, plan_attention, plan_layers
 
 __all__ = [
+    "Arithmetic",
     "AttentionPlan",
     "Choice",
+    "Int8Attention",
+    "Int8Scales",
     "MeasuredAttention",
+    "RangeWatcher",
     "SparseAttention",
     "choose_kernel",
     "deform_conv",
     "deform_core",
+    "int8_attention",
     "measure_attention",
     "plan_attention",
     "plan_layers",
