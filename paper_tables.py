@@ -154,7 +154,7 @@ def plot_factors(study: PaperStudy, path: str | os.PathLike[str]) -> None:
     axes.axvline(1, color="#718096", linewidth=0.8)
     axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.set_xlabel("times faster (energy: times less)")
-    figure.suptitle(f"ViTCoD's published factors and ours\n{study.masks}", fontsize=9)
+    figure.suptitle(f"ViTCoD's published factors and ours\nmasks: {study.masks}", fontsize=9)
     kinds = dict.fromkeys(kind for _, value, kind in bars if value is not None)
     legend = [Patch(color=COLOURS[kind], label=kind) for kind in kinds]
     axes.legend(handles=legend, loc="lower right", fontsize=8)
