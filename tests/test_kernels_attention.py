@@ -286,7 +286,7 @@ def test_the_choice_is_said_once(caplog, monkeypatch):
         for _ in range(3):
             sparse_attention(q, k, v, dense)
     assert [r.getMessage() for r in caplog.records] == [
-        "sparse attention on cpu: dense (100% is kept, above 40% dense is faster)"
+        "sparse attention on cpu: dense (100% is kept, above 50% dense is faster)"
     ]
 
 
@@ -316,6 +316,7 @@ def test_without_numba_it_works_and_says_so_once(monkeypatch):
         ({"q": torch.int32, "k": torch.int32, "v": torch.int32}, "got torch.int32"),
         ({"v": torch.device("meta")}, "v is torch.float32 on meta"),
         ({n: torch.device("meta") for n in "qkv"}, "on meta, the plan on cpu: use plan.to"),
+        ({"kernel": "tiles"}, "kernel 'tiles' needs triton and a GPU; .* tensors are on cpu"),
         ({"kernel": "fast"}, "one of compiled, tiles, short, dense, reference, got 'fast'"),
     ],
 )

@@ -1,9 +1,8 @@
-"""Exact attention under a fixed mask: `sparse_attention`, its operators and its choice.
+"""Exact attention under a fixed mask: `sparse_attention` and its choice of a kernel.
 
 softmax(scale Q K^T) V over the entries that the mask keeps; a query that keeps none gives
-0. Three operators of PyTorch (`torch.ops.sievit`) stand behind it, with shapes for tracing
-and with gradients: compiled loops on a CPU, Triton on a GPU, and PyTorch's own attention
-where that is faster or nothing else is there.
+0. Behind it stand the operators of `operators`, compiled loops on a CPU and Triton on a
+GPU, and PyTorch's own attention where that is faster or nothing else is there.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+import os
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import operators  # noqa: F401  registers torch.ops.sievit
 from .plan import DENSE_SHARE, SHORT_KEYS, AttentionPlan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -62,7 +63,7 @@ def choose_kernel(plan: AttentionPlan, device: torch.device, dtype: torch.dtype)
     if device.type == "cuda":
         if not HAVE_TRITON:
             return Choice("dense", "triton is not installed")
-        if plan.keys <= SHORT_KEYS:
+        if plan.keys <= SHORT_KEYS and dtype != torch.float32:
             return Choice("short", f"{plan.keys} keys fit one tile")
         return Choice("tiles", f"tiles compute {plan.area:.0%} of all entries")
     return Choice("dense", f"there is no kernel for {device.type}")
@@ -100,10 +101,17 @@ def sparse_attention(
         kernel = choice.kernel
         if not torch.compiler.is_compiling():
             _say(choice, q.device)
+    if q.dtype == torch.float64 and kernel not in ("dense", "reference"):
+        raise ValueError(f"kernel {kernel!r} does not take float64: 'reference' and 'dense' do")
     if kernel == "compiled":
         return torch.ops.sievit.attention_by_rows(
             q, k, v, plan.order, plan.indptr, plan.columns, scale
         )[0]
+    if kernel in ("tiles", "short"):
+        _check_gpu(kernel, plan, q.device, q.dtype)
+        words = plan.words if kernel == "short" else plan.words[:0]
+        tiles = (plan.by_query.listed(), plan.by_key.listed())
+        return torch.ops.sievit.attention_by_tiles(q, k, v, *tiles, words, scale)[0]
     if kernel == "dense":
         return dense_attention(q, k, v, plan.dense(), scale)
     if kernel == "reference":
@@ -161,6 +169,20 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
         raise ValueError(f"q is on {q.device}, the plan on {plan.device}: use plan.to(device)")
 
 
+def _check_gpu(kernel: str, plan: AttentionPlan, device: torch.device, dtype: torch.dtype) -> None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not HAVE_TRITON or not (device.type == "cuda" or interpreted):
+        raise ValueError(
+            f"kernel {kernel!r} needs triton and a GPU; triton is "
+            f"{'there' if HAVE_TRITON else 'not installed'}, the tensors are on {device}"
+        )
+    if kernel == "short" and (plan.keys > SHORT_KEYS or dtype == torch.float32):
+        raise ValueError(
+            f"kernel 'short' takes up to {SHORT_KEYS} keys in float16 or bfloat16, "
+            f"got {plan.keys} in {dtype}"
+        )
+
+
 _said: set[tuple[str, str]] = set()
 
 
@@ -177,63 +199,6 @@ def _say(choice: Choice, device: torch.device) -> None:
             RuntimeWarning,
             stacklevel=4,
         )
-
-
-# ------------------------------------------------------------------ operators
-
-
-@torch.library.custom_op("sievit::attention_by_rows", mutates_args=(), device_types="cpu")
-def _by_rows(
-    q: Tensor, k: Tensor, v: Tensor, order: Tensor, indptr: Tensor, columns: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    from .attention_cpu import run_forward
-
-    return run_forward(q, k, v, order, indptr, columns, scale)
-
-
-@_by_rows.register_fake
-def _(q, k, v, order, indptr, columns, scale):
-    batch, heads, queries, _ = q.shape
-    out = q.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
-    return out, q.new_empty(batch, heads, queries, 2, dtype=torch.float32)
-
-
-@torch.library.custom_op("sievit::attention_by_rows_backward", mutates_args=(), device_types="cpu")
-def _by_rows_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    sums: Tensor,
-    order: Tensor,
-    indptr: Tensor,
-    columns: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from .attention_cpu import run_backward
-
-    return run_backward(grad, q, k, v, out, sums, order, indptr, columns, scale)
-
-
-@_by_rows_backward.register_fake
-def _(grad, q, k, v, out, sums, order, indptr, columns, scale):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-
-
-def _save_rows(ctx, inputs, output):
-    q, k, v, order, indptr, columns, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, order, indptr, columns)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _rows_backward(ctx, grad, _):
-    q, k, v, *rest = ctx.saved_tensors
-    grads = torch.ops.sievit.attention_by_rows_backward(grad, q, k, v, *rest, ctx.scale)
-    return *grads, None, None, None, None
-
-
-_by_rows.register_autograd(_rows_backward, setup_context=_save_rows)
 
 
 class SparseAttention(nn.Module):

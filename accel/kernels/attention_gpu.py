@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -191,7 +192,7 @@ def gather_backward_keys(
 @triton.jit
 def short_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, words_ptr,
-    qk_scale, heads, queries, keys, words, tiles,
+    qk_scale, heads, queries, keys, tiles,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BM: tl.constexpr, NK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -208,6 +209,7 @@ def short_forward(
         k = k.to(tl.float32)
         v = v.to(tl.float32)
     kt = tl.trans(k)
+    words_base = words_ptr + h * queries * (NK // 32)
     for t in range(first, first + tiles):
         rows = t * BM + tl.arange(0, BM)
         live = rows < queries
@@ -215,8 +217,8 @@ def short_forward(
         if UPCAST:
             q = q.to(tl.float32)
         s = tl.dot(q, kt, input_precision=PRECISION) * qk_scale
-        at = words_ptr + (h * queries + rows[:, None]) * words + (n[None, :] >> 5)
-        word = tl.load(at, mask=live[:, None] & there[None, :], other=0)
+        at = words_base + rows[:, None] * (NK // 32) + (n[None, :] >> 5)
+        word = tl.load(at, mask=live[:, None], other=0)
         kept = ((word >> (n[None, :] & 31)) & 1) != 0
         s = tl.where(kept, s, PRUNED)
         most = tl.max(s, 1)
@@ -228,14 +230,32 @@ def short_forward(
         tl.store(lse_ptr + (b * heads + h) * queries + rows, most + tl.math.log2(mass), mask=live)
 
 
-GATHER = {16: (32, 1, 2), 32: (32, 2, 2), 64: (32, 4, 3)}
-"""By tile: keys a step, warps and pipeline stages that compile without spills for sm_90."""
+STEP = 32
+"""Keys a program takes at a time."""
 
-SHORT_ROWS, SHORT_WARPS = 64, 8
+WARPS = {16: (1, 2), 32: (2, 4), 64: (4, 8)}
+"""By tile: warps for rows of up to 64 and for longer ones or float32. With these the kernels
+compile for sm_90 without spills (tests/test_kernels_gpu.py); none was timed on a GPU."""
+
+SHORT_WARPS = 8
+
+
+def gather_launch(tile: int, dims: dict[str, int], exact: bool) -> dict[str, int]:
+    """Block sizes and resources of the gather kernels; ``exact`` for float32."""
+    wide = exact or dims["DP"] + dims["DVP"] > 128
+    stages = 1 if exact else 3 if tile == 64 else 2
+    warps = max(4, WARPS[tile][1]) if exact else WARPS[tile][wide]
+    return {"BM": tile, "BN": STEP, "num_warps": warps, "num_stages": stages}
+
+
+def short_launch(keys: int, dims: dict[str, int]) -> dict[str, int]:
+    """Block sizes and resources of the short kernel for ``keys``, a power of two."""
+    rows = 16 if dims["DP"] + dims["DVP"] <= 64 else 32
+    return {"BM": rows, "NK": keys, "num_warps": SHORT_WARPS, "num_stages": 1}
 
 
 def run_forward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: list[Tensor], words: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tensor], words: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(output [batch, heads, queries, value_dim], log2 of each query's sum of exponentials,
     float32 [batch, heads, queries]), by the short kernel where ``words`` is not empty.
@@ -251,18 +271,18 @@ def run_forward(
     dims = _dims(dim, v.shape[-1])
     with _on(q.device):
         if words.numel():
-            each = _tiles_a_program(batch * heads, queries)
-            short_forward[(triton.cdiv(queries, SHORT_ROWS * each), heads, batch)](
+            launch = short_launch(32 * words.shape[2], dims)
+            each = _tiles_a_program(batch * heads, triton.cdiv(queries, launch["BM"]))
+            short_forward[(triton.cdiv(queries, launch["BM"] * each), heads, batch)](
                 q, k, v, out, lse, words,
-                qk_scale, heads, queries, k.shape[2], words.shape[2], each, *strides,
-                **dims, BM=SHORT_ROWS, NK=max(16, triton.next_power_of_2(k.shape[2])),
-                **_arithmetic(q), num_warps=SHORT_WARPS, num_stages=1,
+                qk_scale, heads, queries, k.shape[2], each, *strides,
+                **dims, **launch, **_arithmetic(q),
             )  # fmt: skip
         else:
-            tile, launch = _gather_launch(tiles)
+            launch = gather_launch(tiles[1].shape[1], dims, q.dtype == torch.float32)
             gather_forward[(len(tiles[0]), batch)](
                 q, k, v, out, lse, *tiles, qk_scale, heads, queries, *strides,
-                **dims, BM=tile, **launch, **_arithmetic(q),
+                **dims, **launch, **_arithmetic(q),
             )  # fmt: skip
     return out, lse
 
@@ -274,8 +294,8 @@ def run_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    tiles: list[Tensor],
-    key_tiles: list[Tensor],
+    tiles: Sequence[Tensor],
+    key_tiles: Sequence[Tensor],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous; the same in every run."""
@@ -292,17 +312,17 @@ def run_backward(
         return [s for tensor in tensors for s in tensor.stride()[:3]]
 
     with _on(q.device):
-        tile, launch = _gather_launch(tiles)
+        launch = gather_launch(tiles[1].shape[1], dims, q.dtype == torch.float32)
         gather_backward_queries[(len(tiles[0]), batch)](
             q, k, v, out, grad, grads[0], lse, delta, *tiles,
             qk_scale, scale, heads, queries, *strides(q, k, v, out, grad, grads[0]),
-            **dims, BM=tile, **launch, **arithmetic,
+            **dims, **launch, **arithmetic,
         )  # fmt: skip
-        tile, launch = _gather_launch(key_tiles)
+        launch = gather_launch(key_tiles[1].shape[1], dims, q.dtype == torch.float32)
         gather_backward_keys[(len(key_tiles[0]), batch)](
             q, k, v, grad, grads[1], grads[2], lse, delta, *key_tiles,
             qk_scale, scale, heads, queries, *strides(q, k, v, grad, grads[1], grads[2]),
-            **dims, BM=tile, **launch, **arithmetic,
+            **dims, **launch, **arithmetic,
         )  # fmt: skip
     return tuple(grads)
 
@@ -320,26 +340,20 @@ def _dims(dim: int, value_dim: int) -> dict[str, int]:
 
 
 def _arithmetic(q: Tensor) -> dict[str, object]:
-    """Float32 products are exact unless PyTorch's own may be TF32. The interpreter's
-    bfloat16 products are wrong, so that they are made in float32 there."""
+    """Float32 products are three of TF32, close to exact, or one where PyTorch's own may be.
+    The interpreter's bfloat16 products are wrong; they are made in float32 there."""
     interpreted = q.device.type == "cpu"
     rounded = not interpreted and torch.backends.cuda.matmul.allow_tf32
     return {
         "UPCAST": interpreted and q.dtype == torch.bfloat16,
-        "PRECISION": "tf32" if rounded else "ieee",
+        "PRECISION": "tf32" if rounded else "tf32x3",
     }
 
 
-def _gather_launch(tiles: list[Tensor]) -> tuple[int, dict[str, int]]:
-    tile = tiles[1].shape[1]
-    step, warps, stages = GATHER[tile]
-    return tile, {"BN": step, "num_warps": warps, "num_stages": stages}
-
-
-def _tiles_a_program(programs: int, queries: int) -> int:
-    """All of a head's where there are heads enough to fill a GPU, which reads keys and
+def _tiles_a_program(programs: int, tiles: int) -> int:
+    """All tiles of a head where there are heads enough to fill a GPU, which reads keys and
     values once; else one."""
-    return triton.cdiv(queries, SHORT_ROWS) if programs >= 256 else 1
+    return tiles if programs >= 256 else 1
 
 
 def _on(device: torch.device):

@@ -31,7 +31,7 @@ MOST_TOKENS = 8192
 SHORT_KEYS = 256
 """Up to this many keys a plan also carries the mask as bit words, for the short kernel."""
 
-DENSE_SHARE = 0.4
+DENSE_SHARE = 0.5
 """A mask that keeps more than this is computed densely, and the plan carries it as bool."""
 
 MaskLike = np.ndarray | Tensor | AttentionMask | Sequence[PolarizedMask]
@@ -52,6 +52,10 @@ class TileTensors:
     def of(cls, tiles: Tiles) -> TileTensors:
         return cls(*(torch.from_numpy(getattr(tiles, f.name)) for f in fields(cls)))
 
+    def listed(self) -> list[Tensor]:
+        """Head, rows, start, count, columns, bits."""
+        return [self.head, self.rows, self.start, self.count, self.columns, self.bits]
+
     def to(self, device: torch.device | str) -> TileTensors:
         return TileTensors(*(getattr(self, f.name).to(device) for f in fields(self)))
 
@@ -65,8 +69,8 @@ class AttentionPlan:
     columns   int32 [kept]: kept keys, ascending, of the queries in that order
     by_query  tiles of queries, listing keys
     by_key    tiles of keys, listing queries
-    words     int32 [heads, queries, ceil(keys / 32)]: the mask's bits, lowest first; empty
-              above 256 keys
+    words     int32 [heads, queries, 1, 2, 4 or 8]: the mask's bits, lowest first, 0 behind
+              the last key; empty above 256 keys
     keep      bool [heads, queries, keys], where more than `DENSE_SHARE` of it is True;
               else empty
     """
@@ -298,7 +302,8 @@ def _words(keep: np.ndarray) -> np.ndarray:
     heads, queries, keys = keep.shape
     if keys > SHORT_KEYS:
         return np.zeros((0, 0, 0), np.int32)
-    padded = np.zeros((heads, queries, -(-keys // 32) * 32), bool)
+    width = max(32, 1 << (keys - 1).bit_length())
+    padded = np.zeros((heads, queries, width), bool)
     padded[:, :, :keys] = keep
     return np.packbits(padded, axis=-1, bitorder="little").view("<i4").astype(np.int32)
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -198,7 +199,22 @@ def run_case(case: Case, device, dtype, rates, passes: int, flex: bool) -> list[
         except Exception as error:
             print(f"  {name} has no backward: {str(error).splitlines()[0][:120]}", file=sys.stderr)
     rows += _rows(case, plan, timed(ready, passes, device), "backward", rates)
+    if device.type == "cuda":
+        ready.clear()
+        peaks = {name: _peak_mib(call, leaves, slope) for name, call in outs.items()}
+        rows = [replace(row, peak_mib=peaks[row.kernel]) for row in rows]
     return rows
+
+
+def _peak_mib(call: Call, leaves: list[torch.Tensor], slope: torch.Tensor) -> float | None:
+    """Memory of one training step of the call, above what its operands take."""
+    try:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(call(*leaves), leaves, slope)
+    except Exception:  # it was named when it was timed
+        return None
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def _rows(case: Case, plan: AttentionPlan, times, direction: str, rates) -> list[Row]:
@@ -299,6 +315,7 @@ def main() -> None:
             "threads": torch.get_num_threads() if not on_gpu else 0,
             "dtype": str(dtype).removeprefix("torch."),
             "seed": 0,
+            "load_average": round(os.getloadavg()[0], 1),
             "versions": versions(),
             "rates": rates,
             "rows": [asdict(row) for row in rows],
