@@ -31,6 +31,9 @@ TILE_PARTS = (1, 2, 3)
 PATTERNS = Remembered(64 * 1024**2)
 """By the digest of the mask."""
 
+WORK = Remembered(64 * 1024**2)
+"""What tiles ask for, by the patterns of a call and the lines."""
+
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
@@ -230,7 +233,7 @@ def candidates(op: Attention, hardware: Hardware) -> list[Mapping]:
     tiles that fit, and a few more, which overlap more finely.
     """
     patterns = _patterns(op)
-    work = WorkOfTiles(op, patterns, hardware.lines)
+    work = _work(op, patterns, hardware.lines)
     made: list[Mapping] = []
     for group in _groups(op):
         for ahead in (True, False):
@@ -246,6 +249,16 @@ def _patterns(op: Attention) -> tuple[Pattern, ...]:
         PATTERNS.get(mask.digest, partial(Pattern.of, mask), lambda made: made.held_bytes)
         for mask in op.masks
     )
+
+
+def _work(op: Attention, patterns: tuple[Pattern, ...], lines: int) -> WorkOfTiles:
+    """Kept for all machines that have these patterns and lines."""
+    digests = tuple(pattern.digest for pattern in patterns)
+    made = partial(WorkOfTiles, op, patterns, lines)
+    if not all(digests):
+        return made()
+    kept_alive = sum(pattern.held_bytes for pattern in patterns)
+    return WORK.get((digests, lines), made, lambda work: kept_alive)
 
 
 def _groups(op: Attention) -> list[int]:
@@ -370,4 +383,4 @@ def _frozen(values: np.ndarray) -> np.ndarray:
 
 def _unsigned_bytes(values: int) -> int:
     """Bytes of an unsigned number below ``values``: 1, 2 or 4."""
-    return next(size for size in (1, 2, 4) if values <= 256**size)
+    return 1 if values <= 256 else 2 if values <= 256**2 else 4

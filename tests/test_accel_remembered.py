@@ -17,9 +17,11 @@ from sievit.workload import Attention, Workload
 def _forget():
     program.ASSIGNMENTS.clear()
     mapping.PATTERNS.clear()
+    mapping.WORK.clear()
     yield
     program.ASSIGNMENTS.clear()
     mapping.PATTERNS.clear()
+    mapping.WORK.clear()
 
 
 def _workload(seed: int = 0, keys: int = 24) -> Workload:
@@ -33,7 +35,13 @@ def _workload(seed: int = 0, keys: int = 24) -> Workload:
 def _other(name: str, value: object) -> object:
     """An allowed value that differs from the default."""
     if isinstance(value, str):
-        allowed = {"assignment": "lockstep", "dense_dataflow": "ws", "dense_fill": "per_tile"}
+        allowed = {
+            "assignment": "lockstep",
+            "dense_dataflow": "ws",
+            "dense_fill": "per_tile",
+            "dram_model": "ddr4",
+            "dram_map": "rows",
+        }
         return allowed.get(name)
     return value * 2 if value else 1
 
@@ -51,6 +59,7 @@ def test_what_is_remembered_does_not_change_a_figure(field):
     fresh = simulate(workload, changed).to_dict()
     program.ASSIGNMENTS.clear()
     mapping.PATTERNS.clear()
+    mapping.WORK.clear()
     simulate(workload, small)
     assert simulate(workload, changed).to_dict() == fresh
 

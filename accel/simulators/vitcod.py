@@ -84,6 +84,7 @@ def operations(
 ) -> Iterator[tuple[OpCost, Stepped | None]]:
     """The operations of variant ``name`` in order, attention with the run behind its cost."""
     repeated: dict[Attention, tuple[OpCost, Stepped]] = {}
+    plain: dict[Op, OpCost | None] = {}  # layers repeat: each product is charged once
     ops = _changed(workload, **WITHOUT[name]).ops
     for index, op in enumerate(ops):
         if isinstance(op, Attention):
@@ -97,12 +98,14 @@ def operations(
             yield replace(made[0], name=op.name), made[1]
             continue
         encoded = _encoded_by(ops, index)
-        if encoded is None:
-            cost = op_cost(op, hardware, batch)
-        else:
-            cost = _projection_cost(op, encoded, hardware, batch)
-        if cost is not None:
-            yield cost, None
+        if encoded is not None:
+            yield _projection_cost(op, encoded, hardware, batch), None
+            continue
+        alike = replace(op, name="")
+        if alike not in plain:
+            plain[alike] = op_cost(alike, hardware, batch)
+        if plain[alike] is not None:
+            yield replace(plain[alike], name=op.name), None
 
 
 def _names(workload: Workload) -> tuple[str, ...]:

@@ -189,6 +189,7 @@ def forget() -> None:
     from sievit.accel import mapping, program
 
     mapping.PATTERNS.clear()
+    mapping.WORK.clear()
     program.ASSIGNMENTS.clear()
 
 
