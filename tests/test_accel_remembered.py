@@ -13,15 +13,19 @@ from sievit.masks import AttentionMask, polarize_head
 from sievit.workload import Attention, Workload
 
 
+REMEMBERED = (program.ASSIGNMENTS, mapping.PATTERNS, mapping.WORK)
+
+
 @pytest.fixture(autouse=True)
 def _forget():
-    program.ASSIGNMENTS.clear()
-    mapping.PATTERNS.clear()
-    mapping.WORK.clear()
+    _clear()
     yield
-    program.ASSIGNMENTS.clear()
-    mapping.PATTERNS.clear()
-    mapping.WORK.clear()
+    _clear()
+
+
+def _clear() -> None:
+    for kept in REMEMBERED:
+        kept.clear()
 
 
 def _workload(seed: int = 0, keys: int = 24) -> Workload:
@@ -40,7 +44,7 @@ def _other(name: str, value: object) -> object:
             "dense_dataflow": "ws",
             "dense_fill": "per_tile",
             "dram_model": "ddr4",
-            "dram_map": "rows",
+            "dram_map": "rows_interleaved",
         }
         return allowed.get(name)
     return value * 2 if value else 1
@@ -57,9 +61,7 @@ def test_what_is_remembered_does_not_change_a_figure(field):
     workload, small = _workload(), replace(presets["vitcod"], lines=6)
     changed = replace(small, **{field: 9 if field == "lines" else value})
     fresh = simulate(workload, changed).to_dict()
-    program.ASSIGNMENTS.clear()
-    mapping.PATTERNS.clear()
-    mapping.WORK.clear()
+    _clear()
     simulate(workload, small)
     assert simulate(workload, changed).to_dict() == fresh
 
@@ -70,7 +72,7 @@ def test_assignments_are_shared_by_content():
     made = program.ASSIGNMENTS.misses
     assert made > 0
     assert program.ASSIGNMENTS.hits == 0
-    again = simulate(_workload(), replace(small, dram_bytes_per_s=10**9))  # equal, not the same
+    again = simulate(_workload(), replace(small, dram_latency_cycles=99))  # equal, not the same
     assert (program.ASSIGNMENTS.misses, program.ASSIGNMENTS.hits) == (made, made)
     assert again.attention_cycles > first.attention_cycles
     simulate(_workload(seed=1), small)
