@@ -12,7 +12,6 @@ from sievit.accel.remembered import Remembered
 from sievit.masks import AttentionMask, polarize_head
 from sievit.workload import Attention, Workload
 
-
 REMEMBERED = (program.ASSIGNMENTS, mapping.PATTERNS, mapping.WORK)
 
 
