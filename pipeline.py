@@ -13,21 +13,19 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from .accel import Hardware, Report, presets, simulate
-from .accel.kernels import MeasuredAttention, deform_core, measure_attention
+from .accel.kernels import MeasuredAttention, measure_attention
 from .ae import (
     FittedCodecs,
     attach_codec,
     fit_codecs,
     fold,
     head_moments,
-    latent_heads_for,
     train_codec,
 )
 from .images import (
@@ -40,10 +38,10 @@ from .images import (
     random_crops,
 )
 from .masks import AttentionMask
-from .models import create, prefix_tokens, trace
-from .models.dcn import DeformSampling
+from .models import prefix_tokens, trace
 from .models.recipe import Recipe
 from .models.training import Trained
+from .networks import attention_cycles
 from .result import CodecSummary, CodesignResult
 from .settings import Settings
 from .sparsify import (
@@ -56,13 +54,12 @@ from .sparsify import (
     polarize,
     random_mask,
     recover,
-    synthetic_maps,
     threshold,
     token_features,
 )
 from .sparsify.fidelity import Saliency
 from .sparsify.hardware_masks import kept_mass
-from .workload import HeadCodec, Workload
+from .workload import Workload
 
 SIMULATORS = ("systolic", "vitcod_plain", "vitcod_no_reorder", "vitcod_no_codec", "vitcod")
 
@@ -338,23 +335,6 @@ def learn_mask_within(
         return codesign_masks(maps, cost, cycles, prefix_tokens=prefix_tokens(model))
 
 
-WHOLE_COLUMNS = 1.0 - 1e-9
-"""``min_kept`` for masks of `learn_mask_within`: global are the keys that all queries keep."""
-
-
-def attention_cycles(
-    workload: Workload, hardware: Hardware = presets["vitcod"], min_kept: float = WHOLE_COLUMNS
-) -> Callable[[AttentionMask], float]:
-    """What a mask costs in ``workload``: cycles of its attention, without codec."""
-
-    def cost(mask: AttentionMask) -> float:
-        polarized = polarize(mask, min_kept)
-        sparse = workload.with_polarized(polarized, [None] * len(polarized))
-        return float(simulate(sparse, hardware, simulator="vitcod_no_codec").attention_cycles)
-
-    return cost
-
-
 def learn_masks(
     model: nn.Module,
     images: Images,
@@ -367,94 +347,6 @@ def learn_masks(
     maps = _Run(model, (photos, photos), settings, None, progress).average()
     prefix = prefix_tokens(model)
     return {s: threshold(maps, sparsity=s, prefix_tokens=prefix) for s in sparsities}
-
-
-def create_to_run(name: str, pretrained: str | None = None, **overrides: Any) -> nn.Module:
-    """`create`, for a network that will run: InternImage and its like get the compiled
-    deformable operator as their core, unless ``core`` is given."""
-    model = create(name, pretrained, **overrides)
-    for module in model.modules():
-        if isinstance(module, DeformSampling) and "core" not in overrides:
-            module.core = deform_core
-    return model
-
-
-def model_workload(
-    name: str,
-    mask: AttentionMask | None = None,
-    codec: HeadCodec | None = None,
-    *,
-    image_size: int | None = None,
-    min_kept: int | float = Settings.min_kept,
-) -> Workload:
-    """A registered model as operations, dense or with ``mask`` and ``codec``.
-
-    ``image_size`` None is the model's own; a mask's tokens must fit it.
-    """
-    model = create(name)
-    workload = trace(model, image_size or getattr(model, "image_size", None) or 224)
-    return workload.with_attention(mask, codec, min_kept)
-
-
-def sparse_workload(
-    name: str,
-    mask: AttentionMask | float,
-    *,
-    latent_heads: int | None = None,
-    groups: int = 1,
-    image_size: int | None = None,
-    min_kept: int | float = Settings.min_kept,
-    seed: int = 0,
-) -> tuple[Workload, str]:
-    """A registered model with a mask and a codec, and a sentence that says which.
-
-    mask          a number is the sparsity of a mask made by chance (`synthetic_maps`)
-    latent_heads  None is half a layer's heads, rounded up, as ViTCoD has it; 0 is no codec
-    """
-    model = create(name)
-    dense = trace(model, image_size or getattr(model, "image_size", None) or 224)
-    if not dense.attention:
-        raise ValueError(f"{name} has no attention that a mask could prune")
-    origin = "the mask given"
-    if not isinstance(mask, AttentionMask):
-        prefix = prefix_tokens(model)
-        shapes = [(op.heads, op.queries, op.keys) for op in dense.attention]
-        maps = synthetic_maps(shapes, prefix, seed)
-        mask = threshold(maps, sparsity=mask, prefix_tokens=prefix)
-        origin = (
-            f"a mask made by chance (seed {seed}), shaped like ViTCoD's published ones: good to "
-            "compare machines, no word on accuracy"
-        )
-    codecs = [_codec_for(op.heads, latent_heads, groups) for op in dense.attention]
-    shapes = dict.fromkeys(f"{c.heads} -> {c.latent_heads} heads" for c in codecs if c)
-    coded = f"codec {', '.join(shapes)}" if shapes else "no codec"
-    about = f"{name}, {mask.sparsity:.1%} of attention pruned by {origin}; {coded}."
-    return dense.with_attention(mask, codecs, min_kept), about
-
-
-def _codec_for(heads: int, latent_heads: int | None, groups: int) -> HeadCodec | None:
-    """None for a single head, which has nothing to be compressed over."""
-    if latent_heads == 0 or heads == 1:
-        return None
-    return HeadCodec(
-        heads, latent_heads_for(heads) if latent_heads is None else latent_heads, groups
-    )
-
-
-def simulate_model(
-    name: str,
-    mask: AttentionMask | None = None,
-    codec: HeadCodec | None = None,
-    *,
-    image_size: int | None = None,
-    min_kept: int | float = Settings.min_kept,
-    hardware: Hardware = presets["vitcod"],
-    simulators: tuple[str, ...] = ("systolic", "vitcod"),
-    batch: int = 1,
-) -> dict[str, Report]:
-    """`model_workload` on each of ``simulators``."""
-    workload = model_workload(name, mask, codec, image_size=image_size, min_kept=min_kept)
-    return {s: simulate(workload, hardware, simulator=s, batch=batch) for s in simulators}
 
 
 def _judge_crops(photos: Photos, settings: Settings, generator: np.random.Generator) -> np.ndarray:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..terminal import OUT, check_writable, one_line_errors, progress_bars
 from .options import (
     DEFAULT_MODEL,
     HardwareName,
@@ -28,6 +27,7 @@ from .options import (
     load_photos,
     weights_source,
 )
+from .terminal import OUT, check_writable, one_line_errors, progress_bars
 
 if TYPE_CHECKING:
     from ..images import Photos
@@ -114,7 +114,7 @@ def _run_codesign(
     quiet: bool,
 ) -> None:
     from ..pipeline import codesign as run
-    from ..tables import codesign_tables
+    from .tables import codesign_tables
 
     check_writable(out)
     source = weights_source(model, weights)
@@ -157,9 +157,10 @@ def masks(
 ) -> None:
     """Learn fixed attention masks from photos and save them."""
     with one_line_errors(quiet):
-        from ..pipeline import WHOLE_COLUMNS, learn_mask, learn_mask_within
+        from ..networks import WHOLE_COLUMNS
+        from ..pipeline import learn_mask, learn_mask_within
         from ..settings import Settings
-        from ..tables import mask_table
+        from .tables import mask_table
 
         if cycles is not None and (sparsity is not None or theta is not None):
             raise ValueError(f"give either cycles or sparsity or theta, got cycles={cycles} too")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from ..terminal import OUT, check_writable, one_line_errors, progress_bars
 from .lists import codecs, field_values, gigabytes, kilobytes, numbers, shares, words
 from .options import (
     DEFAULT_MODEL,
@@ -32,12 +31,13 @@ from .options import (
     simulators_named,
     weights_source,
 )
+from .terminal import OUT, check_writable, one_line_errors, progress_bars
 
 if TYPE_CHECKING:
     from ..accel import Exploration, Point
     from ..masks import AttentionMask
     from ..pipeline import Progress
-    from ..variants import Codec, Variants
+    from ..studies.variants import Codec, Variants
 
 
 def explore(
@@ -210,8 +210,8 @@ def _variants(
 ) -> tuple[Variants, str]:
     """The model with each mask and codec, and a sentence on the masks."""
     from ..models import create, prefix_tokens
-    from ..pipeline import model_workload
-    from ..variants import BY_CHANCE, masks_by_chance, variants
+    from ..networks import model_workload
+    from ..studies.variants import BY_CHANCE, masks_by_chance, variants
 
     if varied.masks and varied.sparsities:
         raise ValueError("give either --mask or --sparsity: a mask has its sparsity")
@@ -293,7 +293,7 @@ def _finish(
 ) -> None:
     """Tables, files and pictures; an error where nothing could be simulated."""
     from ..accel.points import ATTENTION_OBJECTIVES, OBJECTIVES
-    from ..front_tables import exploration_tables
+    from .front_tables import exploration_tables
 
     objectives = found.given(ATTENTION_OBJECTIVES if attention else OBJECTIVES)
     written = []

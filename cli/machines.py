@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..terminal import OUT, check_writable, one_line_errors
 from .options import (
     DEFAULT_MODEL,
     DEFAULT_PROFILE,
@@ -31,6 +30,7 @@ from .options import (
     simulators_named,
 )
 from .paper import run_paper
+from .terminal import OUT, check_writable, one_line_errors
 
 if TYPE_CHECKING:
     from ..accel import EnergyProfile, Report, Timeline
@@ -76,9 +76,9 @@ def simulate(
         from rich.console import Group
         from rich.text import Text
 
-        from ..machine_tables import machine_tables, simulation_table
         from ..masks import AttentionMask
-        from ..pipeline import model_workload
+        from ..networks import model_workload
+        from .machine_tables import machine_tables, simulation_table
 
         names = simulators_named(simulator or ["vitcod"])
         costs = profile_named(profile)
@@ -148,7 +148,7 @@ def compare(
             run_paper(model, mask, image_size, hardware, seed, measure, json_out, plots, quiet)
             return
         from ..masks import AttentionMask
-        from ..pipeline import sparse_workload
+        from ..networks import sparse_workload
 
         names = simulators_named(simulator or list(COMPARED))
         if against is not None:
@@ -234,7 +234,7 @@ def _print_comparison(reports: Mapping[str, Report], profile: EnergyProfile, abo
     from rich.console import Group
     from rich.text import Text
 
-    from ..machine_tables import comparison_tables
+    from .machine_tables import comparison_tables
 
     spent = {name: _costs(report, profile)[0] for name, report in reports.items()}
     OUT.print(Group(Text(), Text(about), Text(), comparison_tables(reports, spent), Text()))

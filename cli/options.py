@@ -92,7 +92,7 @@ def load_network(model: str, source: str | None) -> tuple[Any, Any]:
 
     from ..models import SaliencyDecoder
     from ..models.weights import load_pretrained
-    from ..pipeline import create_to_run
+    from ..networks import create_to_run
 
     torch.manual_seed(0)  # the weights of 'random'
     network = create_to_run(model).eval()

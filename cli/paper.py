@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..terminal import OUT, progress_bars
 from .options import DEFAULT_MODEL, hardware_named
+from .terminal import OUT, progress_bars
 
 if TYPE_CHECKING:
-    from ..paper_rows import Case
+    from ..studies.paper_rows import Case
 
 PUBLISHED_MASKS = "deit_tiny", ((3, 197, 197),) * 12
 """The model that ViTCoD's released masks are of, and their (heads, queries, keys) a layer."""
@@ -28,9 +28,9 @@ def run_paper(
 ) -> None:
     """The study over the paper's six models with masks by chance, or over one model with
     the user's mask; tables to standard output, JSON and a picture where asked for."""
-    from ..paper import compare_with_paper
-    from ..paper_tables import paper_tables, plot_factors
     from ..result import versions, write_json
+    from ..studies.paper import compare_with_paper
+    from .paper_tables import paper_tables, plot_factors
 
     machine = hardware_named(hardware)
     with progress_bars(quiet) as progress:
@@ -49,7 +49,7 @@ def _cases(
 ) -> tuple[tuple[Case, ...], str]:
     """What is studied, and where its masks are from."""
     from ..masks import AttentionMask
-    from ..paper import BY_CHANCE, case_of_mask, cases_by_chance
+    from ..studies.paper import BY_CHANCE, case_of_mask, cases_by_chance
 
     if mask is None:
         if model != DEFAULT_MODEL:

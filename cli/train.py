@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..terminal import OUT, check_writable, one_line_errors, progress_bars
 from .options import (
     DEFAULT_MODEL,
     ImageSize,
@@ -21,6 +20,7 @@ from .options import (
     load_photos,
     weights_source,
 )
+from .terminal import OUT, check_writable, one_line_errors, progress_bars
 
 if TYPE_CHECKING:
     from ..images import Photos
@@ -129,7 +129,7 @@ def _run(
 
 
 def _report(found: SparseModel, rows: dict[str, Any], paths: tuple[Path, ...], out: Path) -> None:
-    from ..tables import fidelity_table
+    from .tables import fidelity_table
 
     for stage, log in found.logs.items():
         resumed = f", resumed at {log.resumed_at}" if log.resumed_at else ""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..terminal import OUT, one_line_errors, progress_bars
 from .options import Quiet
+from .terminal import OUT, one_line_errors, progress_bars
 
 if TYPE_CHECKING:
     from ..models import Complexity
@@ -95,7 +95,7 @@ def _costs(
     quiet: bool,
 ) -> dict[str, Any]:
     from ..models.plots import plot_costs, plot_layers
-    from ..zoo_tables import cost_table, costs_table
+    from .zoo_tables import cost_table, costs_table
 
     found = _matching(patterns)
     costs, sizes = [], []
@@ -137,7 +137,7 @@ def _profile(
     from ..models.plots import plot_layers
     from ..models.registry import create_for
     from ..models.run_profile import profile_run
-    from ..zoo_tables import intensity_table, profile_table, traffic_table
+    from .zoo_tables import intensity_table, profile_table, traffic_table
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else PyTorch's profiler writes lines
     model = create_for(name, size)
@@ -166,7 +166,7 @@ def _runtime_study(
     patterns: list[str] | None, measured: dict[str, Any], plot: Path | None, quiet: bool
 ) -> dict[str, Any]:
     from .. import studies
-    from ..zoo_tables import runtime_table
+    from .zoo_tables import runtime_table
 
     bases = _matching(patterns) if patterns else studies.DEFAULT_BASES
     with progress_bars(quiet) as progress:

@@ -8,8 +8,8 @@ import sys
 from sievit.accel import simulate
 from sievit.masks import AttentionMask
 from sievit.models import create, trace
-from sievit.pipeline import sparse_workload
-from sievit.processors import beside, logs, modelled, timed_here
+from sievit.networks import sparse_workload
+from sievit.studies.processors import beside, logs, modelled, timed_here
 
 HEADINGS = ("att. ms", "net. ms", "att. x", "net. x")
 

@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 
 from sievit.accel import explore, grid, presets
 from sievit.cli import app
-from sievit.front_tables import front_table, sensitivity_table
+from sievit.cli.front_tables import front_table, sensitivity_table
 from sievit.masks import AttentionMask
 from sievit.models import create, trace
-from sievit.variants import masks_by_chance, variants
+from sievit.studies.variants import masks_by_chance, variants
 
 SMALL = ["deit_tiny", "--image-size", "64", "--min-kept", "10", "--jobs", "1"]
 

@@ -13,7 +13,7 @@ from sievit.accel import PROFILES, presets, simulate
 from sievit.accel.simulators import SIMULATORS
 from sievit.cli import app
 from sievit.masks import AttentionMask
-from sievit.pipeline import sparse_workload
+from sievit.networks import sparse_workload
 
 SMALL = ("--image-size", "64")
 

@@ -16,7 +16,7 @@ from sievit.accel.kernels.deform_shapes import Geometry
 from sievit.accel.kernels.deform_torch import sampled
 from sievit.models import dcn
 from sievit.models.internimage import BlockStyle, InternImage
-from sievit.pipeline import create_to_run
+from sievit.networks import create_to_run
 
 CASES = ("a_base", "b_nonsquare", "c_removecenter", "d_stride2")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}

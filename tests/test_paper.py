@@ -14,10 +14,10 @@ from sievit.accel import presets, simulate
 from sievit.accel.energy import PROFILES, area, energy
 from sievit.accel.published import HEADLINES, Published
 from sievit.accel.roofline import DEVICES, MEASURED, roofline, speedup
+from sievit.cli.paper_tables import paper_tables, plot_factors
 from sievit.masks import AttentionMask
-from sievit.paper import PaperStudy, case_of_mask, cases_by_chance, compare_with_paper
-from sievit.paper_rows import Case, Row, Run, rows
-from sievit.paper_tables import paper_tables, plot_factors
+from sievit.studies.paper import PaperStudy, case_of_mask, cases_by_chance, compare_with_paper
+from sievit.studies.paper_rows import Case, Row, Run, rows
 
 VITCOD = presets["vitcod"]
 

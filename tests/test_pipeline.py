@@ -15,7 +15,8 @@ from sievit.accel import presets
 from sievit.images import Photos
 from sievit.masks import AttentionMask
 from sievit.models import create, features
-from sievit.pipeline import SIMULATORS, codesign, learn_mask, simulate_model
+from sievit.networks import simulate_model
+from sievit.pipeline import SIMULATORS, codesign, learn_mask
 from sievit.settings import Settings
 from sievit.sparsify import attach
 from sievit.workload import HeadCodec

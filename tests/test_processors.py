@@ -10,7 +10,7 @@ import torch
 from sievit.accel import simulate
 from sievit.accel.roofline import DEVICES, MEASURED
 from sievit.models import create, trace
-from sievit.processors import beside, logs, modelled, timed_here
+from sievit.studies.processors import beside, logs, modelled, timed_here
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from sievit.cli import app
 from sievit.models.scaling import BASES, Counts, count, fit_line, scale
-from sievit.studies import RuntimeStudy, TimedNetwork, plot_runtime, runtime_study
+from sievit.studies.runtime import RuntimeStudy, TimedNetwork, plot_runtime, runtime_study
 
 TINY = replace(BASES["efficientnet_b0"], depths=(1,) * 7, image_size=32)
 

@@ -23,7 +23,7 @@ import torch
 from sievit.files import written_whole
 from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import create, trace
-from sievit.pipeline import WHOLE_COLUMNS, attention_cycles
+from sievit.networks import WHOLE_COLUMNS, attention_cycles
 from sievit.result import versions
 from sievit.sparsify import (
     attach,

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .accel import Report
-from .accel.kernels import MeasuredAttention, measure_attention
-from .accel.roofline import DEVICES, MEASURED, Measured, Modelled, roofline, speedup
-from .workload import Workload
+from ..accel import Report
+from ..accel.kernels import MeasuredAttention, measure_attention
+from ..accel.roofline import DEVICES, MEASURED, Measured, Modelled, roofline, speedup
+from ..workload import Workload
 
 PASSES = 7
 BATCHES = (1, 64)

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from .pipeline import Progress
+    from ..pipeline import Progress
 
 OUT = Console(soft_wrap=False)
 ERR = Console(stderr=True)
@@ -62,7 +62,7 @@ def _show_warning(message: Warning | str, *_details: Any, **_more: Any) -> None:
 
 def check_writable(folder: Path) -> None:
     """Fail now rather than after minutes of work."""
-    from .files import written_whole
+    from ..files import written_whole
 
     try:
         with contextlib.suppress(_Probe), written_whole(folder / "probe"):

@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .accel import Hardware, Report, presets, simulate
-from .accel.ladder import Ladder, climb
-from .accel.published import MODELS, SPARSITIES
-from .accel.roofline import Measured
-from .ae import latent_heads_for
-from .masks import PUBLISHED_MIN_KEPT, AttentionMask
-from .models import create, prefix_tokens, trace
+from ..accel import Hardware, Report, presets, simulate
+from ..accel.ladder import Ladder, climb
+from ..accel.published import MODELS, SPARSITIES
+from ..accel.roofline import Measured
+from ..ae import latent_heads_for
+from ..masks import PUBLISHED_MIN_KEPT, AttentionMask
+from ..models import create, prefix_tokens, trace
+from ..sparsify import synthetic_maps, threshold
+from ..workload import Attention, HeadCodec, Workload
 from .paper_rows import Case, Row, Run, rows
 from .processors import timed_here
-from .sparsify import synthetic_maps, threshold
-from .workload import Attention, HeadCodec, Workload
 
 SIMULATORS = ("vitcod", "vitcod_no_codec", "vitcod_no_reorder", "sanger", "spatten")
 

@@ -15,11 +15,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .accel.ladder import Ladder
-from .accel.published import Published
-from .files import written_whole
-from .paper import PaperStudy
-from .paper_rows import Row
+from ..accel.ladder import Ladder
+from ..accel.published import Published
+from ..files import written_whole
+from ..studies.paper import PaperStudy
+from ..studies.paper_rows import Row
 
 MARKS = {"paper": "", "notes": "*", "unconfirmed": "?"}
 LEGEND = (

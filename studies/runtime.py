@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from .accel import Hardware, presets, simulate
-from .files import written_whole
-from .models import trace
-from .models.run_profile import set_threads, timed
-from .models.scaling import BASES, Config, Counts, LineFit, build, counts, fit_line, scale
+from ..accel import Hardware, presets, simulate
+from ..files import written_whole
+from ..models import trace
+from ..models.run_profile import set_threads, timed
+from ..models.scaling import BASES, Config, Counts, LineFit, build, counts, fit_line, scale
 
 COUNTS = ("flops", "params", "activations")
 TIMES = ("measured", "simulated")

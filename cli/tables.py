@@ -9,10 +9,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..masks import AttentionMask
+from ..result import CodesignResult
+from ..sparsify import Fidelity
 from .machine_tables import simulation_table
-from .masks import AttentionMask
-from .result import CodesignResult
-from .sparsify import Fidelity
 
 
 def codesign_tables(result: CodesignResult) -> RenderableType:

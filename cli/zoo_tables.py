@@ -10,12 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .models.complexity import Complexity, LayerComplexity
-from .models.dcn_traffic import DCNV4_CHANNELS, SamplingTraffic
-from .models.run_profile import MEMORY_BOUND, RunProfile
+from ..models.complexity import Complexity, LayerComplexity
+from ..models.dcn_traffic import DCNV4_CHANNELS, SamplingTraffic
+from ..models.run_profile import MEMORY_BOUND, RunProfile
 
 if TYPE_CHECKING:
-    from .studies import RuntimeStudy
+    from ..studies.runtime import RuntimeStudy
 
 Size = tuple[int, int]
 

@@ -1,0 +1,125 @@
+"""Registered networks as operations, with masks and codecs, on simulated machines.
+
+Beside `pipeline`, which changes a model and judges it: nothing is learned from photos here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .accel import Hardware, Report, presets, simulate
+from .accel.kernels import deform_core
+from .ae import latent_heads_for
+from .masks import AttentionMask
+from .models import create, prefix_tokens, trace
+from .models.dcn import DeformSampling
+from .settings import Settings
+from .sparsify import polarize, synthetic_maps, threshold
+from .workload import HeadCodec, Workload
+
+WHOLE_COLUMNS = 1.0 - 1e-9
+"""``min_kept`` for masks of `learn_mask_within`: global are the keys that all queries keep."""
+
+
+def attention_cycles(
+    workload: Workload, hardware: Hardware = presets["vitcod"], min_kept: float = WHOLE_COLUMNS
+) -> Callable[[AttentionMask], float]:
+    """What a mask costs in ``workload``: cycles of its attention, without codec."""
+
+    def cost(mask: AttentionMask) -> float:
+        polarized = polarize(mask, min_kept)
+        sparse = workload.with_polarized(polarized, [None] * len(polarized))
+        return float(simulate(sparse, hardware, simulator="vitcod_no_codec").attention_cycles)
+
+    return cost
+
+
+def create_to_run(name: str, pretrained: str | None = None, **overrides: Any) -> nn.Module:
+    """`create`, for a network that will run: InternImage and its like get the compiled
+    deformable operator as their core, unless ``core`` is given."""
+    model = create(name, pretrained, **overrides)
+    for module in model.modules():
+        if isinstance(module, DeformSampling) and "core" not in overrides:
+            module.core = deform_core
+    return model
+
+
+def model_workload(
+    name: str,
+    mask: AttentionMask | None = None,
+    codec: HeadCodec | None = None,
+    *,
+    image_size: int | None = None,
+    min_kept: int | float = Settings.min_kept,
+) -> Workload:
+    """A registered model as operations, dense or with ``mask`` and ``codec``.
+
+    ``image_size`` None is the model's own; a mask's tokens must fit it.
+    """
+    model = create(name)
+    workload = trace(model, image_size or getattr(model, "image_size", None) or 224)
+    return workload.with_attention(mask, codec, min_kept)
+
+
+def sparse_workload(
+    name: str,
+    mask: AttentionMask | float,
+    *,
+    latent_heads: int | None = None,
+    groups: int = 1,
+    image_size: int | None = None,
+    min_kept: int | float = Settings.min_kept,
+    seed: int = 0,
+) -> tuple[Workload, str]:
+    """A registered model with a mask and a codec, and a sentence that says which.
+
+    mask          a number is the sparsity of a mask made by chance (`synthetic_maps`)
+    latent_heads  None is half a layer's heads, rounded up, as ViTCoD has it; 0 is no codec
+    """
+    model = create(name)
+    dense = trace(model, image_size or getattr(model, "image_size", None) or 224)
+    if not dense.attention:
+        raise ValueError(f"{name} has no attention that a mask could prune")
+    origin = "the mask given"
+    if not isinstance(mask, AttentionMask):
+        prefix = prefix_tokens(model)
+        shapes = [(op.heads, op.queries, op.keys) for op in dense.attention]
+        maps = synthetic_maps(shapes, prefix, seed)
+        mask = threshold(maps, sparsity=mask, prefix_tokens=prefix)
+        origin = (
+            f"a mask made by chance (seed {seed}), shaped like ViTCoD's published ones: good to "
+            "compare machines, no word on accuracy"
+        )
+    codecs = [_codec_for(op.heads, latent_heads, groups) for op in dense.attention]
+    shapes = dict.fromkeys(f"{c.heads} -> {c.latent_heads} heads" for c in codecs if c)
+    coded = f"codec {', '.join(shapes)}" if shapes else "no codec"
+    about = f"{name}, {mask.sparsity:.1%} of attention pruned by {origin}; {coded}."
+    return dense.with_attention(mask, codecs, min_kept), about
+
+
+def _codec_for(heads: int, latent_heads: int | None, groups: int) -> HeadCodec | None:
+    """None for a single head, which has nothing to be compressed over."""
+    if latent_heads == 0 or heads == 1:
+        return None
+    return HeadCodec(
+        heads, latent_heads_for(heads) if latent_heads is None else latent_heads, groups
+    )
+
+
+def simulate_model(
+    name: str,
+    mask: AttentionMask | None = None,
+    codec: HeadCodec | None = None,
+    *,
+    image_size: int | None = None,
+    min_kept: int | float = Settings.min_kept,
+    hardware: Hardware = presets["vitcod"],
+    simulators: tuple[str, ...] = ("systolic", "vitcod"),
+    batch: int = 1,
+) -> dict[str, Report]:
+    """`model_workload` on each of ``simulators``."""
+    workload = model_workload(name, mask, codec, image_size=image_size, min_kept=min_kept)
+    return {s: simulate(workload, hardware, simulator=s, batch=batch) for s in simulators}
