@@ -36,6 +36,7 @@ BUFFERS: dict[str, tuple[str, ...]] = {
     "importance": ("other_buffer_bytes",),
     "latent Q and K": ("other_buffer_bytes",),
     "codec weights": ("other_buffer_bytes",),
+    "attention bias": ("other_buffer_bytes",),
     "activations": ("q_buffer_bytes", "k_buffer_bytes", "v_buffer_bytes"),
     "weights": ("q_buffer_bytes", "k_buffer_bytes", "v_buffer_bytes"),
 }

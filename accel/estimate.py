@@ -54,10 +54,10 @@ class WorkOfTiles:
         return int(self.row_scores.sum())
 
     @cached_property
-    def one_order(self) -> bool:
-        """Whether all heads take their queries in one order."""
+    def in_order(self) -> bool:
+        """Whether all heads take their queries in the original order."""
         orders = [mask.query_order for mask in self.op.masks or ()]
-        return all(np.array_equal(order, orders[0]) for order in orders[1:])
+        return all(np.array_equal(order, np.arange(order.size)) for order in orders)
 
     def _units(self, tile: int) -> tuple[np.ndarray, np.ndarray]:
         """(rows [tiles], scores [heads, tiles]) of the units."""

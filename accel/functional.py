@@ -8,8 +8,8 @@ and tiles in pass order. A read of what is not in its buffer, an entry computed 
 value weighed before its row is through softmax is a RuntimeError. The result is that of
 `arithmetic.integer_attention`, bit for bit, and comes with its distance from float.
 
-Choice: heads that are decoded in one pass lie in the buffers in the token order of the
-first of them; each head of the pass knows where its tokens are.
+Choice: the tokens of heads that are decoded in one pass lie in the buffers in their original
+order; each head of the pass knows where its own are.
 """
 
 from __future__ import annotations
@@ -363,8 +363,9 @@ class _Run:
             tokens = queries if channel == Q else keys
             lead = head // self.mapping.group * self.mapping.group
             shared = channel != V
-            order = self._order(lead if shared else head, channel)[tokens]
-            stored = self.memory[channel][image][:, order]
+            together = shared and self.mapping.group > 1
+            order = np.arange(tokens.stop) if together else self._order(head, channel)
+            stored = self.memory[channel][image][:, order[tokens]]
             heads = slice(lead, lead + self.mapping.group) if shared else slice(head, head + 1)
             decoder = self.decoders[channel] if shared else None
             data = stored[heads] if decoder is None else decoder(stored, heads)
@@ -381,15 +382,13 @@ class _Run:
     def _tile(self, channel: int, stage: np.void, token: int, tile: slice) -> np.ndarray:
         """[tokens, dim] of the stage's head, in the head's own order, ``tile`` of it."""
         chunk, place = self._resident(channel, token)
+        if channel == V or self.mapping.group == 1:
+            return chunk.data[0, place : place + tile.stop - tile.start]
         head = self.places[int(stage["unit"])][1]
-        member = head % self.mapping.group if channel != V else 0
-        mine, lead = (self._order(h, channel) for h in (head, head - member))
-        if channel == V or np.array_equal(mine, lead):
-            return chunk.data[member, place : place + tile.stop - tile.start]
-        if len(chunk.data[member]) != len(lead):
+        wanted, first = self._order(head, channel)[tile], tile.start - place
+        if wanted.min() < first or wanted.max() >= first + chunk.data.shape[1]:
             raise RuntimeError(f"{self.op.name}: heads of one pass need different tokens")
-        where = np.argsort(lead)[mine[tile]]
-        return chunk.data[member, where]
+        return chunk.data[head % self.mapping.group, wanted - first]
 
     def _pieces(self, stage: np.void):
         """(vector, operands) of each piece, line after line."""

@@ -52,7 +52,7 @@ class Hardware:
     v_buffer_bytes: int = 53 * 1024
     index_buffer_bytes: int = 20 * 1024
     output_buffer_bytes: int = 108 * 1024  # scores and output accumulators
-    other_buffer_bytes: int = 33 * 1024  # the rest: codec weights, latent tokens in decoding
+    other_buffer_bytes: int = 33 * 1024  # the rest: codec weights, latents in decoding, bias
 
     # Ports. A bank is one word (macs_per_line operands) wide, one read and one write a cycle.
     q_banks: int = 32  # choice

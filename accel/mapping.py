@@ -163,11 +163,29 @@ class Mapping:
         return codec_side_bytes(self.op, self.hardware, decoder=True) * 2
 
     @property
+    def bias_bytes(self) -> int:
+        """The learned bias of the scores, all heads, as wide as scores."""
+        return self.op.bias_params * self.hardware.score_bytes
+
+    @property
+    def pass_bias_bytes(self) -> int:
+        """... of the heads of one pass."""
+        return -(-self.bias_bytes * self.group // self.op.heads)
+
+    @property
+    def bias_stays(self) -> bool:
+        """The bias of all heads is loaded once and kept; else each pass loads its own."""
+        latents = 2 * self.token_bytes + self.codec_bytes if self.op.codec else 0
+        return latents + self.bias_bytes <= self.hardware.other_buffer_bytes
+
+    @property
     def staging_tokens(self) -> int:
         """Latent tokens of Q (of K) that may wait for the decoder."""
         if not self.op.codec:
             return 0
-        return (self.hardware.other_buffer_bytes - self.codec_bytes) // (2 * self.token_bytes)
+        bias = self.bias_bytes if self.bias_stays else self.pass_bias_bytes
+        left = self.hardware.other_buffer_bytes - self.codec_bytes - bias
+        return left // (2 * self.token_bytes)
 
     @cached_property
     def key_tiles(self) -> tuple[slice, ...]:
@@ -271,7 +289,7 @@ def _tilings(given: Mapping, work: WorkOfTiles) -> list[Mapping]:
     """``given`` with the largest query tile that fits, and with parts of it: two output
     regions, and one where that makes the tile larger."""
     op, residences = given.op, (True, False)
-    if given.group > 1 and not work.one_order:
+    if given.group > 1 and not work.in_order:
         residences = (True,)  # a tile of queries is not the same tokens for all its heads
     key_tile = _key_tile(op, given.hardware, given.group)
     if key_tile == 0 or (given.group > 1 and key_tile < op.keys):
@@ -342,7 +360,7 @@ def _shortages(mapping: Mapping, work: WorkOfTiles) -> list[tuple[str, int]]:
         + max(hardware.lines * mapping.entry_bytes, burst),
         "output_buffer_bytes": alive * scores * hardware.score_bytes
         + regions * accumulators * hardware.accumulator_bytes,
-        "other_buffer_bytes": latents,
+        "other_buffer_bytes": latents + (0 if mapping.bias_stays else mapping.pass_bias_bytes),
     }
     return [(name, need) for name, need in needs.items() if need > getattr(hardware, name)]
 

@@ -186,6 +186,8 @@ class _Builder:
         self.spans: list[list[Span]] = [[] for _ in range(CHANNELS)]
         self.chunks: dict[int, tuple] = {}
         self.tokens = [0, 0, 0]
+        self.constant_bytes = 0
+        self.biased = (-1, -1)
         self.split = (0, 0)
         self.index_bytes = 0
         self.index_places: dict[int, int] = {}
@@ -215,6 +217,23 @@ class _Builder:
         transfer = self.transfers[channel][-1]
         transfer[4] = stage + 1
         return transfer[5]
+
+    def constants(self, start: int, size: int, after: int) -> None:
+        """Load bytes ``start`` on of the codec's weights and the bias behind them, for the
+        stage to come, once ``after`` stages are done."""
+        if size:
+            need, sent = len(self.stages), self.constant_bytes
+            self.transfers[CODEC].append([size, 0, need, after, 0, sent, 1])
+            self.spans[CODEC].append(Span(0, start, start + size))
+            self.constant_bytes += size
+
+    def bias(self, instance: int, group: int) -> None:
+        """The bias of a pass, where not all of it stays on chip."""
+        mapping, size = self.mapping, self.mapping.pass_bias_bytes
+        if not mapping.bias_stays and self.biased != (instance, group):
+            self.biased = instance, group
+            start = min(group * size, max(mapping.bias_bytes - size, 0))
+            self.constants(mapping.codec_bytes + start, size, len(self.stages))
 
     def stage(
         self,
@@ -260,8 +279,9 @@ def build(
     """Arrays of ``instances`` windows (images x windows) of ``op`` under ``mapping``."""
     builder = _Builder(op, hardware, mapping)
     if op.codec is not None:
-        builder.transfers[CODEC].append([mapping.codec_bytes, 0, 0, 0, 0, 0, 1])
-        builder.spans[CODEC].append(Span(0, 0, mapping.codec_bytes))
+        builder.constants(0, mapping.codec_bytes, 0)
+    if mapping.bias_stays:
+        builder.constants(mapping.codec_bytes, mapping.bias_bytes, 0)
     units = list(mapping.units(instances))
     for number, unit in enumerate(units):
         if number == 0 or not mapping.ahead:
@@ -283,6 +303,7 @@ def _scores(builder: _Builder, number: int, unit: tuple[int, int, slice]) -> Non
     regions = op.codec.groups if op.codec else op.heads
     region = instance * regions + head * regions // op.heads
     alone = head if mapping.group == 1 else -1
+    builder.bias(instance, group)
     for keys in mapping.key_tiles:
         first = (instance, group, keys.start, *mapping.reload(unit))
         key_count, query_count = keys.stop - keys.start, tokens.stop - tokens.start

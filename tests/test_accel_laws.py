@@ -16,7 +16,7 @@ from sievit.accel.ddr4 import ADDRESS_MAPS
 from sievit.accel.hardware import ASSIGNMENTS, Hardware, presets
 from sievit.accel.machine import COUNTS, STALLS
 from sievit.accel.mapping import candidates, choose
-from sievit.accel.program import CHANNELS, INDEX, SDDMM, STORE, K, Q, V, build
+from sievit.accel.program import CHANNELS, CODEC, INDEX, SDDMM, STORE, K, Q, V, build
 from sievit.masks import AttentionMask, polarize_head
 from sievit.workload import Attention, HeadCodec
 
@@ -44,7 +44,10 @@ def calls(draw):
     codec = None
     if groups and heads % groups == 0:
         codec = HeadCodec(heads, draw(st.sampled_from([groups, heads])), groups)
-    return Attention("call", heads, queries, keys, *dims, masks=masks, codec=codec)
+    bias = draw(st.sampled_from([0, 0, heads * 7, heads * queries * keys]))
+    return Attention(
+        "call", heads, queries, keys, *dims, masks=masks, codec=codec, bias_params=bias
+    )
 
 
 machines = st.builds(
@@ -146,6 +149,8 @@ def assert_laws(op, hardware, mapping, program, counts, trace, instances):
     bitmap = sum(m.global_keep.size // 8 for m in op.masks or () if not m.global_keep.all())
     least = 2 * sparser * mapping.entry_bytes + instances * bitmap
     assert program.dram_bytes(INDEX) == counts.index_dram_bytes >= least
+    constants = program.dram_bytes(CODEC) - (mapping.codec_bytes if op.codec else 0)
+    assert op.bias_params <= constants / hardware.score_bytes <= op.bias_params * instances
     tokens = (program.dram_bytes(Q) + program.dram_bytes(K)) // mapping.token_bytes
     assert got["decoder_macs"] == tokens * mapping.decode_macs
     assert got["decoder_cycles"] * mapping.decoder_rate >= got["decoder_macs"]

@@ -11,6 +11,7 @@ from sievit.accel.estimate import WorkOfTiles, busiest_line, estimate_cycles
 from sievit.accel.hardware import presets
 from sievit.accel.mapping import Pattern, candidates, choose, codec_side_bytes
 from sievit.accel.program import build
+from sievit.accel.simulators.vitcod import attention_cost
 from sievit.accel.stepped import step
 from sievit.masks import polarize_head
 from sievit.workload import Attention, HeadCodec
@@ -213,3 +214,33 @@ def test_passes_that_cannot_load_ahead_give_way_to_smaller_ones():
     base = CALLS["DeiT-Base, codec"]
     assert max(mapping.group for mapping in candidates(base, VITCOD)) == 4
     assert choose(base, VITCOD).group < 4
+
+
+def test_a_learned_bias_is_loaded_once_where_it_fits_and_for_each_pass_where_it_does_not():
+    op = replace(CALLS["LeViT"], bias_params=4 * 196, codec=HeadCodec(4, 2))
+    mapping = choose(op, VITCOD)
+    without = choose(replace(op, bias_params=0), VITCOD)
+    assert mapping.bias_bytes == 4 * 196 * 2
+    assert mapping.bias_stays
+    assert mapping.staging_tokens < without.staging_tokens
+    weights = mapping.codec_bytes
+    program, _ = build(op, VITCOD, mapping, 3)
+    assert program.dram_bytes(4) == weights + 4 * 196 * 2
+    tight = replace(VITCOD, other_buffer_bytes=1200)
+    mapping = choose(op, tight)
+    assert not mapping.bias_stays
+    program, _ = build(op, tight, mapping, 3)
+    assert program.dram_bytes(4) == weights + 3 * 4 * 196 * 2
+    with pytest.raises(ValueError, match="other_buffer_bytes is 500, one pass needs at least"):
+        choose(op, replace(VITCOD, other_buffer_bytes=500))
+
+
+def test_a_learned_bias_is_in_the_traffic_and_costs_time():
+    op = replace(CALLS["LeViT"], bias_params=4 * 196)
+    slow = replace(VITCOD, dram_bytes_per_s=500_000_000)  # one byte a cycle
+    plain, biased = (attention_cost(x, slow, 2) for x in (CALLS["LeViT"], op))
+    rows = {row.level: row for row in biased.traffic if row.tensor == "attention bias"}
+    assert rows["dram"].read_bytes == 4 * 196 * 2
+    assert rows["buffer"].read_bytes == biased.details["scores_computed"] * 2
+    assert biased.cycles >= plain.cycles + 1000
+    assert not [row for row in plain.traffic if row.tensor == "attention bias"]

@@ -207,12 +207,13 @@ def _traffic(
     """Bytes by tensor: DRAM from the transfers, buffers and lines from what was granted."""
     moved = _dram_bytes(program)
     word = hardware.word_bytes
+    weights = mapping.codec_bytes if op.codec else 0
     rows = [
         Traffic(name, "dram", 0, moved[channel])
         if channel == STORE
-        else Traffic(name, "dram", moved[channel], 0)
+        else Traffic(name, "dram", weights if channel == CODEC else moved[channel], 0)
         for channel, name in CHANNELS.items()
-        if moved[channel]
+        if moved[channel] and (channel != CODEC or weights)
     ]
     expand = mapping.group / mapping.latent_heads if op.codec else 1.0
     sides = (("Q", Q, "query"), ("K", K, "key"), ("V", V, "value"))
@@ -223,7 +224,11 @@ def _traffic(
     if op.codec:
         latents = moved[Q] + moved[K]
         rows.append(Traffic("latent Q and K", "buffer", latents, latents))
-        rows.append(Traffic("codec weights", "buffer", moved[CODEC], moved[CODEC]))
+        rows.append(Traffic("codec weights", "buffer", weights, weights))
+    if op.bias_params:  # each score that is computed reads its own
+        added = counts.scores * hardware.score_bytes
+        rows.append(Traffic("attention bias", "dram", moved[CODEC] - weights, 0))
+        rows.append(Traffic("attention bias", "buffer", added, moved[CODEC] - weights))
     # Scores: written once, read for the maximum and again for the exponential, written as
     # probabilities after the division and read once by SpMM.
     scores = counts.scores * hardware.score_bytes
