@@ -11,6 +11,7 @@ import pytest
 from sievit.accel import Hardware, OpCost, Traffic, compare, presets, simulate
 from sievit.accel.dense import array_cycles, as_product, op_cost, product_cost
 from sievit.accel.simulators import SIMULATORS
+from sievit.accel.simulators.vitcod import encoded_products
 from sievit.workload import (
     Attention,
     AttentionMask,
@@ -44,6 +45,103 @@ def test_published_closed_forms_on_random_shapes():
         }
         for dataflow, cycles in expected.items():
             assert array_cycles(m, n, k, machine(h, w, dataflow)) == cycles
+
+
+# ---------------------------------------------------------------- the array, stepped
+
+
+def stepped(left, right, height, width, tiles):
+    """An array of PEs stepped cycle by cycle; returns (cycles, product).
+
+    Output-stationary: PE (i, j) adds up what passes it, rows of ``left`` coming from the left
+    and columns of ``right`` from above, each lane one cycle behind the one before; ``tiles``
+    are walked one after the other without a gap.
+    """
+    m, k, n = *left.shape, right.shape[1]
+    product = np.zeros((m, n), dtype=np.int64)
+    row_in, col_in = (np.zeros((height, width), dtype=np.int64) for _ in range(2))
+    tags = np.full((height, width), -1)  # which step of the stream is in each PE
+    stream = [(tile, step) for tile in tiles for step in range(k)]
+    done, cycle = 0, 0
+    while done < len(tiles) * k * height * width:
+        row_in[:, 1:], col_in[1:] = row_in[:, :-1].copy(), col_in[:-1].copy()
+        tags[:, 1:] = tags[:, :-1].copy()
+        for lane in range(max(height, width)):
+            at = cycle - lane
+            (top, left_col), step = stream[at] if 0 <= at < len(stream) else ((0, 0), 0)
+            live = 0 <= at < len(stream)
+            if lane < height:
+                inside = live and top + lane < m
+                row_in[lane, 0] = left[top + lane, step] if inside else 0
+                tags[lane, 0] = at if live else -1
+            if lane < width:
+                inside = live and left_col + lane < n
+                col_in[0, lane] = right[step, left_col + lane] if inside else 0
+        for i, j in np.argwhere(tags >= 0):
+            (top, left_col), _ = stream[tags[i, j]]
+            if top + i < m and left_col + j < n:
+                product[top + i, left_col + j] += row_in[i, j] * col_in[i, j]
+            done += 1
+        cycle += 1
+    return cycle, product
+
+
+def held(moving, stays, height, width, tiles):
+    """An array that holds ``stays`` [k, n] tile by tile while ``moving`` [m, k] passes.
+
+    A tile's weights move down one row a cycle into a second register of each PE; a tile
+    starts when the last ones are down, its rows enter lane i one cycle after lane i - 1, and
+    sums leave at the foot of a column. The next weights start down when the tile starts.
+    """
+    (m, k), n = moving.shape, stays.shape[1]
+    product, down, last = np.zeros((m, n), dtype=np.int64), height, 0
+    entry = 0  # the first cycle in which lane 0 may take a row of the next tile
+    for top, first in tiles:
+        start = max(down, entry)
+        down = start + height  # the next tile's weights, behind the switch of each row
+        weights = np.zeros((height, width), dtype=np.int64)
+        part = stays[top : top + height, first : first + width]
+        weights[: part.shape[0], : part.shape[1]] = part
+        for row in range(m):
+            for column in range(width):
+                total = 0
+                for lane in range(height):  # the sum meets lane i at start + row + i + column
+                    x = moving[row, top + lane] if top + lane < k else 0
+                    total += int(x) * int(weights[lane, column])
+                if first + column < n:
+                    product[row, first + column] += total
+                last = max(last, start + row + height - 1 + column + 1)
+        entry = start + m
+    return last, product
+
+
+def tiles_of(rows, columns, height, width):
+    return [(i, j) for i in range(0, rows, height) for j in range(0, columns, width)]
+
+
+@pytest.mark.parametrize("dataflow", ["os", "ws", "is"])
+def test_closed_forms_are_those_of_a_stepped_array(dataflow):
+    """200 random shapes: both fill policies, and the array's product is the product."""
+    generator = np.random.default_rng(5)
+    for _ in range(200):
+        m, n, k = (int(x) for x in generator.integers(1, 10, 3))
+        h, w = (int(x) for x in generator.integers(1, 5, 2))
+        left, right = generator.integers(-9, 9, (m, k)), generator.integers(-9, 9, (k, n))
+        if dataflow == "os":
+            tiles = tiles_of(m, n, h, w)
+            walk = lambda some: stepped(left, right, h, w, some)  # noqa: B023, E731
+        elif dataflow == "ws":
+            tiles = tiles_of(k, n, h, w)
+            walk = lambda some: held(left, right, h, w, some)  # noqa: B023, E731
+        else:  # the left operand stays: the same array on the transposed product
+            tiles = tiles_of(k, m, h, w)
+            walk = lambda some: held(right.T, left.T, h, w, some)  # noqa: B023, E731
+        cycles, product = walk(tiles)
+        wanted = left @ right
+        assert np.array_equal(product, wanted.T if dataflow == "is" else wanted)
+        assert array_cycles(m, n, k, machine(h, w, dataflow, "back_to_back")) == cycles
+        apart = sum(walk([tile])[0] for tile in tiles)
+        assert array_cycles(m, n, k, machine(h, w, dataflow)) == apart
 
 
 @pytest.mark.parametrize(
@@ -179,6 +277,64 @@ def test_a_codec_keeps_bytes_of_q_and_k_from_dram_on_both_sides():
         for report in (plain, coded)
     ]
     assert stored[0] - stored[1] == 2 * 40 * 16  # one of two heads, for Q and for K
+
+
+ATTENTION = Attention("attn", 2, 40, 40, 16, 16, codec=HeadCodec(2, 1))
+WIDTH = 32
+
+
+def product(name, cols, rows=40):
+    return Gemm(name, rows, WIDTH, cols)
+
+
+PROJECTIONS = {
+    "one for all": ([product("qkv", 3 * WIDTH)], {0: "qk"}),
+    "three": ([product(name, WIDTH) for name in "qkv"], {0: "q", 1: "k"}),
+    "q, then k and v": ([product("q", WIDTH), product("kv", 2 * WIDTH)], {0: "q", 1: "k"}),
+    "k and v, then q": ([product("kv", 2 * WIDTH), product("q", WIDTH)], {1: "q", 0: "k"}),
+    "a product before": ([product("mlp", 7), product("qkv", 3 * WIDTH)], {1: "qk"}),
+    "one on q after": ([product("qkv", 3 * WIDTH), product("dw", WIDTH)], {0: "qk"}),
+    "sizes tell nothing": ([product("a", 5), product("b", 50)], {1: "qk"}),
+}
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_the_products_that_make_q_and_k_are_found(name):
+    products, expected = PROJECTIONS[name]
+    ops = [Gemm("first", 40, 8, 8), Attention("a", 2, 40, 40, 16, 16), *products, ATTENTION]
+    found = encoded_products(ops)
+    assert {place - 2: encoded.sides for place, encoded in found.items()} == expected
+    assert all(encoded.attention is ATTENTION for encoded in found.values())
+
+
+def test_the_encoder_is_charged_alike_however_q_and_k_are_made():
+    """MACs of the encoder, its weights and the bytes it saves, summed over the products."""
+    sums = []
+    for name in ("one for all", "three", "q, then k and v", "k and v, then q"):
+        ops = (*PROJECTIONS[name][0], ATTENTION)
+        report = simulate(Workload("w", ops))
+        plain = simulate(Workload("w", ops), simulator="vitcod_no_codec")
+        made, bare = report.ops[:-1], plain.ops[:-1]
+        written = [sum(r.written_bytes for op in part for r in op.traffic if r.level == "dram")
+                   for part in (made, bare)]  # fmt: skip
+        weights = sum(
+            row.read_bytes
+            for op in made
+            for row in op.traffic
+            if row.tensor == "codec weights" and row.level == "dram"
+        )
+        macs = sum(op.macs for op in made) - sum(op.macs for op in bare)
+        sums.append((written[1] - written[0], weights, macs))
+    assert sums == [(2 * 40 * 16, 2 * (2 * 1 + 4), 2 * 40 * 16 * 2)] * 4
+
+
+def test_other_queries_than_keys_are_told_apart_by_size():
+    """A subsampling attention: fewer queries than keys, wider values."""
+    op = Attention("sub", 4, 49, 196, 16, 64, codec=HeadCodec(4, 2))
+    kv, q = Gemm("kv", 196, 128, 4 * 80), Gemm("q", 49, 128, 64)
+    found = encoded_products([kv, q, op])
+    assert (found[0].sides, found[0].vectors) == ("k", 196)
+    assert (found[1].sides, found[1].vectors) == ("q", 49)
 
 
 def test_traffic_and_cost_check_themselves():

@@ -10,8 +10,17 @@ from hypothesis import strategies as st
 
 from sievit.accel import Arithmetic, Quantized, integer_attention
 from sievit.accel.kernels import Int8Scales, int8_attention
+from sievit.images import batches, center_crops, load_folder
 from sievit.models import create
-from sievit.sparsify import attach, attach_int8, calibrate_int8
+from sievit.sparsify import (
+    attach,
+    attach_int8,
+    average_attention,
+    calibrate_int8,
+    fidelity,
+    threshold,
+    token_features,
+)
 from sievit.workload import AttentionMask
 
 QUICK = settings(derandomize=True, deadline=None, max_examples=80)
@@ -140,3 +149,25 @@ def test_what_does_not_fit_is_named():
         calibrate_int8(model, [])
     with pytest.raises(ValueError, match="scales of k must be positive"):
         Int8Scales(np.ones(2), np.zeros(2), np.ones(2), np.ones(2))
+
+
+@pytest.fixture(scope="module")
+def small(golden):
+    return create("dinov2_small", pretrained=golden("dinov2-vits14/vits14_fp16.safetensors")).eval()
+
+
+@pytest.mark.parametrize(("sparsity", "least"), [(0.5, 0.99), (0.9, 0.99)])
+def test_a_pretrained_vit_keeps_its_features(small, golden, sparsity, least):
+    """Patch features under the machine's arithmetic against the same mask in float. Scores of
+    this model reach 460 in base 2, so that a head must hold them coarser."""
+    photos = load_folder(golden("caltech101/test"), limit=3)
+    crops = next(iter(batches(center_crops(photos, 224), 3)))
+    mask = threshold(average_attention(small, [crops[:2]]), sparsity=sparsity)
+    scales = calibrate_int8(small, [crops[:2]], mask)
+    with attach(small, mask, backend="dense"):
+        masked = token_features(small, [crops[2:]])
+    with attach_int8(small, mask, scales):
+        made = token_features(small, [crops[2:]])
+    assert least < fidelity(masked, made, 1).patch_cosine < 1
+    dense = calibrate_int8(small, [crops[:2]])
+    assert max(int(np.max(layer.score_shift)) for layer in dense) > 0

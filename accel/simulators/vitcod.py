@@ -7,10 +7,10 @@ ViTCoD, HPCA 2023, section V. What is modelled stands in `engine`, `mapping` and
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ...masks import polarize_head
-from ...workload import Attention, Gemm, HeadCodec, Op, Workload
+from ...workload import Attention, Conv, Gemm, HeadCodec, Op, Workload
 from ..dense import op_cost, product_cost
 from ..hardware import Hardware
 from ..machine import COUNTS
@@ -86,6 +86,7 @@ def operations(
     repeated: dict[Attention, tuple[OpCost, Stepped]] = {}
     plain: dict[Op, OpCost | None] = {}  # layers repeat: each product is charged once
     ops = _changed(workload, **WITHOUT[name]).ops
+    encoders = encoded_products(ops)
     for index, op in enumerate(ops):
         if isinstance(op, Attention):
             key = replace(op, name="")
@@ -97,7 +98,7 @@ def operations(
                 repeated[key] = made
             yield replace(made[0], name=op.name), made[1]
             continue
-        encoded = _encoded_by(ops, index)
+        encoded = encoders.get(index)
         if encoded is not None:
             yield _projection_cost(op, encoded, hardware, batch), None
             continue
@@ -112,29 +113,82 @@ def _names(workload: Workload) -> tuple[str, ...]:
     return tuple(op.name for op in workload.unknown)
 
 
-def _encoded_by(ops: Sequence[Op], index: int) -> Attention | None:
-    """The attention whose Q and K this product makes, where that attention has a codec:
-    the last product before it."""
-    if not isinstance(ops[index], Gemm):
-        return None
-    for op in ops[index + 1 :]:
-        if isinstance(op, Gemm):
-            return None
-        if isinstance(op, Attention):
-            return op if op.codec is not None else None
-    return None
+@dataclass(frozen=True)
+class _Encoded:
+    """What the encoder does behind one product: the sides it makes are Q, K or both."""
+
+    attention: Attention
+    sides: str
+
+    @property
+    def vectors(self) -> int:
+        """Tokens of a head that are encoded, for one image."""
+        op = self.attention
+        return op.windows * sum({"q": op.queries, "k": op.keys}[side] for side in self.sides)
 
 
-def _projection_cost(op: Gemm, attention: Attention, hardware: Hardware, batch: int) -> OpCost:
-    """A Q/K projection with the encoder behind it: Q and K leave the chip compressed."""
+def encoded_products(ops: Sequence[Op]) -> dict[int, _Encoded]:
+    """The products that make the Q and K of each attention with a codec, by their place.
+
+    They are the last before it, after any attention before: one for Q, K and V together, or
+    several whose sizes are those of Q, K and V or of two of them. Equal sizes are taken in
+    the order Q, K, V, a pair for K and V. Else one of the size of all three makes both, or
+    the last product.
+    """
+    found: dict[int, _Encoded] = {}
+    since: list[int] = []
+    for index, op in enumerate(ops):
+        if isinstance(op, (Gemm, Conv)):
+            since.append(index)
+        elif isinstance(op, Attention):
+            if op.codec is not None and since:
+                sizes = [ops[place].elements_written for place in since]
+                for place, sides in _sides(op, sizes).items():
+                    found[since[place]] = _Encoded(op, sides)
+            since = []
+    return found
+
+
+def _sides(op: Attention, sizes: Sequence[int]) -> dict[int, str]:
+    """Which of Q and K each of the last products makes, by its place in ``sizes``."""
+    of = {
+        "q": op.windows * op.heads * op.queries * op.key_dim,
+        "k": op.windows * op.heads * op.keys * op.key_dim,
+        "v": op.windows * op.heads * op.keys * op.value_dim,
+    }
+    for count in range(1, min(len(sizes), 3) + 1):
+        if sum(sizes[-count:]) == sum(of.values()):
+            made, missing = {}, "qkv"
+            for place in range(len(sizes) - count, len(sizes)):
+                fits = (p for p in PARTS if set(p) <= set(missing) and sizes[place] == _sum(of, p))
+                part = next(fits, "")
+                missing = "".join(side for side in missing if side not in part)
+                made[place] = part.replace("v", "")
+            if not missing:
+                return {place: sides for place, sides in made.items() if sides}
+    whole = [place for place, size in enumerate(sizes) if size == sum(of.values())]
+    return {(whole or [len(sizes) - 1])[-1]: "qk"}
+
+
+PARTS = ("qkv", "kv", "qk", "qv", "q", "k", "v")
+"""Of Q, K and V, what one product may make."""
+
+
+def _sum(sizes: dict[str, int], part: str) -> int:
+    return sum(sizes[side] for side in part)
+
+
+def _projection_cost(op: Gemm | Conv, encoded: _Encoded, hardware: Hardware, batch: int) -> OpCost:
+    """A Q or K projection with the encoder behind it: Q and K leave the chip compressed."""
+    attention = encoded.attention
     codec: HeadCodec = attention.codec
-    vectors = attention.windows * (attention.queries + attention.keys) * batch
+    vectors = encoded.vectors * batch
     saved = vectors * attention.key_dim * (codec.heads - codec.latent_heads)
     macs = codec.macs(vectors, attention.key_dim)
     cycles = -(-macs // hardware.encoder_macs)
     saved = min(saved, op.elements_written * batch)
     cost = product_cost(op, hardware, batch, saved, cycles)
-    weights = 2 * codec_side_bytes(attention, hardware, decoder=False)
+    weights = len(encoded.sides) * codec_side_bytes(attention, hardware, decoder=False)
     loaded = (
         Traffic("codec weights", "dram", weights, 0),
         Traffic("codec weights", "buffer", weights, weights),
