@@ -14,7 +14,7 @@ from .accel import Hardware, Report, presets, simulate
 from .accel.kernels import deform_core
 from .ae import latent_heads_for
 from .masks import AttentionMask
-from .models import create, prefix_tokens, trace
+from .models import create, create_for, prefix_tokens, trace
 from .models.dcn import DeformSampling
 from .settings import Settings
 from .sparsify import polarize, synthetic_maps, threshold
@@ -59,7 +59,7 @@ def model_workload(
 
     ``image_size`` None is the model's own; a mask's tokens must fit it.
     """
-    model = create(name)
+    model = create_for(name, image_size)
     workload = trace(model, image_size or getattr(model, "image_size", None) or 224)
     return workload.with_attention(mask, codec, min_kept)
 
@@ -79,7 +79,7 @@ def sparse_workload(
     mask          a number is the sparsity of a mask made by chance (`synthetic_maps`)
     latent_heads  None is half a layer's heads, rounded up, as ViTCoD has it; 0 is no codec
     """
-    model = create(name)
+    model = create_for(name, image_size)
     dense = trace(model, image_size or getattr(model, "image_size", None) or 224)
     if not dense.attention:
         raise ValueError(f"{name} has no attention that a mask could prune")

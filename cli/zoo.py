@@ -132,10 +132,9 @@ def _profile(
     plot: Path | None,
     quiet: bool,
 ) -> dict[str, Any]:
-    from ..models import complexity, trace
+    from ..models import complexity, create_for, trace
     from ..models.dcn_traffic import sampling_traffic
     from ..models.plots import plot_layers
-    from ..models.registry import create_for
     from ..models.run_profile import profile_run
     from .zoo_tables import intensity_table, profile_table, traffic_table
 
@@ -185,8 +184,7 @@ def _count(
 ) -> tuple[Complexity, tuple[int, int]]:
     import torch
 
-    from ..models import complexity
-    from ..models.registry import create_for
+    from ..models import complexity, create_for
 
     with torch.device("meta"):
         model = create_for(name, size)

@@ -5,7 +5,7 @@ from .complexity import Complexity, complexity
 from .conv_layers import fuse
 from .features import features, prefix_tokens
 from .intercept import AttentionHook, Handle, intercept
-from .registry import create, names
+from .registry import create, create_for, names
 from .replace import replace_attention, replace_depthwise
 from .saliency import SaliencyDecoder
 from .trace import trace
@@ -20,6 +20,7 @@ __all__ = [
     "SaliencyDecoder",
     "complexity",
     "create",
+    "create_for",
     "features",
     "find_attention",
     "fuse",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sievit.models import find_attention
+from sievit.models import create_for, find_attention
 from sievit.models.conv_layers import fuse
 from sievit.models.levit import MODELS, Attention, AttentionSubsample
 
@@ -135,3 +135,11 @@ def test_an_image_of_another_size_is_named():
         model(torch.zeros(1, 3, 80, 80))
     with pytest.raises(ValueError, match="needs a width, a depth and heads"):
         MODELS["levit_128s"](depths=(1, 2))
+
+
+def test_a_model_is_built_for_the_size_it_is_asked_for():
+    assert create_for("levit_128s", 256).forward_features(torch.zeros(1, 3, 256, 256)).ndim == 3
+    assert create_for("levit_128s").image_size == 224
+    assert create_for("deit_tiny", (192, 256)).image_size == 224  # takes any
+    with pytest.raises(ValueError, match="levit_128s takes square images, got 192 x 256"):
+        create_for("levit_128s", (192, 256))
