@@ -23,7 +23,7 @@ Size = tuple[int, int]
 def costs_table(costs: Sequence[Complexity], sizes: Sequence[Size]) -> RenderableType:
     """A row a network, in units that fit a line; exact counts are in JSON and `cost_table`."""
     cached = ["cache\nMB"] if costs[0].cache_bytes is not None else []
-    heads = ["image", "params\nM", "MACs\nG", "no att.\nG", "activ.\nM", "no\ncache\nGB"]
+    heads = ["px", "params\nM", "MACs\nG", "no att.\nG", "activ.\nM", "no\ncache\nGB"]
     table = _table("Cost of one image", ["model"], [*heads, *cached, "unlim.\ncache\nMB"])
     for cost, size in zip(costs, sizes, strict=True):
         total = cost.total

@@ -13,38 +13,34 @@ from typing import Any
 from ..files import written_whole
 from .complexity import Complexity, LayerComplexity
 
-BLUE, LIGHT, ORANGE, GRAY = "#2b6cb0", "#63b3ed", "#dd6b20", "#a0aec0"
+BLUE, ORANGE, GRAY = "#2b6cb0", "#dd6b20", "#a0aec0"
 
 
 def plot_costs(costs: Sequence[Complexity], path: str | os.PathLike[str]) -> None:
-    """MACs, parameters, activations and bytes of several networks, a bar each."""
-    figure = _figure(11, 1.4 + 0.2 * len(costs))
+    """MACs, parameters, activations and bytes of several networks, on logarithmic axes."""
+    figure = _figure(11, 1.6 + 0.19 * len(costs))
     panels = figure.subplots(1, 4, sharey=True)
-    places = range(len(costs))
-    attention = [cost.macs - cost.macs_without_attention for cost in costs]
-    others = [cost.macs_without_attention for cost in costs]
-    panels[0].barh(places, [n / 1e9 for n in others], color=BLUE, label="layers")
-    panels[0].barh(
-        places,
-        [n / 1e9 for n in attention],
-        left=[n / 1e9 for n in others],
-        color=ORANGE,
-        label="attention products",
-    )
-    panels[1].barh(places, [cost.params / 1e6 for cost in costs], color=BLUE)
-    panels[2].barh(places, [cost.activations / 1e6 for cost in costs], color=BLUE)
-    least = [cost.total.bytes_unlimited_cache / 1e6 for cost in costs]
-    panels[3].barh(places, [c.total.bytes_no_cache / 1e6 for c in costs], color=GRAY, label="none")
-    panels[3].barh(places, least, color=BLUE, label="unlimited")
-    panels[3].set_xscale("log")
-    labels = ("MACs (1e9)", "parameters (1e6)", "activations (1e6)", "megabytes, by cache")
-    for panel, label in zip(panels, labels, strict=True):
+    totals = [cost.total for cost in costs]
+    dots = (
+        ("MACs", {"all": [c.macs for c in costs], "without attention products": [
+            c.macs_without_attention for c in costs]}),
+        ("parameters", {"": [c.params for c in costs]}),
+        ("activations", {"": [c.activations for c in costs]}),
+        ("bytes accessed", {"no cache": [t.bytes_no_cache for t in totals],
+                            "unlimited cache": [t.bytes_unlimited_cache for t in totals]}),
+    )  # fmt: skip
+    for panel, (label, series) in zip(panels, dots, strict=True):
+        for (name, values), colour in zip(series.items(), (BLUE, ORANGE), strict=False):
+            panel.plot(values, range(len(costs)), "o", ms=4, color=colour, label=name)
+        panel.set_xscale("log")
         panel.set_xlabel(label)
+        panel.grid(axis="y", color="#e2e8f0", lw=0.6)
+        panel.margins(y=0.5 / len(costs))
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(places, [cost.name for cost in costs])
+        if len(series) > 1:
+            panel.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
+    panels[0].set_yticks(range(len(costs)), [cost.name for cost in costs])
     panels[0].invert_yaxis()
-    for panel in (panels[0], panels[3]):
-        panel.legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 
