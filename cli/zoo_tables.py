@@ -113,15 +113,16 @@ def profile_table(profile: RunProfile) -> RenderableType:
 
 def intensity_table(cost: Complexity, layers: bool) -> RenderableType:
     """MACs a byte: of every layer, or of the parts that `Complexity.by_module` groups."""
-    cache = "unlimited" if cost.cache_bytes is None else f"{cost.cache_bytes:,} bytes of"
-    title = f"{cost.name}: arithmetic intensity ({cache} cache)"
-    table = _table(title, ["layer" if layers else "part"], ["MACs", "kB", "MACs/B"])
+    cache = "an unlimited" if cost.cache_bytes is None else f"{cost.cache_bytes:,} bytes of"
+    table = _table(
+        "Arithmetic intensity", ["layer" if layers else "part"], ["MACs", "kB", "MACs/B"]
+    )
     for row in (*(cost.layers if layers else cost.by_module(2)), cost.total):
         if row.bytes_unlimited_cache:
             moved = row.bytes_with_cache or row.bytes_unlimited_cache
             cells = (f"{row.macs:,}", f"{moved / 1e3:,.1f}", f"{row.intensity:.2f}")
             table.add_row(row.name, *cells)
-    return table
+    return Group(table, Text(f"With {cache} cache, {cost.element_bytes} bytes an element."))
 
 
 def traffic_table(rows: Sequence[SamplingTraffic]) -> RenderableType:
