@@ -164,6 +164,10 @@ def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-presets: dict[str, Hardware] = {"vitcod": Hardware()}
+presets: dict[str, Hardware] = {
+    "vitcod": Hardware(),
+    "vitcod_ddr4": Hardware(name="vitcod_ddr4", dram_model="ddr4"),
+}
 """Named machines. 'vitcod' (the default of `simulate`) is the only one whose sizes a source
-at hand gives; others are made with `dataclasses.replace`."""
+at hand gives; 'vitcod_ddr4' is the same machine with its memory stepped command by command.
+Others are made with `dataclasses.replace`."""

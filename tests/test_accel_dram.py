@@ -10,17 +10,21 @@ differ here: that controller merges reads of a line that already waits, this one
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from sievit.accel import presets, simulate
 from sievit.accel.controller import ACTIVATE, PRECHARGE, READ, REFRESH, WRITE
 from sievit.accel.ddr4 import ADDRESS_MAPS, DRAM_TIMINGS, FIELDS, checked_map
 from sievit.accel.dram import replay, stream_efficiency
+from sievit.workload import Attention, Gemm, Workload
 
 DDR4 = DRAM_TIMINGS["ddr4_2400"]
 LINES = np.arange(40_000)
@@ -417,3 +421,39 @@ def test_bad_input_is_named():
 
 def test_an_empty_trace_takes_no_time():
     assert replay(np.zeros(0)).cycles == 0
+
+
+VITCOD = presets["vitcod"]
+STEPPED = presets["vitcod_ddr4"]
+
+
+def test_a_machine_takes_whole_channels():
+    assert STEPPED.dram_channels == 4
+    with pytest.raises(ValueError, match=r"multiple of 19200000000.*got 50000000000"):
+        replace(STEPPED, dram_bytes_per_s=50_000_000_000)
+    replace(VITCOD, dram_bytes_per_s=50_000_000_000)  # the flat model takes any bandwidth
+    with pytest.raises(ValueError, match="dram_model must be one of flat, ddr4, got 'hbm'"):
+        replace(VITCOD, dram_model="hbm")
+    with pytest.raises(ValueError, match="address map must be one of"):
+        replace(STEPPED, dram_map="zigzag")
+
+
+def test_dense_streams_run_at_the_measured_rate():
+    size = 10**7
+    share = stream_efficiency("ddr4_2400", GROUPS, 4)
+    assert STEPPED.dram_cycles(size) == -(-size // (Fraction(768, 5) * share))
+    work = Workload("weights", (Gemm("head", 1, 4096, 4096),))
+    flat, stepped = (simulate(work, hardware) for hardware in (VITCOD, STEPPED))
+    assert flat.cycles < stepped.cycles <= 1.01 * flat.cycles / share
+
+
+def test_the_report_says_which_memory():
+    call = Attention("call", 1, 40, 40, 64, 64)
+    work = Workload("one call", (call,))
+    for hardware in (VITCOD, STEPPED):
+        made = json.loads(json.dumps(simulate(work, hardware).to_dict()))
+        details = made["ops"][0]["details"]
+        assert made["hardware"]["dram_model"] == details["dram_model"] == hardware.dram_model
+    assert details["dram_map"] == GROUPS
+    assert details["dram_lines"] == 4 * 40  # Q, K, V and the output, a line a token
+    assert 0 < details["dram_row_hits"] < details["dram_lines"]
