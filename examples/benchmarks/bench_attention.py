@@ -8,6 +8,9 @@ least that dense costs) and with it; FlexAttention with a block mask; and eager 
 scores written out. Times are medians with the fastest and slowest pass, forward and
 backward. The floor of a row is what the device's own copy and matmul rates, measured in the
 same run, would need for the bytes of Q, K, V and the output and for the kept entries alone.
+
+With --out each case is kept as soon as it is there, and what the file holds is not measured
+again; --show prints a file.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +45,10 @@ DIM = 64
 
 @dataclass(frozen=True)
 class Case:
-    """One layer's mask and how many images go through it."""
+    """One layer's mask, made when it is needed, and how many images go through it."""
 
     name: str
-    keep: np.ndarray
+    make: Callable[[], np.ndarray]
     images: int
     granularity: tuple[int, int] | None = None
 
@@ -66,6 +70,7 @@ class Row:
     slowest_ms: float
     passes: int
     floor_ms: float
+    load_average: float
     speedup: float | None = None
     peak_mib: float | None = None
 
@@ -74,18 +79,22 @@ def cases(real: Path | None, images: int, heads: int, longest: int) -> Iterator[
     """The published DeiT-Tiny masks, then masks of synthetic maps."""
     if real is not None and real.exists():
         for layer, keep in enumerate(AttentionMask.load(real).keep):
-            yield Case(f"DeiT-Tiny layer {layer}", keep, max(1, images * heads // 3))
+            few = max(1, images * heads // 3)
+            yield Case(f"DeiT-Tiny layer {layer}", lambda keep=keep: keep, few)
     for tokens, prefix in ((577, 1), (1025, 1), (4096, 0)):
         if tokens > longest:
             return
-        maps = synthetic_maps([(heads, tokens, tokens)], prefix)
         some = max(1, min(images, images * 1024 // tokens))
-        for sparsity in (0.95, 0.9):
-            keep = threshold(maps, sparsity=sparsity, prefix_tokens=prefix).keep[0]
-            yield Case(f"synthetic {tokens}, {sparsity:.0%}", keep, some)
-        grouped = by_vectors(maps, 32, prefix)
-        keep = threshold(grouped, sparsity=0.95, prefix_tokens=prefix).keep[0]
-        yield Case(f"synthetic {tokens}, 95%, 32x1", keep, some, (32, 1))
+        for sparsity, rows in ((0.95, 1), (0.9, 1), (0.95, 32)):
+            make = partial(synthetic, heads, tokens, prefix, sparsity, rows)
+            vectors = (f", {rows}x1", (rows, 1)) if rows > 1 else ("", None)
+            yield Case(f"synthetic {tokens}, {sparsity:.0%}{vectors[0]}", make, some, vectors[1])
+
+
+def synthetic(heads: int, tokens: int, prefix: int, sparsity: float, rows: int) -> np.ndarray:
+    """bool [heads, tokens, tokens] of synthetic maps, in vectors of ``rows`` queries."""
+    maps = by_vectors(synthetic_maps([(heads, tokens, tokens)], prefix), rows, prefix)
+    return threshold(maps, sparsity=sparsity, prefix_tokens=prefix).keep[0]
 
 
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -171,9 +180,13 @@ def _working(calls: dict[str, Callable[[], object]]) -> dict[str, Callable[[], o
 
 
 def run_case(case: Case, device, dtype, rates, passes: int, flex: bool) -> list[Row]:
-    heads, tokens, _ = case.keep.shape
-    plan = plan_attention(case.keep, granularity=case.granularity).to(device)
-    keep = torch.from_numpy(np.array(case.keep)).to(device)
+    """All rows of a case."""
+    kept = np.array(case.make())
+    heads, tokens, _ = kept.shape
+    plan = plan_attention(kept, granularity=case.granularity).to(device)
+    keep = torch.from_numpy(kept).to(device)
+    choice = choose_kernel(plan, device, dtype)
+    print(f"{case.name}: {choice.kernel} ({choice.reason})", file=sys.stderr, flush=True)
     generator = torch.Generator().manual_seed(0)
     q, k, v, slope = (
         torch.randn(case.images, heads, tokens, DIM, generator=generator).to(device, dtype)
@@ -219,7 +232,7 @@ def _peak_mib(call: Call, leaves: list[torch.Tensor], slope: torch.Tensor) -> fl
 
 def _rows(case: Case, plan: AttentionPlan, times, direction: str, rates) -> list[Row]:
     """All rows of a case and direction; the speed-up stands in our own."""
-    heads, tokens, _ = case.keep.shape
+    heads, tokens = plan.heads, plan.queries
     entries = case.images * plan.kept
     moved = case.images * heads * tokens * DIM * rates["element_bytes"]
     forward = direction == "forward"
@@ -243,6 +256,7 @@ def _rows(case: Case, plan: AttentionPlan, times, direction: str, rates) -> list
             slowest_ms=1e3 * max(t),
             passes=len(t),
             floor_ms=1e3 * floor,
+            load_average=round(os.getloadavg()[0], 1),
             speedup=min(theirs) / statistics.median(t) if name.startswith("sievit") else None,
         )
         for name, t in times.items()
@@ -286,9 +300,40 @@ def summary(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def measure(given: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Every case that the file does not hold; the file is written after each."""
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    images, heads = given.images or (64 if on_gpu else 16), given.heads or (12 if on_gpu else 3)
+    record = {
+        "device": device_name(device),
+        "threads": 0 if on_gpu else torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": 0,
+        "versions": versions(),
+        "rates": device_rates(device, dtype),
+    }
+    rows = read(given.out) if given.out is not None and given.out.exists() else []
+    done = {row.case for row in rows}
+    for case in cases(given.masks, images, heads, given.longest):
+        if case.name in done:
+            continue
+        rows += run_case(case, device, dtype, record["rates"], given.passes, not given.no_flex)
+        if given.out is not None:
+            with written_whole(given.out) as temporary:
+                content = {**record, "rows": [asdict(row) for row in rows]}
+                temporary.write_text(json.dumps(content, indent=1) + "\n")
+    return rows
+
+
+def read(path: Path) -> list[Row]:
+    return [Row(**row) for row in json.loads(path.read_text())["rows"]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="a JSON file for everything measured")
+    parser.add_argument("--show", type=Path, help="print such a file, measure nothing")
     parser.add_argument("--masks", type=Path, default=REAL, help="ViTCoD's info_0.95.npy")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--images", type=int, help="default: 64 on a GPU, 16 on a CPU")
@@ -297,31 +342,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=7)
     parser.add_argument("--no-flex", action="store_true", help="FlexAttention compiles long")
     given = parser.parse_args()
-    device = torch.device(given.device)
-    on_gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    images, heads = given.images or (64 if on_gpu else 16), given.heads or (12 if on_gpu else 3)
-    rates = device_rates(device, dtype)
-    rows: list[Row] = []
-    for case in cases(given.masks, images, heads, given.longest):
-        rows += run_case(case, device, dtype, rates, given.passes, not given.no_flex)
-        plan = plan_attention(case.keep).to(device)
-        choice = choose_kernel(plan, device, dtype)
-        print(f"{case.name}: {choice.kernel} ({choice.reason})", file=sys.stderr)
-    print(summary(rows))
-    if given.out is not None:
-        record = {
-            "device": device_name(device),
-            "threads": torch.get_num_threads() if not on_gpu else 0,
-            "dtype": str(dtype).removeprefix("torch."),
-            "seed": 0,
-            "load_average": round(os.getloadavg()[0], 1),
-            "versions": versions(),
-            "rates": rates,
-            "rows": [asdict(row) for row in rows],
-        }
-        with written_whole(given.out) as temporary:
-            temporary.write_text(json.dumps(record, indent=1) + "\n")
+    print(summary(read(given.show) if given.show else measure(given, torch.device(given.device))))
 
 
 if __name__ == "__main__":
