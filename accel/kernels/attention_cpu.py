@@ -4,7 +4,8 @@ One call of a compiled function does some heads of some images; `run_forward` an
 `run_backward` spread those over a pool of threads. A query's kept keys are a list, so
 scores, softmax and product touch
 nothing else. The plan's order of queries puts those that share keys next to each other:
-their keys and values are then in the cache. Arithmetic is float32.
+their keys and values are then in the cache, packed there a head at a time. Arithmetic is
+float32.
 """
 
 from __future__ import annotations
@@ -59,6 +60,20 @@ def _task(item, heads, parts, queries):
     a head together, heads of an image together."""
     whole, part = item // parts, item % parts
     return whole // heads, whole % heads, queries * part // parts, queries * (part + 1) // parts
+
+
+@njit(inline="always")
+def _pitch(length):
+    """Bytes from row to row where rows begin on cache lines."""
+    return _BYTES * ((length + LANES - 1) // LANES * LANES)
+
+
+@njit(inline="always")
+def _pack(source, stride, rows, length, target):
+    """Copy a head's rows next to each other. Rows a large power of two apart, as a packed
+    projection's are, share few cache sets: gathering from there takes up to twice as long."""
+    for row in range(rows):
+        store_row(target + row * _pitch(length), load_row(source + row * stride, length))
 
 
 @njit(inline="always")
@@ -120,18 +135,24 @@ def _forward(key_dim: int, value_dim: int) -> Callable:
     """The compiled forward for these lengths of a row."""
     source = _SOURCE
 
-    def forward(items, heads, parts, order, indptr, columns, q, k, v, out, sums, scale):
+    def forward(items, heads, parts, order, indptr, columns, keys, room, q, k, v, out, sums, scale):
         if source < 0:
             return
         queries = order.shape[1]
         capacity = max(_CAPACITY, _padded(np.max(np.diff(indptr))))
         scores = np.empty(capacity, np.float32)
         offsets = np.empty(_BLOCK, np.int64)
+        k_pitch, v_pitch = _pitch(key_dim), _pitch(value_dim)
+        k_base = (room.ctypes.data + 63) // 64 * 64
+        v_base = k_base + keys * k_pitch
+        packed = -1
         for item in range(items[0], items[1]):
             batch, head, begin, end = _task(item, heads, parts, queries)
             q_base = q[0] + batch * q[1] + head * q[2]
-            k_base = k[0] + batch * k[1] + head * k[2]
-            v_base = v[0] + batch * v[1] + head * v[2]
+            if packed != item // parts:
+                packed = item // parts
+                _pack(k[0] + batch * k[1] + head * k[2], k[3], keys, key_dim, k_base)
+                _pack(v[0] + batch * v[1] + head * v[2], v[3], keys, value_dim, v_base)
             out_base = out[0] + batch * out[1] + head * out[2]
             starts = indptr[head * queries :]
             block = begin
@@ -141,7 +162,7 @@ def _forward(key_dim: int, value_dim: int) -> Callable:
                     count = starts[p + 1] - starts[p]
                     at = scores.ctypes.data + _BYTES * offsets[p - block]
                     query = scaled(load_row(q_base + order[head, p] * q[3], key_dim), scale)
-                    _dots(query, k_base, k[3], columns, starts[p], count, at)
+                    _dots(query, k_base, k_pitch, columns, starts[p], count, at)
                 for p in range(block, stop):
                     count = starts[p + 1] - starts[p]
                     top, share = np.float32(0.0), np.float32(0.0)
@@ -154,7 +175,7 @@ def _forward(key_dim: int, value_dim: int) -> Callable:
                     i, first, place = order[head, p], starts[p], offsets[p - block]
                     mixed = zero_row(value_dim)
                     for t in range(starts[p + 1] - first):
-                        at = v_base + v[3] * columns[first + t]
+                        at = v_base + v_pitch * columns[first + t]
                         mixed = plus_scaled_at(mixed, scores[place + t], at)
                     store_row(out_base + i * out[3], scaled(mixed, sums[batch, head, i, 1]))
                 block = stop
@@ -172,7 +193,24 @@ def _backward(key_dim: int, value_dim: int) -> Callable:
     source = _SOURCE
 
     def backward(
-        items, heads, parts, order, indptr, columns, q, k, v, out, grad, dq, dk, dv, sums, scale
+        items,
+        heads,
+        parts,
+        order,
+        indptr,
+        columns,
+        keys,
+        room,
+        q,
+        k,
+        v,
+        out,
+        grad,
+        dq,
+        dk,
+        dv,
+        sums,
+        scale,
     ):
         if source < 0:
             return
@@ -181,11 +219,17 @@ def _backward(key_dim: int, value_dim: int) -> Callable:
         weights = np.empty(capacity, np.float32)
         slopes = np.empty(capacity, np.float32)
         offsets = np.empty(_BLOCK, np.int64)
+        k_pitch, v_pitch = _pitch(key_dim), _pitch(value_dim)
+        k_base = (room.ctypes.data + 63) // 64 * 64
+        v_base = k_base + keys * k_pitch
+        packed = -1
         for item in range(items[0], items[1]):
             batch, head, begin, end = _task(item, heads, parts, queries)
             q_base = q[0] + batch * q[1] + head * q[2]
-            k_base = k[0] + batch * k[1] + head * k[2]
-            v_base = v[0] + batch * v[1] + head * v[2]
+            if packed != item // parts:
+                packed = item // parts
+                _pack(k[0] + batch * k[1] + head * k[2], k[3], keys, key_dim, k_base)
+                _pack(v[0] + batch * v[1] + head * v[2], v[3], keys, value_dim, v_base)
             out_base = out[0] + batch * out[1] + head * out[2]
             grad_base = grad[0] + batch * grad[1] + head * grad[2]
             dq_base = dq[0] + batch * dq[1] + head * dq[2]
@@ -201,8 +245,10 @@ def _backward(key_dim: int, value_dim: int) -> Callable:
                     place = _BYTES * offsets[p - block]
                     query = scaled(load_row(q_base + i * q[3], key_dim), scale)
                     slope = load_row(grad_base + i * grad[3], value_dim)
-                    _dots(query, k_base, k[3], columns, first, count, weights.ctypes.data + place)
-                    _dots(slope, v_base, v[3], columns, first, count, slopes.ctypes.data + place)
+                    _dots(
+                        query, k_base, k_pitch, columns, first, count, weights.ctypes.data + place
+                    )
+                    _dots(slope, v_base, v_pitch, columns, first, count, slopes.ctypes.data + place)
                 for p in range(block, stop):
                     i, place = order[head, p], _BYTES * offsets[p - block]
                     slope = load_row(grad_base + i * grad[3], value_dim)
@@ -221,7 +267,7 @@ def _backward(key_dim: int, value_dim: int) -> Callable:
                     moved = zero_row(key_dim)
                     for t in range(starts[p + 1] - first):
                         column = columns[first + t]
-                        moved = plus_scaled_at(moved, slopes[place + t], k_base + k[3] * column)
+                        moved = plus_scaled_at(moved, slopes[place + t], k_base + k_pitch * column)
                         add_scaled(dk_base + dk[3] * column, slopes[place + t], query)
                         add_scaled(dv_base + dv[3] * column, weights[place + t], slope)
                     store_row(dq_base + i * dq[3], scaled(moved, scale))
@@ -264,7 +310,10 @@ def run_forward(
     parts = min(queries, max(1, 4 * torch.get_num_threads() // max(1, batch * heads)))
 
     def work(items: tuple[int, int]) -> None:
-        function(items, heads, parts, *arrays, *rows, sums.numpy(), np.float32(scale))
+        room = _room(k.shape[2], key_dim, v.shape[-1])
+        function(
+            items, heads, parts, *arrays, k.shape[2], room, *rows, sums.numpy(), np.float32(scale)
+        )
 
     _spread(work, batch, heads, parts, arrays[1])
     return out.to(dtype), sums
@@ -295,10 +344,17 @@ def run_backward(
     sums_array = sums.contiguous().numpy()
 
     def work(items: tuple[int, int]) -> None:
-        function(items, heads, 1, *arrays, *rows, sums_array, np.float32(scale))
+        room = _room(k.shape[2], key_dim, v.shape[-1])
+        function(items, heads, 1, *arrays, k.shape[2], room, *rows, sums_array, np.float32(scale))
 
     _spread(work, batch, heads, 1, arrays[1])
     return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype)
+
+
+def _room(keys: int, key_dim: int, value_dim: int) -> np.ndarray:
+    """Memory in which a thread packs a head's keys and values."""
+    row = _pitch.py_func(key_dim) + _pitch.py_func(value_dim)
+    return np.empty(keys * row // _BYTES + LANES, np.float32)
 
 
 def _readable(tensor: Tensor) -> Tensor:
