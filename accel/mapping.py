@@ -342,7 +342,7 @@ def _key_tile(op: Attention, hardware: Hardware, group: int) -> int:
 def _shortages(mapping: Mapping, work: WorkOfTiles) -> list[tuple[str, int]]:
     """(field of the hardware, bytes needed) of each buffer that the mapping overflows."""
     op, hardware = mapping.op, mapping.hardware
-    units = op.heads * len(mapping.query_tiles)
+    units = op.heads * -(-op.queries // mapping.query_tile)
     alive = 2 if mapping.ahead and units > 1 else 1
     regions = min(mapping.output_regions, units)
     accumulators = mapping.query_tile * mapping.value_words * hardware.macs_per_line

@@ -84,7 +84,7 @@ def operations(
 ) -> Iterator[tuple[OpCost, Stepped | None]]:
     """The operations of variant ``name`` in order, attention with the run behind its cost."""
     repeated: dict[Attention, tuple[OpCost, Stepped]] = {}
-    plain: dict[Op, OpCost | None] = {}  # layers repeat: each product is charged once
+    plain: dict[tuple, OpCost | None] = {}  # layers repeat: each product is charged once
     ops = _changed(workload, **WITHOUT[name]).ops
     encoders = encoded_products(ops)
     for index, op in enumerate(ops):
@@ -102,9 +102,9 @@ def operations(
         if encoded is not None:
             yield _projection_cost(op, encoded, hardware, batch), None
             continue
-        alike = replace(op, name="")
+        alike = (type(op), *(value for key, value in vars(op).items() if key != "name"))
         if alike not in plain:
-            plain[alike] = op_cost(alike, hardware, batch)
+            plain[alike] = op_cost(op, hardware, batch)
         if plain[alike] is not None:
             yield replace(plain[alike], name=op.name), None
 

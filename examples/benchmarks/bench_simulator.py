@@ -5,8 +5,9 @@
     python examples/benchmarks/bench_simulator.py --peer-python /path/to/python
 
 Each case runs in a process of its own with one thread, after compiling: seconds are medians
-of --repeats (first and slowest case: one run), memory is the most that the process held,
-Python, PyTorch and the making of the masks included. Masks are made by chance
+of --repeats (4,096 tokens: one run), "CPU s" those that the process itself worked (of the
+exploration: its workers, start included), memory the most that it held, Python, PyTorch and
+the making of the masks included. Masks are made by chance
 (`sievit.sparsify.synthetic`, or for 4,096 tokens as `_long_mask` says) unless --mask gives
 ViTCoD's for DeiT-Tiny. --peer-python is a Python that has SCALE-Sim (pip install scalesim
 "numpy<2", which this package cannot share); where the running Python has it, it is used.
@@ -144,9 +145,11 @@ def explore_case(mask: str | None, repeats: int) -> dict:
     cycles = sum(point.figures["cycles"] for point in found.done)
     tenth = len(ended) // 10
     steady = (len(ended) - 1 - tenth) / (ended[-1] - ended[tenth])
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "cycles": cycles,
         "seconds": seconds,
+        "processor_seconds": used.ru_utime + used.ru_stime,
         "configurations": len(machines),
         "configurations_per_s": len(machines) / seconds,
         "configurations_per_s_once_started": steady,
@@ -277,7 +280,10 @@ def show(row: dict) -> str:
     """A line of the table."""
     rate = row["cycles"] / row["seconds"]
     memory = f"{row['most_memory_bytes'] / 1e9:7.2f}" if "most_memory_bytes" in row else "      -"
-    line = f"{row['simulator']:<46} {row['cycles']:>13,} {row['seconds']:>9.3f} {rate:>13,.0f}"
+    own = f"{row['processor_seconds']:9.3f}" if "processor_seconds" in row else "        -"
+    line = (
+        f"{row['simulator']:<46} {row['cycles']:>13,} {row['seconds']:>9.3f} {own} {rate:>13,.0f}"
+    )
     line += f" {memory}"
     if row["simulator"] in BARS:
         figure, bar = BARS[row["simulator"]]
@@ -303,7 +309,7 @@ def main() -> None:
         return
     os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     rows = []
-    print(f"{'':<46} {'cycles':>13} {'seconds':>9} {'cycles a s':>13} {'GB':>7}")
+    print(f"{'':<46} {'cycles':>13} {'seconds':>9} {'CPU s':>9} {'cycles a s':>13} {'GB':>7}")
     for name in CASES:
         if given.only is None or given.only in name:
             rows.append(run_case(name, given.mask, given.repeats))
