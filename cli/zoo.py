@@ -164,7 +164,7 @@ def _profile(
 def _runtime_study(
     patterns: list[str] | None, measured: dict[str, Any], plot: Path | None, quiet: bool
 ) -> dict[str, Any]:
-    from .. import studies
+    from ..studies import runtime as studies
     from .zoo_tables import runtime_table
 
     bases = _matching(patterns) if patterns else studies.DEFAULT_BASES
