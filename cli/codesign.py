@@ -56,7 +56,7 @@ def codesign(
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option(help="Recovery's learning rate; default 2e-5, 1e-5 below 100 photos."),
+        typer.Option(help="Of the recovery; default 2e-5, of few photos 1e-5."),
     ] = None,
     codec_steps: Annotated[int, typer.Option(help="Training steps of the codec.")] = 8,
     learn_crops: Annotated[int, typer.Option(help="Crops for the averaged attention.")] = 64,
