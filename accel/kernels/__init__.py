@@ -6,7 +6,7 @@ Floor plan: rows of floats for compiled loops (`vectors`) -> order and tiles of 
 operator and the choice between them (`attention`). Beside them the simulated machine's
 integers on batches (`int8`), dense attention, timed
 (`measure`), and the deformable operator: geometry (`deform_shapes`) -> kernels
-(`deform_cpu`, `deform_gpu`, `deform_torch`) -> the operator (`deform`).
+(`deform_cpu` on `deform_vectors`, `deform_gpu`, `deform_torch`) -> the operator (`deform`).
 """
 
 from .attention import (

@@ -10,19 +10,20 @@ tasks write to one place, so results are the same whatever the number of threads
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit
 from torch import Tensor
 
 from .deform_shapes import Geometry
+from .deform_vectors import VECTOR_BYTES, copy, mix, spread
 
 BORDER = 2
 """Rows and columns of zeros around the map: a sample reads its pixel and the next."""
@@ -30,8 +31,9 @@ BORDER = 2
 CHUNK = 16
 """Output points whose positions are worked out at a time."""
 
-VECTOR_BYTES = 64
-"""Channels are padded to whole vectors of this width."""
+_SOURCE = zlib.crc32(Path(__file__).with_name("deform_vectors.py").read_bytes())
+"""Numba's cache looks at this file and at what a function closes over; so the loops close
+over this, in a test that never holds."""
 
 
 def forward(value: Tensor, offset: Tensor, weight: Tensor | None, geometry: Geometry) -> Tensor:
@@ -138,143 +140,6 @@ def _cached(function: Callable) -> Callable:
 _inlined = njit(nogil=True, error_model="numpy", fastmath={"contract"}, inline="never")
 
 
-# Vectors. Numba leaves a loop over 16 channels scalar (it counts as short); these write the
-# vector instructions out. All arrays are contiguous, counts are in elements.
-
-
-class _Lanes:
-    """Builds loads, stores and products of whole vectors of one element type."""
-
-    def __init__(self, context, builder, array_type) -> None:
-        self.builder = builder
-        self.element = context.get_data_type(array_type.dtype)
-        self.align = context.get_abi_alignment(self.element)
-        self.count = VECTOR_BYTES // (array_type.dtype.bitwidth // 8)
-        self.type = ir.VectorType(self.element, self.count)
-        self.zero = ir.Constant(self.type, [0.0] * self.count)
-
-    def address(self, data, index):
-        return self.builder.bitcast(self.builder.gep(data, [index]), self.type.as_pointer())
-
-    def load(self, data, index):
-        return self.builder.load(self.address(data, index), align=self.align)
-
-    def store(self, vector, data, index) -> None:
-        self.builder.store(vector, self.address(data, index), align=self.align)
-
-    def splat(self, data, index):
-        undefined = ir.Constant(self.type, ir.Undefined)
-        scalar = self.builder.load(self.builder.gep(data, [index]))
-        one = self.builder.insert_element(undefined, scalar, ir.IntType(32)(0))
-        lanes = ir.Constant(ir.VectorType(ir.IntType(32), self.count), [0] * self.count)
-        return self.builder.shuffle_vector(one, undefined, lanes)
-
-    def add_product(self, total, a, b):
-        product = self.builder.fmul(a, b, flags=("contract",))
-        return self.builder.fadd(total, product, flags=("contract",))
-
-    def sum(self, vector):
-        kind = ir.FunctionType(self.element, [self.element, self.type])
-        bits = "f64" if isinstance(self.element, ir.DoubleType) else "f32"
-        name = f"llvm.vector.reduce.fadd.v{self.count}{bits}"
-        reduce = cgutils.get_or_insert_function(self.builder.module, kind, name)
-        start = ir.Constant(self.element, -0.0)
-        return self.builder.call(reduce, [start, vector], fastmath=("reassoc",))
-
-
-def _unpacked(context, builder, signature, args):
-    """Data pointers of the array arguments, the other arguments as 64-bit integers."""
-    found = []
-    for kind, value in zip(signature.args, args, strict=True):
-        if isinstance(kind, types.Array):
-            found.append(context.make_array(kind)(context, builder, value).data)
-        else:
-            found.append(context.cast(builder, value, kind, types.int64))
-    return found
-
-
-def _corner_offsets(builder, row, width):
-    """Where the four values of a sample are: its pixel, the next, and those a row below."""
-    return ir.IntType(64)(0), width, row, builder.add(row, width)
-
-
-@intrinsic
-def _mix(typing, out, value, pixel, share, first, count, row, width):
-    """out[:width] = the sum over samples first.. of four corners times their shares.
-
-    Corners of sample t start at value[pixel[t] * width], the next row ``row`` further on;
-    their shares are share[4 * t :][:4].
-    """
-    signature = types.void(out, value, pixel, share, first, count, row, width)
-
-    def build(context, builder, signature, args):
-        out, value, pixel, share, first, count, row, width = _unpacked(
-            context, builder, signature, args
-        )
-        lanes, long = _Lanes(context, builder, signature.args[0]), ir.IntType(64)
-        total = cgutils.alloca_once(builder, lanes.type)
-        corners = _corner_offsets(builder, row, width)
-        step = long(lanes.count)
-        with cgutils.for_range_slice(builder, long(0), width, step, intp=long) as (channel, _):
-            builder.store(lanes.zero, total)
-            with cgutils.for_range(builder, count, intp=long) as loop:
-                sample = builder.add(first, loop.index)
-                at = builder.sext(builder.load(builder.gep(pixel, [sample])), long)
-                base = builder.add(builder.mul(at, width), channel)
-                mixed = builder.load(total)
-                for corner, away in enumerate(corners):
-                    place = builder.add(builder.mul(sample, long(4)), long(corner))
-                    found = lanes.load(value, builder.add(base, away))
-                    mixed = lanes.add_product(mixed, lanes.splat(share, place), found)
-                builder.store(mixed, total)
-            lanes.store(builder.load(total), out, channel)
-        return context.get_dummy_value()
-
-    return signature, build
-
-
-@intrinsic
-def _spread(typing, grad, value, by_value, pixel, share, dots, first, count, row, width):
-    """The reverse of `_mix`: by_value's corners grow by share * grad, and
-    dots[4 * t :][:4] = the product of grad with each corner of sample t."""
-    signature = types.void(
-        grad, value, by_value, pixel, share, dots, first, count, row, width
-    )  # fmt: skip
-
-    def build(context, builder, signature, args):
-        grad, value, by_value, pixel, share, dots, first, count, row, width = _unpacked(
-            context, builder, signature, args
-        )
-        lanes, long = _Lanes(context, builder, signature.args[0]), ir.IntType(64)
-        totals = [cgutils.alloca_once(builder, lanes.type) for _ in range(4)]
-        corners = _corner_offsets(builder, row, width)
-        step = long(lanes.count)
-        with cgutils.for_range(builder, count, intp=long) as loop:
-            sample = builder.add(first, loop.index)
-            at = builder.sext(builder.load(builder.gep(pixel, [sample])), long)
-            start = builder.mul(at, width)
-            fourth = builder.mul(sample, long(4))
-            for total in totals:
-                builder.store(lanes.zero, total)
-            with cgutils.for_range_slice(builder, long(0), width, step, intp=long) as (channel, _):
-                given = lanes.load(grad, channel)
-                for corner, away in enumerate(corners):
-                    place = builder.add(builder.add(start, channel), away)
-                    part = lanes.splat(share, builder.add(fourth, long(corner)))
-                    grown = lanes.add_product(lanes.load(by_value, place), part, given)
-                    lanes.store(grown, by_value, place)
-                    dot = lanes.add_product(
-                        builder.load(totals[corner]), given, lanes.load(value, place)
-                    )
-                    builder.store(dot, totals[corner])
-            for corner, total in enumerate(totals):
-                place = builder.gep(dots, [builder.add(fourth, long(corner))])
-                builder.store(lanes.sum(builder.load(total)), place)
-        return context.get_dummy_value()
-
-    return signature, build
-
-
 @_inlined
 def _padded(channels, value):
     lanes = VECTOR_BYTES // value.itemsize
@@ -284,51 +149,85 @@ def _padded(channels, value):
 @_inlined
 def _copy_in(value, image, start, channels, width, buffer):
     """Channels start.. of an image into the middle of the zeros of ``buffer``."""
-    _, rows, columns, _ = value.shape
+    _, rows, columns, all_channels = value.shape
     for y in range(rows):
         for x in range(columns):
             place = ((y + BORDER) * (columns + 2 * BORDER) + x + BORDER) * width
-            for c in range(channels):
-                buffer[place + c] = value[image, y, x, start + c]
+            pixel = ((image * rows + y) * columns + x) * all_channels
+            copy(buffer, place, value, pixel + start, channels)
 
 
 @_inlined
 def _copy_out(buffer, image, start, channels, width, value):
     """The middle of ``buffer`` into channels start.. of an image."""
-    _, rows, columns, _ = value.shape
+    _, rows, columns, all_channels = value.shape
     for y in range(rows):
         for x in range(columns):
             place = ((y + BORDER) * (columns + 2 * BORDER) + x + BORDER) * width
-            for c in range(channels):
-                value[image, y, x, start + c] = buffer[place + c]
+            pixel = ((image * rows + y) * columns + x) * all_channels
+            copy(value, pixel + start, buffer, place, channels)
+
+
+class Samples(NamedTuple):
+    """What is known of the samples of up to `CHUNK` output points, one after the other."""
+
+    lattice: np.ndarray  # (x, y) of each from its point's middle, for offset_scale 1
+    along: np.ndarray  # pixels from the chunk's first point to its own
+    shift: np.ndarray  # (dx, dy) of each
+    weight: np.ndarray
+    pixel: np.ndarray  # cell of the bordered map above and left of it
+    part: np.ndarray  # (x, y) from there to it
+    share: np.ndarray  # of its four values, weight included
 
 
 @_inlined
-def _gather(offset, weight, point, count, at_offset, at_weight, samples, raw):
-    """Offsets and weights of ``count`` points into raw [(x, y, weight), samples of all]."""
-    t = 0
-    for p in range(point, point + count):
-        for k in range(samples):
-            raw[0, t] = offset[p, at_offset + 2 * k]
-            raw[1, t] = offset[p, at_offset + 2 * k + 1]
-            raw[2, t] = weight[p, at_weight + k]
-            t += 1
+def _samples(lattice, stride):
+    """Room for `CHUNK` points, and what all chunks have in common."""
+    count, kind = lattice.shape[0] * CHUNK, lattice.dtype
+    common = np.empty(2 * count, kind)
+    along = np.empty(count, np.int32)
+    for t in range(count):
+        common[2 * t] = lattice[t % lattice.shape[0], 0]
+        common[2 * t + 1] = lattice[t % lattice.shape[0], 1]
+        along[t] = t // lattice.shape[0] * stride
+    return Samples(
+        common,
+        along,
+        np.empty(2 * count, kind),
+        np.empty(count, kind),
+        np.empty(count, np.int32),
+        np.empty(2 * count, kind),
+        np.empty(4 * count, kind),
+    )
 
 
 @_inlined
-def _place(raw, lattice, base_x, base_y, scale, rows, columns, share, part, pixel):
-    """Of every sample: its pixel in the buffer, how far it is past it, its corners' shares.
+def _read(offset, weight, point, count, at_offset, at_weight, each, samples):
+    """Offsets and weights of ``count`` points, ``each`` samples a point."""
+    for p in range(count):
+        row = point + p
+        copy(samples.shift, 2 * p * each, offset, row * offset.shape[1] + at_offset, 2 * each)
+        copy(samples.weight, p * each, weight, row * weight.shape[1] + at_weight, each)
 
-    raw, lattice [(x, y, ...), samples]; base_x the pixel under the kernel's middle of each
-    sample, base_y of all. A place that is no number gives shares that are none.
+
+@_inlined
+def _place(samples, count, base_x, base_y, scale, rows, columns):
+    """Find pixel, part and share of the first ``count`` samples.
+
+    The base is the pixel under the kernel's middle for the chunk's first point. A place
+    that is no number gives shares that are none.
     """
-    kind = raw.dtype.type
+    lattice, along, shift, weight, pixel, part, share = samples
+    kind = shift.dtype.type
     low_y, high_y = kind(-BORDER - base_y), kind(rows - base_y)
-    wide = columns + 2 * BORDER
-    for t in range(pixel.shape[0]):
-        low_x, high_x = kind(-BORDER - base_x[t]), kind(columns - base_x[t])
-        x = scale * (lattice[0, t] + raw[0, t])
-        y = scale * (lattice[1, t] + raw[1, t])
+    wide, at_y = np.int32(columns + 2 * BORDER), np.int32(base_y + BORDER)
+    first, end = np.int32(base_x), np.int32(columns)
+    border = np.int32(BORDER)
+    for t in range(count):
+        base = first + along[t]
+        low_x, high_x = kind(-border - base), kind(end - base)
+        x = scale * (lattice[2 * t] + shift[2 * t])
+        y = scale * (lattice[2 * t + 1] + shift[2 * t + 1])
         x = low_x if x < low_x else x
         y = low_y if y < low_y else y
         x = high_x if x > high_x else x
@@ -337,12 +236,11 @@ def _place(raw, lattice, base_x, base_y, scale, rows, columns, share, part, pixe
         top = np.floor(y if y > low_y else low_y)
         x -= left
         y -= top
-        at_y = np.int32(top) + np.int32(base_y + BORDER)
-        pixel[t] = at_y * np.int32(wide) + np.int32(left) + base_x[t] + np.int32(BORDER)
-        part[0, t] = x
-        part[1, t] = y
-        below = y * raw[2, t]
-        above = raw[2, t] - below
+        pixel[t] = (np.int32(top) + at_y) * wide + np.int32(left) + base + border
+        part[2 * t] = x
+        part[2 * t + 1] = y
+        below = y * weight[t]
+        above = weight[t] - below
         share[4 * t] = above - above * x
         share[4 * t + 1] = above * x
         share[4 * t + 2] = below - below * x
@@ -350,161 +248,108 @@ def _place(raw, lattice, base_x, base_y, scale, rows, columns, share, part, pixe
 
 
 @_inlined
-def _slopes(dots, part, raw, scale, slope):
-    """slope [(x, y, weight), samples] of the loss, from each corner's product with grad."""
-    for t in range(slope.shape[1]):
-        x, y, weight = part[0, t], part[1, t], raw[2, t]
+def _slopes(samples, count, dots, scale):
+    """Into shift and weight go the loss's slopes by them, from grad's product with corners."""
+    shift, weight, part = samples.shift, samples.weight, samples.part
+    for t in range(count):
+        x, y = part[2 * t], part[2 * t + 1]
         top = dots[4 * t + 1] - dots[4 * t]
         bottom = dots[4 * t + 3] - dots[4 * t + 2]
         above = dots[4 * t] + x * top
         below = dots[4 * t + 2] + x * bottom
-        slope[0, t] = scale * weight * (top + y * (bottom - top))
-        slope[1, t] = scale * weight * (below - above)
-        slope[2, t] = above + y * (below - above)
+        shift[2 * t] = scale * weight[t] * (top + y * (bottom - top))
+        shift[2 * t + 1] = scale * weight[t] * (below - above)
+        weight[t] = above + y * (below - above)
 
 
 @_inlined
-def _repeated(lattice, times):
-    """[samples, (x, y)] as [(x, y), times * samples]."""
-    samples = lattice.shape[0]
-    repeated = np.empty((2, times * samples), lattice.dtype)
-    for t in range(times * samples):
-        repeated[0, t], repeated[1, t] = lattice[t % samples, 0], lattice[t % samples, 1]
-    return repeated
+def _write(samples, point, count, at_offset, at_weight, each, by_offset, by_weight):
+    """The slopes of ``count`` points to where offsets and weights were read."""
+    for p in range(count):
+        row = point + p
+        copy(by_offset, row * by_offset.shape[1] + at_offset, samples.shift, 2 * p * each, 2 * each)
+        copy(by_weight, row * by_weight.shape[1] + at_weight, samples.weight, p * each, each)
 
 
-@_cached
-def _forward(value, offset, weight, lattice, out, frame, parts, first_task, last_task):
-    """Tasks are (image, group, part of the output rows)."""
-    stride, first, groups, scale, out_size, offset_step, weight_start, weight_step = frame
-    _, rows, columns, channels = value.shape
-    samples, share_of = lattice.shape[0], channels // groups
-    width = _padded(share_of, value)
-    buffer = np.zeros((rows + 2 * BORDER) * (columns + 2 * BORDER) * width, value.dtype)
-    line = (columns + 2 * BORDER) * width
-    mixed = np.empty(width, value.dtype)
-    lattice = _repeated(lattice, CHUNK)
-    raw, part = (
-        np.empty((3, CHUNK * samples), value.dtype),
-        np.empty((2, CHUNK * samples), value.dtype),
-    )
-    share = np.empty(4 * CHUNK * samples, value.dtype)
-    base_x, pixel = np.empty(CHUNK * samples, np.int32), np.empty(CHUNK * samples, np.int32)
-    packed = -1
-    for task in range(first_task, last_task):
-        image, group, piece = task // parts // groups, task // parts % groups, task % parts
-        start = group * share_of
-        if packed != task // parts:
-            _copy_in(value, image, start, share_of, width, buffer)
-            packed = task // parts
-        for row in range(out_size[0] * piece // parts, out_size[0] * (piece + 1) // parts):
-            base_y = row * stride[0] + first[0]
-            for column in range(0, out_size[1], CHUNK):
-                count = min(CHUNK, out_size[1] - column)
-                point = (image * out_size[0] + row) * out_size[1] + column
-                _gather(
-                    offset,
-                    weight,
-                    point,
-                    count,
-                    group * offset_step,
-                    weight_start + group * weight_step,
-                    samples,
-                    raw,
-                )
-                for t in range(count * samples):
-                    base_x[t] = (column + t // samples) * stride[1] + first[1]
-                _place(
-                    raw,
-                    lattice,
-                    base_x,
-                    base_y,
-                    scale,
-                    rows,
-                    columns,
-                    share,
-                    part,
-                    pixel[: count * samples],
-                )
-                for p in range(count):
-                    _mix(mixed, buffer, pixel, share, p * samples, samples, line, width)
-                    for c in range(share_of):
-                        out[point + p, start + c] = mixed[c]
+def _loops(source):
+    @_cached
+    def forward(value, offset, weight, lattice, out, frame, parts, first_task, last_task):
+        """Tasks are (image, group, part of the output rows)."""
+        if source < 0:
+            return
+        stride, first, groups, scale, out_size, offset_step, weight_start, weight_step = frame
+        _, rows, columns, channels = value.shape
+        each, share_of = lattice.shape[0], channels // groups
+        width = _padded(share_of, value)
+        line = (columns + 2 * BORDER) * width
+        buffer = np.zeros((rows + 2 * BORDER) * line, value.dtype)
+        mixed = np.empty(width, value.dtype)
+        samples = _samples(lattice, stride[1])
+        packed = -1
+        for task in range(first_task, last_task):
+            image, group, piece = task // parts // groups, task // parts % groups, task % parts
+            at_offset, at_weight = group * offset_step, weight_start + group * weight_step
+            if packed != task // parts:
+                _copy_in(value, image, group * share_of, share_of, width, buffer)
+                packed = task // parts
+            for row in range(out_size[0] * piece // parts, out_size[0] * (piece + 1) // parts):
+                base_y = row * stride[0] + first[0]
+                for column in range(0, out_size[1], CHUNK):
+                    count = min(CHUNK, out_size[1] - column)
+                    point = (image * out_size[0] + row) * out_size[1] + column
+                    base_x = column * stride[1] + first[1]
+                    _read(offset, weight, point, count, at_offset, at_weight, each, samples)
+                    _place(samples, count * each, base_x, base_y, scale, rows, columns)
+                    for p in range(count):
+                        at = (point + p) * channels + group * share_of
+                        mix(
+                            mixed, buffer, samples.pixel, samples.share, p * each, each, line, width
+                        )
+                        copy(out, at, mixed, 0, share_of)
+
+    @_cached
+    def backward(
+        grad, value, offset, weight, lattice, by_value, by_offset, by_weight, frame,
+        first_task, last_task,
+    ):  # fmt: skip
+        """Tasks are (image, group)."""
+        if source < 0:
+            return
+        stride, first, groups, scale, out_size, offset_step, weight_start, weight_step = frame
+        _, rows, columns, channels = value.shape
+        each, share_of = lattice.shape[0], channels // groups
+        width = _padded(share_of, value)
+        line = (columns + 2 * BORDER) * width
+        buffer = np.zeros((rows + 2 * BORDER) * line, value.dtype)
+        grown = np.empty_like(buffer)
+        given = np.zeros(width, value.dtype)
+        samples = _samples(lattice, stride[1])
+        dots = np.empty_like(samples.share)
+        for task in range(first_task, last_task):
+            image, group = task // groups, task % groups
+            at_offset, at_weight = group * offset_step, weight_start + group * weight_step
+            _copy_in(value, image, group * share_of, share_of, width, buffer)
+            grown[:] = 0
+            for row in range(out_size[0]):
+                base_y = row * stride[0] + first[0]
+                for column in range(0, out_size[1], CHUNK):
+                    count = min(CHUNK, out_size[1] - column)
+                    point = (image * out_size[0] + row) * out_size[1] + column
+                    base_x = column * stride[1] + first[1]
+                    _read(offset, weight, point, count, at_offset, at_weight, each, samples)
+                    _place(samples, count * each, base_x, base_y, scale, rows, columns)
+                    for p in range(count):
+                        at = (point + p) * channels + group * share_of
+                        copy(given, 0, grad, at, share_of)
+                        spread(
+                            given, buffer, grown, samples.pixel, samples.share, dots,
+                            p * each, each, line, width,
+                        )  # fmt: skip
+                    _slopes(samples, count * each, dots, scale)
+                    _write(samples, point, count, at_offset, at_weight, each, by_offset, by_weight)
+            _copy_out(grown, image, group * share_of, share_of, width, by_value)
+
+    return forward, backward
 
 
-@_cached
-def _backward(
-    grad,
-    value,
-    offset,
-    weight,
-    lattice,
-    by_value,
-    by_offset,
-    by_weight,
-    frame,
-    first_task,
-    last_task,
-):
-    """Tasks are (image, group)."""
-    stride, first, groups, scale, out_size, offset_step, weight_start, weight_step = frame
-    _, rows, columns, channels = value.shape
-    samples, share_of = lattice.shape[0], channels // groups
-    width = _padded(share_of, value)
-    buffer = np.zeros((rows + 2 * BORDER) * (columns + 2 * BORDER) * width, value.dtype)
-    grown = np.empty_like(buffer)
-    line = (columns + 2 * BORDER) * width
-    given = np.zeros(width, value.dtype)
-    lattice = _repeated(lattice, CHUNK)
-    raw, part = (
-        np.empty((3, CHUNK * samples), value.dtype),
-        np.empty((2, CHUNK * samples), value.dtype),
-    )
-    share, dots = (
-        np.empty(4 * CHUNK * samples, value.dtype),
-        np.empty(4 * CHUNK * samples, value.dtype),
-    )
-    slope = np.empty((3, CHUNK * samples), value.dtype)
-    base_x, pixel = np.empty(CHUNK * samples, np.int32), np.empty(CHUNK * samples, np.int32)
-    for task in range(first_task, last_task):
-        image, group = task // groups, task % groups
-        start, at_offset, at_weight = (
-            group * share_of,
-            group * offset_step,
-            weight_start + group * weight_step,
-        )
-        _copy_in(value, image, start, share_of, width, buffer)
-        grown[:] = 0
-        for row in range(out_size[0]):
-            base_y = row * stride[0] + first[0]
-            for column in range(0, out_size[1], CHUNK):
-                count = min(CHUNK, out_size[1] - column)
-                point = (image * out_size[0] + row) * out_size[1] + column
-                _gather(offset, weight, point, count, at_offset, at_weight, samples, raw)
-                for t in range(count * samples):
-                    base_x[t] = (column + t // samples) * stride[1] + first[1]
-                _place(
-                    raw,
-                    lattice,
-                    base_x,
-                    base_y,
-                    scale,
-                    rows,
-                    columns,
-                    share,
-                    part,
-                    pixel[: count * samples],
-                )
-                for p in range(count):
-                    for c in range(share_of):
-                        given[c] = grad[point + p, start + c]
-                    _spread(
-                        given, buffer, grown, pixel, share, dots, p * samples, samples, line, width
-                    )
-                _slopes(dots, part, raw, scale, slope[:, : count * samples])
-                for t in range(count * samples):
-                    p, k = point + t // samples, t % samples
-                    by_offset[p, at_offset + 2 * k] = slope[0, t]
-                    by_offset[p, at_offset + 2 * k + 1] = slope[1, t]
-                    by_weight[p, at_weight + k] = slope[2, t]
-        _copy_out(grown, image, start, share_of, width, by_value)
+_forward, _backward = _loops(_SOURCE)
