@@ -1,7 +1,8 @@
 """The simulated machine's integer attention in torch, for accuracy studies of real models.
 
 A second account of `sievit.accel.arithmetic`, on batches and on any device: integers are
-carried in floating point, where they are exact (sums below 2^24 in float32, else float64),
+carried in floating point, where they are exact (float32 for sums below 2^24 of numbers that
+TF32 holds, else float64),
 changes of scale are one product by multiplier / 2^shift and a rounding half to even, and a
 probability is one correctly rounded quotient. The tests hold it to the plain function bit
 for bit.
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from ..arithmetic import LOG2_E, Arithmetic, ScoreRules, scale_for, score_shift_for
 
-EXACT = {torch.float32: 2**24, torch.float64: 2**53}
-"""Integers up to here are exact."""
+EXACT_SUM, EXACT_TF32 = 2**24, 2**11
+"""Integers up to here are exact in float32, and in TF32, which a GPU may multiply in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,21 +66,23 @@ def int8_attention(
     rules = ScoreRules.of(*ends, scale, scales.output, arithmetic, scales.score_shift)
     shift = torch.from_numpy(rules.score_shift.copy()).to(q.device).view(-1, 1, 1)
     low, high = arithmetic.score_limits
-    sums = _product(q, k.mT, q.shape[-1] * arithmetic.operand_limit**2)
+    limit = arithmetic.operand_limit
+    sums = _product(q, k.mT, limit, q.shape[-1] * limit**2)
     scores = (sums * _factors(rules.scores, q.device)).round_().clamp_(low, high)
     if bias is not None:
         units = bias.double() * LOG2_E * torch.exp2(arithmetic.fraction_bits - shift.double())
         scores = (scores + units.round().clamp(low, high)).clamp_(low, high)
     weights = _probabilities(scores, keep, shift, arithmetic)
-    most = (arithmetic.probability_one + k.shape[-2]) * arithmetic.operand_limit
-    limit = arithmetic.operand_limit
-    result = _product(weights, v, most) * _factors(rules.output, q.device)
+    one = arithmetic.probability_one
+    result = _product(weights, v, max(one, limit), (one + k.shape[-2]) * limit)
+    result *= _factors(rules.output, q.device)
     return result.round_().clamp_(-limit, limit)
 
 
-def _product(left: Tensor, right: Tensor, most: int) -> Tensor:
-    """Exact integers in float64: no partial sum is beyond ``most``."""
-    dtype = torch.float32 if most < EXACT[torch.float32] else torch.float64
+def _product(left: Tensor, right: Tensor, largest: int, most: int) -> Tensor:
+    """Exact integers in float64: no operand is beyond ``largest``, no sum beyond ``most``."""
+    small = largest <= EXACT_TF32 and most <= EXACT_SUM
+    dtype = torch.float32 if small else torch.float64
     with torch.autocast(left.device.type, enabled=False):
         return (left.to(dtype) @ right.to(dtype)).double()
 

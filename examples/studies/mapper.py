@@ -1,0 +1,64 @@
+"""What it gains, and costs, to step more of the mapper's candidates than the first.
+
+    python examples/studies/mapper.py MASK.npy --out mapper.json
+
+MASK is a mask of DeiT-Tiny's attention. Cycles of its 12 layers on machines that are short
+of one thing each, with the 1, 2, 4 and 8 best candidates stepped, and with all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from sievit.accel import presets
+from sievit.accel.stepped import step
+from sievit.files import written_whole
+from sievit.masks import AttentionMask, polarize_head
+from sievit.result import versions
+from sievit.workload import Attention, HeadCodec
+
+STEPPED = (1, 2, 4, 8, 1000)
+VITCOD = presets["vitcod"]
+MACHINES = {
+    "vitcod": {},
+    "a quarter of the bandwidth": {"dram_bytes_per_s": VITCOD.dram_bytes_per_s // 4},
+    "2 softmax lanes": {"softmax_lanes": 2},
+    "16 lines": {"lines": 16},
+    "32 KB of output buffer": {"output_buffer_bytes": 32 * 1024},
+    "a decoder of 64 MACs": {"decoder_macs": 64},
+}
+
+
+def main(mask: str, out: str) -> None:
+    layers = [tuple(polarize_head(h) for h in layer) for layer in AttentionMask.load(mask).keep]
+    rows = []
+    for codec in (None, HeadCodec(3, 2)):
+        calls = [Attention("layer", 3, 197, 197, 64, 64, masks=m, codec=codec) for m in layers]
+        for name, fields in MACHINES.items():
+            row = {"machine": name, "codec": codec is not None, "stepped": {}}
+            for count in STEPPED:
+                hardware = replace(VITCOD, mappings_stepped=count, **fields)
+                step(calls[0], hardware)  # compiles where needed
+                begin = time.process_time()
+                cycles = sum(step(call, hardware).cycles for call in calls)
+                seconds = time.process_time() - begin
+                name_of = "all" if count == STEPPED[-1] else str(count)
+                row["stepped"][name_of] = {"cycles": cycles, "cpu_seconds": round(seconds, 3)}
+            rows.append(row)
+            print(row)
+    settings = {"mask": Path(mask).name, "device": "cpu, one core", "seed": None}
+    with written_whole(out) as temporary:
+        text = json.dumps({"settings": settings, "versions": versions(), "rows": rows}, indent=1)
+        Path(temporary).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("mask")
+    parser.add_argument("--out", default="mapper.json")
+    arguments = parser.parse_args()
+    main(arguments.mask, arguments.out)
