@@ -51,3 +51,9 @@ def test_a_peer_that_is_not_installed_is_left_out(bench, tmp_path, capsys):
     assert bench.scale_sim(str(python)) is None
     assert "SCALE-Sim was not run: No module named 'scalesim'" in capsys.readouterr().err
     assert bench.processor()
+
+
+def test_the_published_script_beside_ours(bench, golden):
+    mask = golden("vitcod-deit-tiny-masks/info_0.95.npy")
+    assert bench.released_case(str(mask), 1)["cycles"] == 9492 + 2043156
+    assert bench.deit_tiny(None).attention[0].masks[0].queries == 197

@@ -52,15 +52,15 @@ QUOTED = {
 }
 
 
-def deit_tiny(mask: str | None):
+def deit_tiny(mask: str | None, codec=None):
     """DeiT-Tiny with ViTCoD's mask of a file, or one made by chance at 95 %."""
     from sievit.masks import AttentionMask
     from sievit.models import create, trace
-    from sievit.variants import masks_by_chance
+    from sievit.studies.variants import masks_by_chance
 
     dense = replace(trace(create("deit_tiny"), 224), name="deit_tiny")
     made = masks_by_chance(dense, [SPARSE], 1)[SPARSE] if mask is None else AttentionMask.load(mask)
-    return dense.with_attention(made)
+    return dense.with_attention(made, codec)
 
 
 def attention_case(mask: str | None, repeats: int) -> dict:
@@ -70,7 +70,7 @@ def attention_case(mask: str | None, repeats: int) -> dict:
 
 def network_case(mask: str | None, repeats: int) -> dict:
     from sievit.models import create, trace
-    from sievit.variants import masks_by_chance
+    from sievit.studies.variants import masks_by_chance
 
     dense = replace(trace(create("deit_base"), 224), name="deit_base")
     return timed(
@@ -111,7 +111,9 @@ def _long_mask(side: int, generator):
 
 
 def released_case(mask: str | None, repeats: int) -> dict:
-    return timed(deit_tiny(mask), "released", repeats)
+    from sievit.workload import HeadCodec
+
+    return timed(deit_tiny(mask, HeadCodec(3, 2)), "released", repeats)
 
 
 def explore_case(mask: str | None, repeats: int) -> dict:
