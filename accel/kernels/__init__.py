@@ -1,12 +1,13 @@
 """Attention and the deformable operator on real processors: the only part of `sievit.accel`
 that imports torch.
 
-Floor plan: rows of floats for compiled loops (`vectors`) -> order and tiles of a mask
-(`tiling`) -> a layer's plan (`plan`) -> kernels (`attention_cpu`, `attention_gpu`) -> the
-operator and the choice between them (`attention`). Beside them the simulated machine's
-integers on batches (`int8`), dense attention, timed
-(`measure`), and the deformable operator: geometry (`deform_shapes`) -> kernels
-(`deform_cpu` on `deform_vectors`, `deform_gpu`, `deform_torch`) -> the operator (`deform`).
+Floor plan: rows of floats for compiled loops (`vectors`) and threads for them (`threads`);
+order and tiles of a mask (`tiling`) -> a layer's plan (`plan`) -> kernels (`attention_cpu`,
+`attention_gpu`) -> their operators (`operators`) -> the function and its choice of a kernel
+(`attention`). Beside them the simulated machine's integers on batches (`int8`), dense
+attention, timed (`measure`), and the deformable operator: geometry (`deform_shapes`) ->
+kernels (`deform_cpu` on `deform_vectors`, `deform_gpu`, `deform_torch`) -> the operator
+(`deform`).
 """
 
 from .attention import (

@@ -1,7 +1,7 @@
 """Attention under a fixed mask on a CPU: compiled loops over the kept entries alone.
 
 One call of a compiled function does some heads of some images; `run_forward` and
-`run_backward` spread those over a pool of threads. A query's kept keys are a list, so
+`run_backward` spread those over threads. A query's kept keys are a list, so
 scores, softmax and product touch
 nothing else. The plan's order of queries puts those that share keys next to each other:
 their keys and values are then in the cache, packed there a head at a time. Arithmetic is
@@ -11,11 +11,8 @@ float32.
 from __future__ import annotations
 
 import functools
-import itertools
-import os
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +20,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from .threads import spread
 from .vectors import (
     LANES,
     add_scaled,
@@ -315,7 +313,7 @@ def run_forward(
             items, heads, parts, *arrays, k.shape[2], room, *rows, sums.numpy(), np.float32(scale)
         )
 
-    _spread(work, batch, heads, parts, arrays[1])
+    spread(work, batch, heads, parts, arrays[1])
     return out.to(dtype), sums
 
 
@@ -347,7 +345,7 @@ def run_backward(
         room = _room(k.shape[2], key_dim, v.shape[-1])
         function(items, heads, 1, *arrays, k.shape[2], room, *rows, sums_array, np.float32(scale))
 
-    _spread(work, batch, heads, 1, arrays[1])
+    spread(work, batch, heads, 1, arrays[1])
     return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype)
 
 
@@ -367,41 +365,3 @@ def _place(tensor: Tensor) -> np.ndarray:
     """Address and the strides in bytes of batch, head and token."""
     strides = tensor.stride()[:3]
     return np.array([tensor.data_ptr(), *(_BYTES * s for s in strides)], dtype=np.int64)
-
-
-_ROW_COST = 12
-"""What a query costs beside its entries, in entries (measured: about 0.1 us)."""
-
-_LEAST_COST = 30_000
-"""Less than this is not worth a second thread (measured: about 0.2 ms)."""
-
-
-def _spread(
-    work: Callable[[tuple[int, int]], None],
-    batch: int,
-    heads: int,
-    parts: int,
-    indptr: np.ndarray,
-) -> None:
-    """Do all items (`_task`), in about four equal shares a thread of PyTorch's number."""
-    threads = torch.get_num_threads()
-    items = batch * heads * parts
-    rows = (len(indptr) - 1) * batch
-    cost = int(indptr[-1]) * batch + _ROW_COST * rows
-    if threads == 1 or items < 2 or cost < _LEAST_COST:
-        work((0, items))
-        return
-    of_head = np.diff(indptr[:: (len(indptr) - 1) // heads]) + _ROW_COST * rows / (heads * batch)
-    done = np.cumsum(np.tile(np.repeat(of_head / parts, parts), batch))
-    shares = min(4 * threads, items)
-    cuts = np.searchsorted(done, done[-1] * np.arange(1, shares) / shares).tolist()
-    edges = [0, *cuts, items]
-    list(_pool(threads).map(work, itertools.pairwise(edges)))
-
-
-@functools.lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="sievit-attention")
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)

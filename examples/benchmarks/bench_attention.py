@@ -79,8 +79,8 @@ def cases(real: Path | None, images: int, heads: int, longest: int) -> Iterator[
     """The published DeiT-Tiny masks, then masks of synthetic maps."""
     if real is not None and real.exists():
         for layer, keep in enumerate(AttentionMask.load(real).keep):
-            few = max(1, images * heads // 3)
-            yield Case(f"DeiT-Tiny layer {layer}", lambda keep=keep: keep, few)
+            many = max(1, images * heads // 3 if heads > 3 else 4 * images)
+            yield Case(f"DeiT-Tiny layer {layer}", lambda keep=keep: keep, many)
     for tokens, prefix in ((577, 1), (1025, 1), (4096, 0)):
         if tokens > longest:
             return
