@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# A suite started in the background may ignore interrupts; tests that send them to a child
+# need the child to hear them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN_DATA = ROOT.parent / "shared" / "data"
