@@ -14,7 +14,7 @@ demo: $(VENV)/demo.done
 	$(BIN)/sievit codesign --out out
 
 test: $(VENV)/test.done verilog
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The tests of the RTL run where Icarus Verilog is there or can be installed.
 verilog:

@@ -21,8 +21,10 @@ from torch import nn
 from .accel import Hardware, Report, presets, simulate
 from .accel.kernels import MeasuredAttention, measure_attention
 from .ae import (
+    CodecErrors,
     FittedCodecs,
     attach_codec,
+    codec_errors,
     fit_codecs,
     fold,
     head_moments,
@@ -114,7 +116,7 @@ def codesign(
         polarized=polarized,
         kept_mass=kept_mass(maps, mask),
         codecs=codecs.codecs if codecs else None,
-        codec_summary=_summary(codecs, plain),
+        codec_summary=_summary(codecs, plain, run.codec_errors),
         fidelity=run.fidelity,
         codec_log=codec_log,
         recovery_log=recovery_log,
@@ -142,6 +144,7 @@ class _Run:
         self.progress = progress
         self.seconds: dict[str, float] = {}
         self.fidelity: dict[str, Fidelity] = {}
+        self.codec_errors: tuple[CodecErrors, ...] = ()
         generator = np.random.default_rng(settings.seed)
         size = settings.image_size
         self.learn_crops = random_crops(self.learn, size, settings.learn_crops, generator)
@@ -273,8 +276,10 @@ class _Run:
                     steps=steps,
                     listener=lambda step, rate, terms, share: tell(share),
                 )
-        attach_codec(student, codecs.codecs, size)
         with self.stage("judging mask and codec"):
+            some = batches(self.judge_crops[: self.settings.batch_size], self.settings.batch_size)
+            self.codec_errors = codec_errors(student, codecs.codecs, some, size)
+            attach_codec(student, codecs.codecs, size)
             self.fidelity["learned mask + codec"] = self.judge(student)
         return log
 
@@ -365,7 +370,9 @@ def _fold_where_possible(student: nn.Module, codecs: FittedCodecs, size: int) ->
         warnings.warn(f"the turn stays inside the codec: {error}", stacklevel=2)
 
 
-def _summary(codecs: FittedCodecs | None, plain: FittedCodecs | None) -> CodecSummary | None:
+def _summary(
+    codecs: FittedCodecs | None, plain: FittedCodecs | None, errors: tuple[CodecErrors, ...]
+) -> CodecSummary | None:
     if codecs is None:
         return None
     return CodecSummary(
@@ -373,4 +380,5 @@ def _summary(codecs: FittedCodecs | None, plain: FittedCodecs | None) -> CodecSu
         explained=codecs.explained,
         explained_without_turn=plain.explained,
         parameters=sum(p.numel() for p in codecs.codecs.parameters()),
+        errors=errors,
     )

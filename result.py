@@ -22,7 +22,7 @@ from torch import nn
 from . import __version__
 from .accel import Report, area, energy
 from .accel.kernels import MeasuredAttention
-from .ae import ExplainedVariance
+from .ae import CodecErrors, ExplainedVariance
 from .figures import draw
 from .files import written_whole
 from .masks import AttentionMask
@@ -37,12 +37,19 @@ PACKAGES = ("torch", "numpy", "scipy", "numba", "safetensors", "pillow", "onnx",
 
 @dataclass(frozen=True)
 class CodecSummary:
-    """The codecs in numbers: variance over heads kept in closed form, layer by layer."""
+    """The codecs in numbers, layer by layer: variance over heads kept in closed form; errors
+    as trained, with the mask in place, on crops that judge."""
 
     shapes: tuple[HeadCodec, ...]
     explained: tuple[ExplainedVariance, ...]
     explained_without_turn: tuple[ExplainedVariance, ...]
     parameters: int
+    errors: tuple[CodecErrors, ...]
+
+    def mean_errors(self) -> CodecErrors:
+        """Mean over the layers."""
+        rows = [(row.q, row.k, row.attention) for row in self.errors]
+        return CodecErrors(*(sum(column) / len(rows) for column in zip(*rows, strict=True)))
 
     def mean(self, turned: bool) -> ExplainedVariance:
         """Mean over the layers, with or without the free turn of the heads."""
@@ -153,6 +160,7 @@ class CodesignResult:
             "explained_variance_without_turn": [
                 asdict(row) for row in summary.explained_without_turn
             ],
+            "errors": [asdict(row) for row in summary.errors],
             "training": _log_dict(self.codec_log),
         }
 

@@ -226,7 +226,14 @@ def _ideals(hardware: Hardware) -> tuple[tuple[str, dict[str, Any]], ...]:
             "pipeline and reconfiguration take cycles",
             {"pipeline_cycles": 0, "reconfigure_cycles": 0},
         ),
+        *_memory(hardware),
     )
+
+
+def _memory(hardware: Hardware) -> tuple[tuple[str, dict[str, Any]], ...]:
+    if hardware.dram_model == "flat":
+        return ()
+    return (("the DRAM has banks, rows and refresh", {"dram_model": "flat"}),)
 
 
 def climb(workload: Workload, hardware: Hardware = presets["vitcod"]) -> Ladder:

@@ -1,17 +1,19 @@
 """Auto-encoders over the heads of Q and K: less to move, a little more to compute.
 
 Floor plan: the module (`codec`) -> its closed-form weights and the free turn of the heads
-(`closed_form`) -> into a model and back (`adapt`) -> training (`train`) -> the turn moved
-into the projections (`fold`).
+(`closed_form`) -> into a model and back (`adapt`) -> training (`train`) -> what they do to
+each layer (`errors`) -> the turn moved into the projections (`fold`).
 """
 
 from .adapt import FittedCodecs, attach_codec, fit_codecs, head_moments
 from .closed_form import ExplainedVariance, HeadMoments, fit_closed_form
 from .codec import HeadLinear, QKCodec, latent_heads_for
+from .errors import CodecErrors, codec_errors
 from .fold import fold
 from .train import Reconstruction, train_codec
 
 __all__ = [
+    "CodecErrors",
     "ExplainedVariance",
     "FittedCodecs",
     "HeadLinear",
@@ -19,6 +21,7 @@ __all__ = [
     "QKCodec",
     "Reconstruction",
     "attach_codec",
+    "codec_errors",
     "fit_closed_form",
     "fit_codecs",
     "fold",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import AttentionHook, Handle, find_attention, intercept
+from ..models.feeding import images_for
 from ..workload import HeadCodec
 from .closed_form import ExplainedVariance, HeadMoments, fit_closed_form
 from .codec import QKCodec, latent_heads_for
@@ -54,13 +55,17 @@ def attach_codec(
 
     ``watcher`` sees each layer's plain and decoded pair in every forward. Returns a
     handle whose ``remove()`` restores the model. The codecs' parameters stay their own:
-    they are trained through the model, but are not in its state dict.
+    they are trained through the model, but are not in its state dict. They move to the
+    model's device.
     """
     calls = find_attention(model, image_size or getattr(model, "image_size", None) or 224)
     if len(calls) != len(codecs):
         raise ValueError(
             f"the model makes {len(calls)} calls of attention, got {len(codecs)} codecs"
         )
+    first = next(model.parameters(), None)
+    for codec in codecs:
+        codec.to(None if first is None else first.device)
     hooks = [_Coded(layer, codec, watcher) for layer, codec in enumerate(codecs)]
     return intercept(model, hooks, calls)
 
@@ -89,7 +94,8 @@ def head_moments(
     hooks: list[_Moments] = []
     handle = None
     try:
-        for images in batches:
+        for batch in batches:
+            images = images_for(model, batch)
             if handle is None:
                 calls = find_attention(model, images[:1])
                 hooks = [_Moments() for _ in calls]

@@ -35,7 +35,7 @@ class HeadMoments:
         heads, dim = x.shape[1], x.shape[3]
         rows = x.detach().transpose(1, 2).flatten(0, 1).flatten(1).double()  # (tokens, h * d)
         second = (rows.T @ rows).view(heads, dim, heads, dim)
-        return cls(len(rows), rows.sum(0).view(heads, dim).numpy(), second.numpy())
+        return cls(len(rows), rows.sum(0).view(heads, dim).cpu().numpy(), second.cpu().numpy())
 
     def __add__(self, other: HeadMoments) -> HeadMoments:
         return HeadMoments(

@@ -68,7 +68,7 @@ def _apply(weight: Tensor, bias: Tensor, turn: Tensor | None, shift: Tensor | No
         bias -= shift.flatten().to(bias)
     if turn is not None:
         heads, dim, _ = turn.shape
-        exact = turn.double()
+        exact = turn.to(weight.device).double()
         turned = torch.einsum("hij,hic->hjc", exact, weight.double().view(heads, dim, -1))
         weight.copy_(turned.flatten(0, 1).to(weight))
         bias.copy_(torch.einsum("hij,hi->hj", exact, bias.double().view(heads, dim)).flatten())

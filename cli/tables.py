@@ -91,7 +91,11 @@ def _codec_fact(result: CodesignResult) -> str:
     if result.settings.turn:
         turned = summary.mean(turned=True)
         text += f", with heads turned to agree Q {turned.q:.2f}, K {turned.k:.2f}"
-    return text
+    moved = summary.mean_errors()
+    return (
+        f"{text}; on judging crops, under the mask: error Q {moved.q:.2f}, K {moved.k:.2f}, "
+        f"attention moved {moved.attention:.2f}"
+    )
 
 
 def _table(title: str) -> Table:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 """Micro-batches of this process, or a function: number of the first -> batches from there."""
@@ -57,3 +57,10 @@ def moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     return tuple(moved(part, device) for part in batch)
+
+
+def images_for(model: nn.Module, batch: Any) -> Tensor:
+    """The images of ``batch``, itself or its first entry, where ``model`` has its parameters."""
+    images = batch if isinstance(batch, Tensor) else batch[0]
+    first = next(model.parameters(), None)
+    return images if first is None else moved(images, first.device)

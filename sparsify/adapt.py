@@ -6,6 +6,9 @@ attention is intercepted (`sievit.models.intercept`) and pruned entries get no w
 
 from __future__ import annotations
 
+import warnings
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,7 +60,8 @@ def attach(
     image_size  the size the mask was learned at, where the model itself does not say
 
     Returns a handle; ``handle.remove()`` (or leaving a ``with``) restores the model.
-    Raises ValueError where layers, heads or tokens do not fit.
+    Raises ValueError where layers, heads or tokens do not fit. A query that keeps no key
+    gets 0 from its head; a warning says where, since a learned mask has none.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -68,6 +72,7 @@ def attach(
         )
     for layer, (call, keep) in enumerate(zip(calls, mask.keep, strict=True)):
         _check_fit(layer, call, keep.shape, exact=image_size is not None)
+    _warn_of_empty_rows(mask)
     plans = plan_layers(mask) if backend == "auto" else [None] * len(calls)
     hooks = [
         _Masked(i, torch.from_numpy(keep.copy()), plan)
@@ -79,6 +84,19 @@ def attach(
 def _image_size(model: nn.Module) -> int:
     size = getattr(model, "image_size", None) or 224
     return size if isinstance(size, int) else size[0]
+
+
+def _warn_of_empty_rows(mask: AttentionMask) -> None:
+    empty = [np.argwhere(~keep.any(axis=-1)) for keep in mask.keep]
+    count = sum(map(len, empty))
+    if count:
+        layer, rows = next((i, rows) for i, rows in enumerate(empty) if len(rows))
+        head, query = rows[0].tolist()
+        warnings.warn(
+            f"the mask keeps no key for {count} queries, the first query {query} of layer "
+            f"{layer}, head {head}: their heads give 0",
+            stacklevel=3,
+        )
 
 
 def _check_fit(layer: int, call: AttentionCall, shape: tuple[int, ...], exact: bool) -> None:

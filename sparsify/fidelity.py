@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import features, prefix_tokens
+from ..models.feeding import images_for
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,15 @@ Saliency = Callable[[Tensor, int], Tensor]
 
 @torch.no_grad()
 def token_features(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """Final tokens of every image, float32 [images, tokens, dim], in eval mode."""
+    """Final tokens of every image, float32 [images, tokens, dim] on the CPU, in eval mode.
+
+    ``batches`` as in `average_attention`; each goes where the model is.
+    """
     was_training = model.training
     model.eval()
     try:
-        return torch.cat([features(model, images).float() for images in batches])
+        found = (features(model, images_for(model, batch)) for batch in batches)
+        return torch.cat([tokens.float().cpu() for tokens in found])
     finally:
         model.train(was_training)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..accel.kernels import Arithmetic, Int8Attention, Int8Scales, RangeWatcher
 from ..masks import AttentionMask
 from ..models import AttentionCall, AttentionHook, Handle, find_attention, intercept
+from ..models.feeding import images_for
 
 
 @torch.no_grad()
@@ -37,8 +38,8 @@ def calibrate_int8(
     model.eval()
     try:
         with intercept(model, [AttentionHook(kernel=w) for w in watchers], calls):
-            for images in batches:
-                model(images)
+            for batch in batches:
+                model(images_for(model, batch))
     finally:
         model.train(was_training)
     return tuple(watcher.scales(arithmetic) for watcher in watchers)

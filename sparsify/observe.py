@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import AttentionCall, AttentionHook, find_attention, intercept
+from ..models.feeding import images_for
 
 Watch = Callable[[tuple[AttentionCall, ...]], Sequence[AttentionHook]]
 
@@ -36,7 +37,7 @@ def observe_attention(
     handle, done = None, 0
     try:
         for batch in batches:
-            images = batch[0] if isinstance(batch, (tuple, list)) else batch
+            images = images_for(model, batch)
             if handle is None:
                 calls = find_attention(model, images[:1])
                 handle = intercept(model, watch(calls), calls)

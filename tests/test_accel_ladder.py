@@ -49,6 +49,14 @@ def without_codec(workload: Workload) -> Workload:
     return replace(workload, ops=tuple(replace(op, codec=None) for op in workload.ops))
 
 
+def test_a_memory_of_banks_and_rows_has_a_rung_of_its_own(small):
+    hardware = presets["vitcod_ddr4"]
+    made = climb(small, hardware)
+    assert made.rungs[-1].changed == {"dram_model": "ddr4"}
+    assert made.rungs[-1].cycles == simulate(small, hardware).attention_cycles
+    assert not any("dram_model" in rung.changed for rung in climb(small).rungs)
+
+
 @pytest.mark.parametrize(("codec", "first"), [(True, 9492), (False, 14_220)])
 def test_from_the_published_figure_to_ours(published, codec, first):
     workload = published if codec else without_codec(published)

@@ -344,25 +344,29 @@ BETTER = {
     "output_banks": 2,
     "k_banks": 2,
     "index_buffer_bytes": 2,
+    "output_buffer_bytes": 2,
+    "other_buffer_bytes": 2,
     "dram_latency_cycles": 0,
     "softmax_latency_cycles": 0,
     "pipeline_cycles": 0,
 }
 
 
+@pytest.mark.parametrize("machine", ["vitcod", "vitcod_ddr4"])
 @pytest.mark.parametrize("field", BETTER)
-def test_more_of_a_resource_is_hardly_ever_slower(deit_masks, field):
+def test_more_of_a_resource_is_hardly_ever_slower(deit_masks, field, machine):
     """Arbitration in turn shifts by a cycle and conflicts fall otherwise: 1 % of noise a
     network, 5 % a layer; never more."""
-    hardware = presets["vitcod"]
+    hardware = presets[machine]
     better = replace(hardware, **{field: getattr(hardware, field) * BETTER[field]})
     before, after = run_layers(deit_masks, hardware), run_layers(deit_masks, better)
     assert after.sum() <= 1.01 * before.sum()
     assert (after <= 1.05 * before).all()
 
 
+@pytest.mark.parametrize("machine", ["vitcod", "vitcod_ddr4"])
 @pytest.mark.parametrize("field", ["q_banks", "v_banks", "lines"])
-def test_twice_the_banks_or_lines_is_faster(deit_masks, field):
-    hardware = presets["vitcod"]
+def test_twice_the_banks_or_lines_is_faster(deit_masks, field, machine):
+    hardware = presets[machine]
     better = replace(hardware, **{field: getattr(hardware, field) * 2})
     assert run_layers(deit_masks, better).sum() < run_layers(deit_masks, hardware).sum()

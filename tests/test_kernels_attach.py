@@ -61,6 +61,17 @@ def test_outputs_and_gradients_are_those_of_dense_masking(calls):
     assert difference < 1e-4
 
 
+def test_a_query_without_keys_is_named():
+    model = small_vit()
+    keep = [layer.copy() for layer in mask_for(model).keep]
+    keep[1][2, 5] = False
+    with (
+        pytest.warns(UserWarning, match="for 1 queries, the first query 5 of layer 1, head 2"),
+        attach(model, AttentionMask(tuple(keep))),
+    ):
+        assert model(torch.zeros(1, 3, 64, 64)).isfinite().all()
+
+
 def test_a_copy_computes_with_the_kernel_too(calls):
     model = small_vit()
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))

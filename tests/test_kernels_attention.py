@@ -277,14 +277,15 @@ def test_the_choice_is_said_once(caplog, monkeypatch):
     monkeypatch.setattr(attention, "_said", set())
     sparse = plan_attention(random_keep(14, 2, 20, 20))
     dense = plan_attention(np.ones((2, 20, 20), bool))
+    fuller = plan_attention(np.arange(20) < np.full((2, 20, 1), 15))
     cpu = torch.device("cpu")
     assert choose_kernel(sparse, cpu, torch.float32).kernel == "compiled"
     assert choose_kernel(dense, cpu, torch.float32).kernel == "dense"
     assert choose_kernel(sparse, cpu, torch.float64).kernel == "reference"
     q, k, v = operands(14, 1, 2, 20, 20, 16, 16)
     with caplog.at_level(logging.INFO, "sievit.accel.kernels"):
-        for _ in range(3):
-            sparse_attention(q, k, v, dense)
+        for plan in (dense, dense, fuller):
+            sparse_attention(q, k, v, plan)
     assert [r.getMessage() for r in caplog.records] == [
         "sparse attention on cpu: dense (100% is kept, above 50% dense is faster)"
     ]

@@ -166,18 +166,6 @@ def test_traced_macs_are_the_published_ones(name):
     assert (workload.macs, workload.macs - attention) == TRACED[name]
 
 
-@pytest.fixture(scope="module")
-def timm():
-    """timm as an oracle, where it is installed; beside a CPU build of torch its import of
-    torchvision needs the two operators declared."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, operator):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    yield pytest.importorskip("timm")
-    del library
-
-
 def real_macs(model: nn.Module, size: int) -> int:
     """PyTorch's own counter over a forward on meta tensors, attention written out."""
     counter = FlopCounterMode(display=False)

@@ -21,7 +21,7 @@ from sievit.models.checkpoints import (
     newest_checkpoint,
     save_checkpoint,
 )
-from sievit.models.feeding import repeated
+from sievit.models.feeding import images_for, repeated
 from sievit.models.objectives import Labelled, TokenDistillation
 from sievit.models.recipe import Recipe
 from sievit.models.training import Checkpointing, train
@@ -397,3 +397,11 @@ def test_two_processes_train_as_one_on_the_whole_batch(tmp_path):
     for name, value in student.state_dict().items():
         assert torch.equal(first["state"][name], second["state"][name])
         assert torch.allclose(first["state"][name], value, atol=1e-4)
+
+
+def test_images_go_where_the_model_is():
+    images, labels = torch.ones(2, 3, 4, 4), torch.zeros(2)
+    elsewhere = nn.Linear(2, 2, device="meta")
+    assert images_for(elsewhere, (images, labels)).device.type == "meta"
+    assert images_for(nn.Linear(2, 2), images) is images
+    assert images_for(nn.Identity(), [images, labels]) is images

@@ -187,13 +187,15 @@ _said: set[tuple[str, str]] = set()
 
 
 def _say(choice: Choice, device: torch.device) -> None:
-    """Log each choice once; warn once where a compiler is missing."""
-    said = (choice.kernel, choice.reason)
+    """Log each kernel when it is first taken, with the reason of then; warn once where a
+    compiler is missing."""
+    missing = choice.reason.endswith("is not installed")
+    said = (device.type, choice.reason if missing else choice.kernel)
     if said in _said:
         return
     _said.add(said)
     _log.info("sparse attention on %s: %s (%s)", device.type, choice.kernel, choice.reason)
-    if choice.reason.endswith("is not installed"):
+    if missing:
         warnings.warn(
             f"{choice.reason}: sparse attention on {device.type} is computed densely, slower",
             RuntimeWarning,

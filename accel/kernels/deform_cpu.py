@@ -9,11 +9,10 @@ tasks write to one place, so results are the same whatever the number of threads
 
 from __future__ import annotations
 
-import os
+import itertools
 import zlib
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from .deform_shapes import Geometry
 from .deform_vectors import VECTOR_BYTES, copy, mix, spread
+from .threads import share_out
 
 BORDER = 2
 """Rows and columns of zeros around the map: a sample reads its pixel and the next."""
@@ -117,16 +117,7 @@ def _in_parallel(run: Callable[[int, int], None], tasks: int) -> None:
         run(0, tasks)
         return
     ends = [tasks * i // threads for i in range(threads + 1)]
-    waiting = [_pool(threads, os.getpid()).submit(run, *ends[i : i + 2]) for i in range(1, threads)]
-    run(*ends[:2])
-    for future in waiting:
-        future.result()
-
-
-@cache
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads beside the caller's own; those of a parent do not live on in a forked child."""
-    return ThreadPoolExecutor(threads - 1, thread_name_prefix="sievit-deform")
+    share_out(lambda ends: run(*ends), deque(itertools.pairwise(ends)), threads)
 
 
 def _cached(function: Callable) -> Callable:

@@ -1,17 +1,21 @@
-"""Heads of images spread over threads, for compiled loops that release the interpreter.
+"""Threads for compiled loops that release the interpreter: PyTorch's own, where they can be had.
 
-As many threads as PyTorch uses, held in a pool of their own: compiled code that made its own
-threads could not be called from several at once, nor follow `torch.set_num_threads`.
+Between two operations PyTorch's OpenMP threads stay awake for some milliseconds and wait for
+the next. Threads of another pool would have to share the cores with them for just that long;
+so work is given to the same team, through the OpenMP library that PyTorch has loaded. Where
+that is not found (another platform's OpenMP), a pool of our own does it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +25,38 @@ _ROW_COST = 12
 
 _LEAST_COST = 30_000
 """A share of less than this is not worth a thread (measured: about 0.2 ms)."""
+
+_REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def in_team(work: Callable[[], None], threads: int) -> None:
+    """Call ``work`` in up to ``threads`` threads at once, this one included, and wait for all.
+
+    OpenMP may give fewer: so each call must go on until nothing is left to do. The first
+    exception of any of them is raised here.
+    """
+    if threads <= 1:
+        work()
+        return
+    parallel = _openmp()
+    if parallel is None:
+        others = [_pool(threads).submit(work) for _ in range(threads - 1)]
+        work()
+        for other in others:
+            other.result()
+        return
+    raised: list[BaseException] = []
+
+    def guarded(_: object) -> None:
+        try:
+            work()
+        except BaseException as error:  # nothing may leave through foreign frames
+            raised.append(error)
+
+    region = _REGION(guarded)
+    parallel(region, None, threads, 0)
+    if raised:
+        raise raised[0]
 
 
 def spread(
@@ -49,23 +85,42 @@ def spread(
     cuts = np.searchsorted(done, done[-1] * np.arange(1, shares) / shares).tolist()
     waiting = deque(itertools.pairwise([0, *cuts, items]))
 
+    share_out(work, waiting, min(threads, shares))
+
+
+def share_out(work: Callable[[tuple[int, int]], None], shares: deque, threads: int) -> None:
+    """Call ``work`` on every one of ``shares``, each thread taking the next one left."""
+
     def some() -> None:
         while True:
             try:
-                share = waiting.popleft()
+                share = shares.popleft()
             except IndexError:
                 return
             work(share)
 
-    others = [_pool(threads).submit(some) for _ in range(min(threads, shares) - 1)]
-    some()
-    for other in others:
-        other.result()
+    in_team(some, threads)
+
+
+@functools.cache
+def _openmp() -> Callable[..., None] | None:
+    """``GOMP_parallel`` of the OpenMP that PyTorch runs on, or None."""
+    if "parallel backend: OpenMP" not in torch.__config__.parallel_info():
+        return None
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        parallel = ctypes.CDLL(str(library)).GOMP_parallel  # it, or what it was linked with
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes = [_REGION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return parallel
 
 
 @functools.lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads - 1, thread_name_prefix="sievit-attention")
+    """Threads beside the caller's own; those of a parent do not live on in a forked child."""
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="sievit")
 
 
 os.register_at_fork(after_in_child=_pool.cache_clear)

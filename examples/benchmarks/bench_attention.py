@@ -6,8 +6,9 @@ Every kernel computes the same call in the same run, in turns: sparse_attention;
 scaled_dot_product_attention, without a mask (which computes something else, and is the
 least that dense costs) and with it; FlexAttention with a block mask; and eager attention,
 scores written out. Times are medians with the fastest and slowest pass, forward and
-backward. The floor of a row is what the device's own copy and matmul rates, measured in the
-same run, would need for the bytes of Q, K, V and the output and for the kept entries alone.
+backward. What a plan takes to make, once a mask, stands beside them. The floor of a row is
+what the device's own copy and matmul rates, measured in the same run, would need for the
+bytes of Q, K, V and the output and for the kept entries alone.
 
 With --out each case is kept as soon as it is there, and what the file holds is not measured
 again; --show prints a file.
@@ -263,6 +264,22 @@ def _rows(case: Case, plan: AttentionPlan, times, direction: str, rates) -> list
     ]
 
 
+def plan_seconds() -> dict[str, float]:
+    """To plan 12 layers of 12 heads at 197 tokens and one of 12 heads at 4,096, at 95 %."""
+    masks = {
+        "12 x 12 heads x 197 tokens": 12 * [synthetic(12, 197, 1, 0.95, 1)],
+        "12 heads x 4,096 tokens": [synthetic(12, 4096, 0, 0.95, 1)],
+    }
+    plan_attention(masks["12 x 12 heads x 197 tokens"][0])  # compiles
+    spent = {}
+    for name, layers in masks.items():
+        begin = time.perf_counter()
+        for keep in layers:
+            plan_attention(keep)
+        spent[name] = time.perf_counter() - begin
+    return spent
+
+
 def device_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Bytes a second of a large copy (read and written) and FLOP a second of a matmul."""
     big = torch.empty(2**28 if device.type == "cuda" else 2**25, device=device)
@@ -312,7 +329,10 @@ def measure(given: argparse.Namespace, device: torch.device) -> list[Row]:
         "seed": 0,
         "versions": versions(),
         "rates": device_rates(device, dtype),
+        "plan_seconds": plan_seconds() if given.longest >= 4096 else {},
     }
+    for name, seconds in record["plan_seconds"].items():
+        print(f"planned {name} in {seconds:.2f} s", file=sys.stderr, flush=True)
     rows = read(given.out) if given.out is not None and given.out.exists() else []
     done = {row.case for row in rows}
     for case in cases(given.masks, images, heads, given.longest):

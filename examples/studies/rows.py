@@ -1,0 +1,31 @@
+"""Rows of a study in a file, each kept as soon as it is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from sievit.files import written_whole
+from sievit.result import versions
+
+
+class Rows:
+    """What ``path`` holds is read; each row added is written at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, dict] = {}
+        if path.exists():
+            self.rows = json.loads(path.read_text())["rows"]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.rows
+
+    def add(self, key: str, row: dict) -> None:
+        self.rows[key] = row
+        print(key, row, flush=True)
+        with written_whole(self.path) as temporary:
+            about = {"versions": versions(), "threads": torch.get_num_threads(), "seed": 0}
+            temporary.write_text(json.dumps({"rows": self.rows, **about}, indent=1) + "\n")
