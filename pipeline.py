@@ -11,7 +11,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -50,7 +50,9 @@ from .sparsify import (
     Fidelity,
     HardwareMask,
     attach,
+    attach_int8,
     average_attention,
+    calibrate_int8,
     codesign_masks,
     judge,
     polarize,
@@ -64,6 +66,9 @@ from .sparsify.hardware_masks import kept_mass
 from .workload import Workload
 
 SIMULATORS = ("systolic", "vitcod_plain", "vitcod_no_reorder", "vitcod_no_codec", "vitcod")
+
+INT8_CROPS = 16
+"""Crops that the scales of the machine's integers are taken from."""
 
 Progress = Callable[[str, float], None]
 """Called with (stage, share of the stage done)."""
@@ -104,6 +109,8 @@ def codesign(
     if settings.codec and settings.turn:
         run.judge_unturned(plain)
     student, codec_log, recovery_log = run.train(mask, codecs)
+    if settings.int8:
+        run.judge_integers(student, mask, codecs)
     polarized = polarize(mask, settings.min_kept)
     shapes = codecs.shapes if codecs else [None] * len(polarized)
     dense = run.traced(name)
@@ -282,6 +289,25 @@ class _Run:
             attach_codec(student, codecs.codecs, size)
             self.fidelity["learned mask + codec"] = self.judge(student)
         return log
+
+    def judge_integers(
+        self, student: nn.Module, mask: AttentionMask, codecs: FittedCodecs | None
+    ) -> None:
+        """``student`` with its attention in the machine's integers, whose scales come from
+        crops that were learned from; skipped where the model writes its softmax out."""
+        size, batch = self.settings.image_size, self.settings.batch_size
+        bare = copy.deepcopy(self.model)
+        bare.load_state_dict(student.state_dict())
+        with ExitStack() as attached, self.stage("judging in integers"):
+            if codecs:
+                attached.enter_context(attach_codec(bare, codecs.codecs, size))
+            some = self.learn_crops[:INT8_CROPS]
+            try:
+                scales = calibrate_int8(bare, batches(some, batch), mask, image_size=size)
+                attached.enter_context(attach_int8(bare, mask, scales, image_size=size))
+                self.fidelity["as above, attention in int8"] = self.judge(bare)
+            except ValueError as error:
+                warnings.warn(f"not judged in integers: {error}", stacklevel=2)
 
     def traced(self, name: str | None) -> Workload:
         """The dense network as operations."""

@@ -29,6 +29,7 @@ class Settings:
     recovery_seconds   replaces the steps; how many fit then depends on the machine
     recovery_rate      learning rate; None is `rate_for` the number of photos
     batch_size         crops in a batch, for training, judging and measuring
+    int8               judge the recovered model in the machine's integers too
     measure            time dense attention on this machine
     """
 
@@ -48,6 +49,7 @@ class Settings:
     recovery_rate: float | None = None
     batch_size: int = 8
     seed: int = 0
+    int8: bool = True
     measure: bool = True
 
     def __post_init__(self) -> None:

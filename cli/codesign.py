@@ -58,6 +58,9 @@ def codesign(
         float | None,
         typer.Option(help="Of the recovery; default 2e-5, of few photos 1e-5."),
     ] = None,
+    int8: Annotated[
+        bool, typer.Option(help="Judge the result in the machine's integers too.")
+    ] = True,
     codec_steps: Annotated[int, typer.Option(help="Training steps of the codec.")] = 8,
     learn_crops: Annotated[int, typer.Option(help="Crops for the averaged attention.")] = 64,
     judge_crops: Annotated[int, typer.Option(help="Crops that fidelity is judged on.")] = 32,
@@ -85,6 +88,7 @@ def codesign(
             turn=turn,
             learn_crops=learn_crops,
             judge_crops=judge_crops,
+            int8=int8,
             codec_steps=codec_steps,
             recovery_steps=steps,
             recovery_seconds=seconds,

@@ -61,6 +61,7 @@ def test_the_path_is_complete(result):
         "codec alone",
         "learned mask + codec",
         "learned mask + codec, recovered",
+        "as above, attention in int8",
     ]
     assert list(result.reports) == list(SIMULATORS)
     assert result.recovery_log.steps == result.codec_log.steps == 2
@@ -71,6 +72,43 @@ def test_the_path_is_complete(result):
     for layer, heads in zip(result.mask.keep, result.polarized, strict=True):
         assert np.array_equal(np.stack([head.dense() for head in heads]), layer)
     assert {row.batch for row in result.measured} == {1, 3}
+
+
+def test_integers_cost_little_and_errors_of_the_codec_are_told(result):
+    recovered, integers = list(result.fidelity.values())[-2:]
+    assert integers.patch_cosine == pytest.approx(recovered.patch_cosine, abs=0.02)
+    assert integers != recovered
+    errors = result.to_dict()["codec"]["errors"]
+    assert len(errors) == 2
+    assert all(0 < row[name] < 1 for row in errors for name in ("q", "k", "attention"))
+
+
+class _WritesItOut(torch.nn.Module):
+    """One block whose softmax is written out, as LeViT's is."""
+
+    def __init__(self):
+        super().__init__()
+        self.image_size = 32
+        self.embed = torch.nn.Conv2d(3, 32, 8, 8)
+        self.qkv = torch.nn.Linear(32, 96)
+
+    def forward_features(self, images):
+        tokens = self.embed(images).flatten(2).mT
+        q, k, v = self.qkv(tokens).view(len(images), -1, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        mixed = (q @ k.mT * 8**-0.5).softmax(-1) @ v
+        return tokens + mixed.transpose(1, 2).flatten(2)
+
+    forward = forward_features
+
+
+def test_what_cannot_be_judged_in_integers_is_said_and_left_out():
+    settings = replace(SMALL, codec=False, recovery_steps=0, measure=False, sparsity=0.4)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="not judged in integers: .*softmax"):
+        result = codesign(_WritesItOut(), photos(), settings=settings)
+    assert list(result.fidelity)[-1] == "learned mask"
+    without = codesign(network(), photos(), settings=replace(settings, int8=False))
+    assert list(without.fidelity)[-1] == "learned mask"
 
 
 def test_a_report_is_json_with_what_made_it(result):
@@ -135,7 +173,7 @@ def test_without_codec_and_recovery():
 def test_recovery_without_codec_is_named_so():
     settings = replace(SMALL, codec=False, recovery_steps=1, measure=False)
     result = codesign(network(), photos(), settings=settings, sparsity=0.5)
-    assert list(result.fidelity)[-1] == "learned mask, recovered"
+    assert list(result.fidelity)[-2] == "learned mask, recovered"
     assert result.settings.sparsity == 0.5
 
 
