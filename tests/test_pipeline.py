@@ -16,9 +16,10 @@ from sievit.images import Photos
 from sievit.masks import AttentionMask
 from sievit.models import create, features
 from sievit.networks import simulate_model
-from sievit.pipeline import SIMULATORS, codesign, learn_mask
+from sievit.pipeline import codesign, learn_mask
 from sievit.settings import Settings
 from sievit.sparsify import attach
+from sievit.stages import SIMULATORS
 from sievit.workload import HeadCodec
 
 SMALL = Settings(

@@ -34,7 +34,7 @@ def overlap(one: AttentionMask, other: AttentionMask) -> float:
         a, b = a[:, 1:, 1:], b[:, 1:, 1:]
         both += np.count_nonzero(a & b)
         either += np.count_nonzero(a | b)
-    return both / either
+    return float(both / either)
 
 
 def study(data: Path, out: Rows) -> None:
