@@ -61,18 +61,21 @@ def split(seed: int) -> Split:
     return Split(images[learn], labels[learn], images[judge], labels[judge])
 
 
-def shifted(data: Split, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Train batches without end: images moved by up to a pixel each way, noise added."""
+def jittered(data: Split, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Train batches without end, enlarged: turned by up to 12 degrees, a tenth larger or
+    smaller, moved by up to an eighth of the image, noise added."""
     generator = torch.Generator().manual_seed(seed)
+    learn = enlarged(data.learn)
     while True:
-        some = torch.randint(len(data.learn), (batch,), generator=generator)
-        down, right = torch.randint(-1, 2, (2, batch), generator=generator)
-        images = F.pad(data.learn[some], (1, 1, 1, 1), value=-1.0)
-        rows = (torch.arange(8) + 1 - down[:, None])[:, None, :, None]
-        columns = (torch.arange(8) + 1 - right[:, None])[:, None, None, :]
-        index = torch.arange(batch)[:, None, None, None], torch.arange(3)[None, :, None, None]
-        moved = images[(*index, rows, columns)]
-        yield moved + 0.1 * torch.randn(moved.shape, generator=generator), data.learn_labels[some]
+        some = torch.randint(len(learn), (batch,), generator=generator)
+        angle, size, right, down = 2 * torch.rand(4, batch, generator=generator) - 1
+        angle, size = 0.21 * angle, 1 + 0.1 * size
+        turned = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=-1)
+        moved = 0.25 * torch.stack([right, down], dim=-1)[..., None]  # the image is 2 wide
+        where = torch.cat([size[:, None, None] * turned.view(-1, 2, 2), moved], dim=-1)
+        grid = F.affine_grid(where, [batch, 3, SIZE, SIZE], align_corners=False)
+        images = F.grid_sample(learn[some], grid, padding_mode="border", align_corners=False)
+        yield images + 0.1 * torch.randn(images.shape, generator=generator), data.learn_labels[some]
 
 
 @torch.no_grad()
@@ -86,14 +89,14 @@ def run(seed: int, sparsity: float, steps: tuple[int, int, int], batch: int) -> 
     dense_steps, codec_steps, mask_steps = steps
     data = split(seed)
     torch.manual_seed(seed)
-    small = {"image_size": SIZE, "patch_size": PATCH, "dim": 96, "depth": 4, "heads": 3}
+    small = {"image_size": SIZE, "patch_size": PATCH, "dim": 48, "depth": 4, "heads": 3}
     model = create("deit_tiny", num_classes=10, **small)
     found: dict = {}
 
     def tune(network, stage: int, count: int, rate: float, extra=None) -> None:
-        stream = ((enlarged(x), y) for x, y in shifted(data, batch, 10 * seed + stage))
+        stream = jittered(data, batch, 10 * seed + stage)
         recipe = Recipe(
-            learning_rate=rate, weight_decay=0.05, warmup_steps=50, full_rate_loss=0.0, bf16=False
+            learning_rate=rate, weight_decay=0.05, warmup_steps=100, full_rate_loss=0.0, bf16=False
         )
         finetune(network, stream, extra=extra, steps=count, recipe=recipe)
 
@@ -128,7 +131,7 @@ def run(seed: int, sparsity: float, steps: tuple[int, int, int], batch: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--steps", type=int, nargs=3, default=[2000, 300, 600])
+    parser.add_argument("--steps", type=int, nargs=3, default=[5000, 600, 1200])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("from_scratch.json"))
     given = parser.parse_args()
