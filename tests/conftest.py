@@ -41,3 +41,35 @@ def timm():
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     yield pytest.importorskip("timm")
     del library
+
+
+@pytest.fixture(scope="session")
+def core_cases(golden) -> dict[str, tuple]:
+    """Name -> (arrays, keyword arguments) of the released deformable core."""
+    import numpy as np
+    import torch
+
+    cases = {}
+    with np.load(golden("golden/dcn_core.npz")) as data:
+        names = dict.fromkeys(key.split("/")[0] for key in data)
+        for name in names:
+            arrays = {k.split("/")[1]: torch.tensor(data[k]) for k in data if k.startswith(name)}
+            kernel, stride, padding, dilation, groups, _, removed = arrays["params"].tolist()
+            given = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+            given |= {"groups": groups, "remove_center": bool(removed)}
+            cases[name] = arrays, given | {"offset_scale": arrays["offset_scale"].item()}
+    return cases
+
+
+@pytest.fixture(scope="session")
+def mask_file(tmp_path_factory) -> Path:
+    """A sparse mask for DeiT-Tiny at 64 px."""
+    import numpy as np
+
+    from sievit.masks import AttentionMask
+
+    keep = np.random.default_rng(0).random((12, 3, 17, 17)) < 0.15
+    keep[:, :, 0] = keep[:, :, :, :3] = True
+    path = tmp_path_factory.mktemp("mask") / "mask.npz"
+    AttentionMask(tuple(keep)).save(path)
+    return path

@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from sievit.accel.published import HEADLINES
 from sievit.cli import app
-from sievit.masks import AttentionMask
 
 SMALL = ("--image-size", "64")
 
 
 def run(*arguments):
     return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "80"})
-
-
-@pytest.fixture(scope="module")
-def mask_file(tmp_path_factory):
-    """A sparse mask for DeiT-Tiny at 64 px."""
-    keep = np.random.default_rng(0).random((12, 3, 17, 17)) < 0.15
-    keep[:, :, 0] = keep[:, :, :, :3] = True
-    path = tmp_path_factory.mktemp("mask") / "mask.npz"
-    AttentionMask(tuple(keep)).save(path)
-    return path
 
 
 def test_over_the_users_mask(mask_file, tmp_path):

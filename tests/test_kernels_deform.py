@@ -68,20 +68,6 @@ def gradients(core, inputs, **given) -> list[torch.Tensor]:
     return [out.detach(), *(t.grad for t in inputs)]
 
 
-@pytest.fixture(scope="module")
-def core_cases(golden):
-    """name -> (arrays, keyword arguments of the core)."""
-    cases = {}
-    with np.load(golden("golden/dcn_core.npz")) as data:
-        for name in CASES:
-            arrays = {k.split("/")[1]: torch.tensor(data[k]) for k in data if k.startswith(name)}
-            kernel, stride, padding, dilation, groups, _, removed = arrays["params"].tolist()
-            given = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
-            given |= {"groups": groups, "remove_center": bool(removed)}
-            cases[name] = arrays, given | {"offset_scale": arrays["offset_scale"].item()}
-    return cases
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_core_and_gradients_are_the_released_ones(core_cases, case):
     arrays, given = core_cases[case]

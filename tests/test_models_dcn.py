@@ -52,20 +52,6 @@ def naive_core(value, offset, weight, *, kernel, stride, padding, dilation, grou
     return out
 
 
-@pytest.fixture(scope="module")
-def core_cases(golden):
-    """name -> (arrays, keyword arguments of the core)."""
-    cases = {}
-    with np.load(golden("golden/dcn_core.npz")) as data:
-        for name in CASES:
-            arrays = {k.split("/")[1]: torch.tensor(data[k]) for k in data if k.startswith(name)}
-            kernel, stride, padding, dilation, groups, _, removed = arrays["params"].tolist()
-            geometry = {"kernel": kernel, "stride": stride, "padding": padding}
-            geometry |= {"dilation": dilation, "groups": groups, "remove_center": bool(removed)}
-            cases[name] = arrays, geometry | {"offset_scale": arrays["offset_scale"].item()}
-    return cases
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_core_and_gradients_are_the_released_ones(core_cases, case):
     arrays, geometry = core_cases[case]
