@@ -4,17 +4,18 @@ Floor plan: the machine (`hardware`) -> how an attention call is cut up (`mappin
 to lines (`assign`) and written down (`program`) -> the compiled core (`engine`) -> dense
 products beside it (`dense`) -> one function a machine (`simulators`) -> `simulate`, `Report`
 -> what it costs (`energy`), when it happens (`timeline`, `perfetto`), pictures (`plots`) ->
-many machines at once (`explore`). Beside it the machine's integers (`arithmetic`), carried
-by the same schedule (`functional`).
+many machines at once (`explore`). Beside it the machine's integers (`arithmetic`),
+attention in them (`integers`), and the same by the engine's schedule (`carried`, `functional`).
 """
 
-from .arithmetic import Arithmetic, Quantized, integer_attention, quantize
+from .arithmetic import Arithmetic, Quantized, quantize
 from .comparison import speedups
 from .configurations import grid
 from .energy import Area, Energy, EnergyProfile, area, energy, load_profile
 from .explore import explore
 from .functional import CodecWeights, FunctionalResult, simulate_attention
 from .hardware import Hardware, presets
+from .integers import integer_attention
 from .perfetto import write_trace
 from .points import Exploration, Point
 from .profiles import PROFILES

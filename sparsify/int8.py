@@ -1,4 +1,4 @@
-"""A real model with the simulated machine's integer attention (`sievit.accel.arithmetic`).
+"""A real model with the simulated machine's integer attention (`sievit.accel.integers`).
 
 Each call of softmax attention is computed in the machine's integers: Q, K and V rounded to
 int8 with a scale a head, 16-bit scores, fixed-point softmax, int8 output. All else stays in

@@ -12,9 +12,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sievit.accel import Arithmetic, Quantized, integer_attention, quantize, simulate_attention
-from sievit.accel.arithmetic import FixedPoint, checked_rules, integer_softmax, quantize_head_map
-from sievit.accel.functional import CodecWeights, _Run, arithmetic_of, coded_operands
+from sievit.accel.arithmetic import FixedPoint, quantize_head_map
+from sievit.accel.carried import CarriedRun
+from sievit.accel.functional import CodecWeights, arithmetic_of, coded_operands
 from sievit.accel.hardware import ASSIGNMENTS, Hardware, presets
+from sievit.accel.integers import checked_rules, integer_softmax
 from sievit.accel.mapping import candidates, choose
 from sievit.accel.program import build
 from sievit.masks import AttentionMask, polarize_head
@@ -273,7 +275,7 @@ def small_run(change):
     q, k, v = (quantize(x) for x in operands(rng, 1, 12, 12, 8, 8))
     rules = checked_rules(q, k, v, None, None, Arithmetic())
     memory = (q.values[None], k.values[None], v.values[None])
-    return _Run(mapping, program, memory, (None, None), rules, None).all_stages()
+    return CarriedRun(mapping, program, memory, (None, None), rules, None).all_stages()
 
 
 def repeated_piece(program):
