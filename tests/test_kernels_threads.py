@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import textwrap
 import threading
 from collections import deque
 
@@ -60,3 +63,30 @@ def test_one_thread_is_the_callers(team):
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch uses GNU OpenMP on Linux")
 def test_pytorchs_threads_are_found_on_linux():
     assert threads._openmp() is not None
+
+
+FORKED = """
+    import os, numpy as np, torch
+    from sievit.accel.kernels import plan_attention, sparse_attention
+
+    torch.set_num_threads(2)
+    plan = plan_attention(np.random.default_rng(0).random((3, 100, 100)) < 0.3)
+    q = torch.randn(32, 3, 100, 16)
+    before = sparse_attention(q, q, q, plan).numpy()
+    if os.fork() == 0:  # PyTorch's own operations would wait forever here
+        os._exit(0 if np.array_equal(sparse_attention(q, q, q, plan).numpy(), before) else 1)
+    _, status = os.wait()
+    print("child", os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_computes_too():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(FORKED)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.strip() == "child 0", done.stderr

@@ -3,7 +3,8 @@
 Between two operations PyTorch's OpenMP threads stay awake for some milliseconds and wait for
 the next. Threads of another pool would have to share the cores with them for just that long;
 so work is given to the same team, through the OpenMP library that PyTorch has loaded. Where
-that is not found (another platform's OpenMP), a pool of our own does it.
+that is not found (another platform's OpenMP), and in a forked child, where a team of GNU
+OpenMP does not come to life again, a pool of our own does it.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def share_out(work: Callable[[tuple[int, int]], None], shares: deque, threads: i
 @functools.cache
 def _openmp() -> Callable[..., None] | None:
     """``GOMP_parallel`` of the OpenMP that PyTorch runs on, or None."""
-    if "parallel backend: OpenMP" not in torch.__config__.parallel_info():
+    if _FORKED or "parallel backend: OpenMP" not in torch.__config__.parallel_info():
         return None
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
@@ -119,8 +120,18 @@ def _openmp() -> Callable[..., None] | None:
 
 @functools.lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads beside the caller's own; those of a parent do not live on in a forked child."""
+    """Threads beside the caller's own."""
     return ThreadPoolExecutor(threads - 1, thread_name_prefix="sievit")
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)
+_FORKED: list[int] = []
+"""Not empty in a forked child."""
+
+
+def _in_child() -> None:
+    _FORKED.append(os.getpid())
+    _openmp.cache_clear()
+    _pool.cache_clear()  # its threads did not come along
+
+
+os.register_at_fork(after_in_child=_in_child)
