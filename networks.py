@@ -41,8 +41,13 @@ def create_to_run(name: str, pretrained: str | None = None, **overrides: Any) ->
     """`create`, for a network that will run: InternImage and its like get the compiled
     deformable operator as their core, unless ``core`` is given."""
     model = create(name, pretrained, **overrides)
+    return model if "core" in overrides else with_compiled_core(model)
+
+
+def with_compiled_core(model: nn.Module) -> nn.Module:
+    """``model`` itself, its deformable sampling by the compiled operator from now on."""
     for module in model.modules():
-        if isinstance(module, DeformSampling) and "core" not in overrides:
+        if isinstance(module, DeformSampling):
             module.core = deform_core
     return model
 

@@ -136,6 +136,7 @@ def _profile(
     from ..models.dcn_traffic import sampling_traffic
     from ..models.plots import plot_layers
     from ..models.run_profile import profile_run
+    from ..networks import with_compiled_core
     from .zoo_tables import intensity_table, profile_table, traffic_table
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else PyTorch's profiler writes lines
@@ -145,7 +146,10 @@ def _profile(
     traffic = sampling_traffic(workload)
     with progress_bars(quiet) as progress:
         run = profile_run(
-            model, size, **measured, progress=lambda share: progress("measuring", share)
+            with_compiled_core(model),
+            size,
+            **measured,
+            progress=lambda share: progress("measuring", share),
         )
     if plot is not None:
         plot_layers(cost, plot)

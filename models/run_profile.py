@@ -43,7 +43,7 @@ _KINDS = {
     "_native_batch_norm_legit_no_training mkldnn_batch_norm",
     ACTIVATION: "relu gelu silu hardswish hardtanh hardsigmoid sigmoid tanh clamp clamp_min elu "
     "leaky_relu softplus softmax _softmax _safe_softmax log_softmax glu mish",
-    SAMPLING: "grid_sampler grid_sampler_2d grid_sample",
+    SAMPLING: "grid_sampler grid_sampler_2d grid_sample deform_conv",
 }
 KIND_OF = {op: kind for kind, ops in _KINDS.items() for op in ops.split()}
 """PyTorch's operation -> its kind here; what is not listed is `OTHER`."""
@@ -107,8 +107,8 @@ class RunProfile:
 
 
 def operation_kind(name: str) -> str:
-    """The kind of a PyTorch operation, ``aten::`` and the ``_`` of in-place forms apart."""
-    plain = name.removeprefix("aten::")
+    """The kind of a PyTorch operation, its library and the ``_`` of in-place forms apart."""
+    plain = name.rpartition("::")[2]
     return KIND_OF.get(plain) or KIND_OF.get(plain.rstrip("_"), OTHER)
 
 

@@ -37,6 +37,7 @@ def test_shares_by_hand():
         ("aten::_unsafe_view", "reshape"),
         ("aten::mkldnn_convolution", "products"),
         ("aten::native_batch_norm", "normalisation"),
+        ("sievit::deform_conv", "sampling"),
         ("mine::odd", "other element-wise"),
     ],
 )
