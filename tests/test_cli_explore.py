@@ -108,12 +108,12 @@ def test_masks_of_files_and_a_list_of_machines(tmp_path, dense):
 
 
 def test_masks_learned_once_for_all_sparsities(tmp_path, monkeypatch):
-    import sievit.pipeline
+    import sievit.stages
 
     averaged = []
-    average = sievit.pipeline.average_attention
+    average = sievit.stages.average_attention
     monkeypatch.setattr(
-        sievit.pipeline,
+        sievit.stages,
         "average_attention",
         lambda *a, **k: averaged.append(1) or average(*a, **k),
     )
