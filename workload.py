@@ -24,6 +24,7 @@ from .ops import (
 )
 
 __all__ = [
+    "PUBLISHED_MIN_KEPT",
     "Attention",
     "AttentionMask",
     "Conv",

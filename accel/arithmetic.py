@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..ops import HeadCodec
+from ..workload import HeadCodec
 
 __all__ = [
     "Arithmetic",

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..masks import PolarizedMask
+from ..workload import PolarizedMask
 
 
 def digest(content: Any) -> str:

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..masks import polarize_head
-from ..workload import Attention, Workload
+from ..workload import Attention, Workload, polarize_head
 from .configurations import Changes, configured
 from .digest import code_digest, digest
 from .energy import PROFILES, EnergyProfile, area, energy

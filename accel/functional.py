@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..ops import Attention, HeadCodec
-from ..workload import PolarizedMask
+from ..workload import Attention, HeadCodec, PolarizedMask
 from .arithmetic import Arithmetic, HeadMap, Quantized, quantize, quantize_head_map, scale_for
 from .carried import CarriedRun
 from .hardware import Hardware, presets

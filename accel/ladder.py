@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..masks import PUBLISHED_MIN_KEPT
-from ..workload import Attention, Workload
+from ..workload import PUBLISHED_MIN_KEPT, Attention, Workload
 from .hardware import Hardware, presets
 from .report import Report
 from .simulate import simulate

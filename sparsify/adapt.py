@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..accel.kernels import AttentionPlan, plan_layers, sparse_attention
-from ..masks import AttentionMask
 from ..models import AttentionCall, AttentionHook, Handle, find_attention, intercept
+from ..workload import AttentionMask
 
 BACKENDS = ("auto", "dense")
 

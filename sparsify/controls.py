@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..masks import AttentionMask
+from ..workload import AttentionMask
 
 
 def random_mask(

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from torch import nn
 
-from ..masks import AttentionMask
 from ..models import Handle
 from ..models.blocks import checkpoint_activations, transformer_blocks
 from ..models.distill import distill
@@ -22,6 +21,7 @@ from ..models.feeding import Batches
 from ..models.objectives import Labelled, TokenDistillation
 from ..models.recipe import Recipe
 from ..models.training import Checkpointing, Listener, Trained, train
+from ..workload import AttentionMask
 from .adapt import attach
 from .threshold import threshold
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..masks import AttentionMask
+from ..workload import AttentionMask
 from .threshold import Maps, checked_maps
 
 Solver = Callable[[np.ndarray, float], np.ndarray]

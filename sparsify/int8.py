@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..accel.kernels import Arithmetic, Int8Attention, Int8Scales, RangeWatcher
-from ..masks import AttentionMask
 from ..models import AttentionCall, AttentionHook, Handle, find_attention, intercept
 from ..models.feeding import images_for
+from ..workload import AttentionMask
 
 
 @torch.no_grad()

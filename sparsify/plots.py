@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..files import written_whole
-from ..masks import AttentionMask, PolarizedMask
+from ..workload import AttentionMask, PolarizedMask
 from .fidelity import Fidelity
 
 BLUE, ORANGE, GRAY, GREEN = "#2b6cb0", "#dd6b20", "#a0aec0", "#2f855a"

@@ -5,7 +5,7 @@ The rule for one head is `sievit.masks.polarize_head`; ViTCoD, HPCA 2023, sectio
 
 from __future__ import annotations
 
-from ..masks import PUBLISHED_MIN_KEPT, AttentionMask, PolarizedMask, polarize_head
+from ..workload import PUBLISHED_MIN_KEPT, AttentionMask, PolarizedMask, polarize_head
 
 Polarized = tuple[tuple[PolarizedMask, ...], ...]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..masks import AttentionMask
+from ..workload import AttentionMask
 from .controls import random_mask, window_mask
 
 Maps = Sequence[np.ndarray]

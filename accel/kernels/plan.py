@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...files import written_whole
-from ...masks import AttentionMask, PolarizedMask
+from ...workload import AttentionMask, PolarizedMask
 from .tiling import Csr, Tiles, cluster, lay_out
 
 TILES = (16, 32, 64)

@@ -13,8 +13,7 @@ from math import ceil
 
 import numpy as np
 
-from ...masks import PUBLISHED_MIN_KEPT
-from ...workload import Attention, Workload
+from ...workload import PUBLISHED_MIN_KEPT, Attention, Workload
 from ..hardware import Hardware
 from ..report import OpCost, Report
 

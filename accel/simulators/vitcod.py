@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ...masks import polarize_head
-from ...workload import Attention, Conv, Gemm, HeadCodec, Op, Workload
+from ...workload import Attention, Conv, Gemm, HeadCodec, Op, Workload, polarize_head
 from ..dense import op_cost, product_cost
 from ..hardware import Hardware
 from ..machine import COUNTS
