@@ -1,11 +1,12 @@
 """Accelerators simulated cycle by cycle: what a workload costs in silicon.
 
-Floor plan: the machine (`hardware`) -> how an attention call is cut up (`mapping`), assigned
-to lines (`assign`) and written down (`program`) -> the compiled core (`engine`) -> dense
-products beside it (`dense`) -> one function a machine (`simulators`) -> `simulate`, `Report`
--> what it costs (`energy`), when it happens (`timeline`, `perfetto`), pictures (`plots`) ->
-many machines at once (`explore`). Beside it the machine's integers (`arithmetic`),
-attention in them (`integers`), and the same by the engine's schedule (`carried`, `functional`).
+Floor plan: the machine (`hardware`) -> a head's mask as work (`pattern`) -> how an
+attention call is cut up (`mapping`), assigned to lines (`assign`) and written down
+(`program`) -> the compiled core (`engine`) -> dense products beside it (`dense`) -> one
+function a machine (`simulators`) -> `simulate`, `Report` -> what it costs (`energy`), when
+it happens (`timeline`, `perfetto`), pictures (`plots`) -> many machines at once
+(`explore`). Beside it the machine's integers (`arithmetic`), attention in them
+(`integers`), and the same by the engine's schedule (`carried`, `functional`).
 """
 
 from .arithmetic import Arithmetic, Quantized, quantize
@@ -13,7 +14,7 @@ from .comparison import speedups
 from .configurations import grid
 from .energy import Area, Energy, EnergyProfile, area, energy, load_profile
 from .explore import explore
-from .functional import CodecWeights, FunctionalResult, simulate_attention
+from .functional import CodecWeights, FunctionalResult, arithmetic_of, simulate_attention
 from .hardware import Hardware, presets
 from .integers import integer_attention
 from .perfetto import write_trace
@@ -41,6 +42,7 @@ __all__ = [
     "Timeline",
     "Traffic",
     "area",
+    "arithmetic_of",
     "compare",
     "energy",
     "explore",

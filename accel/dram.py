@@ -13,8 +13,9 @@ from functools import lru_cache
 import numpy as np
 
 from .compiled import cached_core, sources_digest
-from .controller import advance, channel_of, has_room, new_dram, offer, pending
+from .controller import advance, channel_of, has_room, offer, pending
 from .ddr4 import DRAM_TIMINGS, LINE_BYTES, DramTiming
+from .dram_state import new_dram
 
 STREAM_LINES = 32_768
 """Lines of the stream that gives a memory's effective bandwidth: 2 MB, seven refreshes."""
@@ -124,4 +125,4 @@ def _compiled(sources: str):
     return serve
 
 
-_serve = _compiled(sources_digest("compiled", "controller", "dram"))
+_serve = _compiled(sources_digest("compiled", "controller", "dram_state", "dram"))

@@ -265,8 +265,8 @@ def _compiled(sources: str):
 
 _step = _compiled(
     sources_digest(
-        "assign", "compiled", "controller", "ddr4", "dma", "engine", "layout", "lines",
-        "machine", "memory", "program",
+        "assign", "compiled", "controller", "ddr4", "dma", "dram_state", "engine", "layout",
+        "lines", "machine", "memory", "pattern", "program",
     )
 )  # fmt: skip
 

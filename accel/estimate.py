@@ -28,7 +28,8 @@ import numpy as np
 from ..workload import Attention
 
 if TYPE_CHECKING:
-    from .mapping import Mapping, Pattern
+    from .mapping import Mapping
+    from .pattern import Pattern
 
 BANK_WAITS = 1.3
 """Cycles of a line over the words it takes, about."""

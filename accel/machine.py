@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .controller import Dram, new_dram
 from .ddr4 import DRAM_TIMINGS
+from .dram_state import Dram, new_dram
 from .hardware import Hardware
 from .mapping import Mapping
 from .program import CHANNELS, INDEX, K, Program, Q, V

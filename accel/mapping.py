@@ -16,75 +16,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
-import numpy as np
-
-from ..workload import Attention, PolarizedMask
+from ..workload import Attention
 from .ddr4 import LINE_BYTES
 from .estimate import WorkOfTiles, ranked
 from .hardware import Hardware
+from .pattern import Pattern, patterns_of
 from .remembered import Remembered
 
 TILE_PARTS = (1, 2, 3)
 """Tiles of queries that are tried for each one that the buffers ask for."""
 
 
-PATTERNS = Remembered(64 * 1024**2)
-"""By the digest of the mask."""
-
 WORK = Remembered(64 * 1024**2)
 """What tiles ask for, by the patterns of a call and the lines."""
-
-
-@dataclass(frozen=True, eq=False)
-class Pattern:
-    """One head's work: a dense block of global keys, the rest compressed both ways.
-
-    columns, rows  (indptr, indices) of the sparser part, keys counted after the global ones
-    row_scores     int64 [queries], scores computed in each row
-    masked         a bitmap says which entries of the dense block are kept
-    digest         names the content, so that what is made of it can be kept; "": it is not
-    """
-
-    num_global: int
-    columns: tuple[np.ndarray, np.ndarray]
-    rows: tuple[np.ndarray, np.ndarray]
-    row_scores: np.ndarray
-    masked: bool
-    digest: str = ""
-
-    @classmethod
-    def dense(cls, queries: int, keys: int) -> Pattern:
-        """Nothing pruned: every key is global and no bitmap is needed."""
-        none = _frozen(np.zeros(0))
-        return cls(
-            keys,
-            (_frozen(np.zeros(1)), none),
-            (_frozen(np.zeros(queries + 1)), none),
-            np.full(queries, keys, dtype=np.int64),
-            masked=False,
-            digest=f"dense {queries} x {keys}",
-        )
-
-    @classmethod
-    def of(cls, mask: PolarizedMask) -> Pattern:
-        """The work of a polarized mask."""
-        indptr, columns = mask.rows
-        scores = mask.num_global + np.diff(indptr)
-        whole = bool(mask.global_keep.all())
-        return cls(
-            mask.num_global,
-            (mask.indptr, mask.indices),
-            (_frozen(indptr), _frozen(columns)),
-            scores.astype(np.int64),
-            masked=not whole,
-            digest=mask.digest,
-        )
-
-    @property
-    def held_bytes(self) -> int:
-        """Of its arrays."""
-        arrays = (*self.columns, *self.rows, self.row_scores)
-        return sum(array.nbytes for array in arrays)
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,7 +184,7 @@ def fitting(op: Attention, hardware: Hardware) -> list[Mapping]:
     """
     made = candidates(op, hardware)
     if not made:
-        raise ValueError(_refusal(op, hardware, _patterns(op)))
+        raise ValueError(_refusal(op, hardware, patterns_of(op)))
     return made
 
 
@@ -250,7 +194,7 @@ def candidates(op: Attention, hardware: Hardware) -> list[Mapping]:
     For each group of heads, order of stages and number of output regions: the fewest query
     tiles that fit, and a few more, which overlap more finely.
     """
-    patterns = _patterns(op)
+    patterns = patterns_of(op)
     work = _work(op, patterns, hardware.lines)
     made: list[Mapping] = []
     for group in _groups(op):
@@ -258,15 +202,6 @@ def candidates(op: Attention, hardware: Hardware) -> list[Mapping]:
             given = Mapping(op, hardware, patterns, group, 1, 1, True, ahead, 2)
             made += _tilings(given, work)
     return ranked(made, work)
-
-
-def _patterns(op: Attention) -> tuple[Pattern, ...]:
-    if op.masks is None:
-        return (Pattern.dense(op.queries, op.keys),) * op.heads
-    return tuple(
-        PATTERNS.get(mask.digest, partial(Pattern.of, mask), lambda made: made.held_bytes)
-        for mask in op.masks
-    )
 
 
 def _work(op: Attention, patterns: tuple[Pattern, ...], lines: int) -> WorkOfTiles:
@@ -391,12 +326,6 @@ def _tiles(total: int, size: int) -> tuple[slice, ...]:
 def _padded(dim: int, hardware: Hardware) -> int:
     """Bytes of a vector in a buffer: whole words."""
     return -(-dim // hardware.macs_per_line) * hardware.word_bytes
-
-
-def _frozen(values: np.ndarray) -> np.ndarray:
-    array = np.array(values, dtype=np.int64)
-    array.setflags(write=False)
-    return array
 
 
 def _unsigned_bytes(values: int) -> int:

@@ -17,16 +17,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ..workload import Attention
-from .assign import DENSE_ROUND, Assignment, assign
-from .compiled import cached
+from .assign import DENSE_ROUND, Assignment
 from .ddr4 import LINE_BYTES
 from .hardware import Hardware
 from .layout import BURST, Span, bursts_of
-from .mapping import Mapping, Pattern
-from .remembered import Remembered
-
-SDDMM, SPMM = 0, 1
-"""Kinds of stage."""
+from .mapping import Mapping
+from .pattern import SDDMM, SPMM, plan_tile
 
 Q, K, V, INDEX, CODEC, STORE = range(6)
 CHANNELS = 6
@@ -112,66 +108,6 @@ class Counts:
     scores: int  # computed
     entries: int  # of index streams, both products
     index_dram_bytes: int
-
-
-@cached
-def _tile(indptr, indices, first, last, low, high, shift):
-    """Vectors first..last of a compressed matrix, operands in low..high, moved by shift."""
-    pointer = np.zeros(last - first + 1, np.int64)
-    kept = np.empty(indptr[last] - indptr[first], np.int64)
-    count = 0
-    for vector in range(first, last):
-        start, stop = indptr[vector], indptr[vector + 1]
-        while start < stop:  # operands ascend: find the first one that is not below `low`
-            middle = (start + stop) // 2
-            if indices[middle] < low:
-                start = middle + 1
-            else:
-                stop = middle
-        while start < indptr[vector + 1] and indices[start] < high:
-            kept[count] = indices[start] - low + shift
-            count += 1
-            start += 1
-        pointer[vector - first + 1] = count
-    return pointer, kept[:count]
-
-
-ASSIGNMENTS = Remembered(256 * 1024**2)
-"""By pattern, tile, product, lines and policy: what an assignment depends on."""
-
-
-def plan_tile(
-    pattern: Pattern, rows: slice, keys: slice, kind: int, hardware: Hardware
-) -> Assignment:
-    """The assignment of one tile of one head to the lines, made once for equal ones."""
-
-    def make() -> Assignment:
-        return _planned(pattern, rows, keys, kind, hardware)
-
-    if not pattern.digest:
-        return make()
-    tile = (pattern.digest, rows.start, rows.stop, keys.start, keys.stop, kind)
-    return ASSIGNMENTS.get((*tile, hardware.lines, hardware.assignment), make, _held_bytes)
-
-
-def _held_bytes(made: Assignment) -> int:
-    return sum(array.nbytes for array in made[:4])
-
-
-def _planned(
-    pattern: Pattern, rows: slice, keys: slice, kind: int, hardware: Hardware
-) -> Assignment:
-    dense = max(min(keys.stop, pattern.num_global) - keys.start, 0)
-    low = max(keys.start, pattern.num_global) - pattern.num_global
-    high = max(keys.stop - pattern.num_global, low)
-    height = rows.stop - rows.start
-    if kind == SDDMM:
-        columns = _tile(*pattern.columns, low, high, rows.start, rows.stop, 0)
-        shape, shift = (dense, height), dense
-    else:
-        columns = _tile(*pattern.rows, rows.start, rows.stop, low, high, dense)
-        shape, shift = (height, dense), 0
-    return assign(*columns, *shape, hardware.lines, hardware.assignment, shift)
 
 
 class _Builder:

@@ -85,6 +85,8 @@ def fidelity(
 
 def _saliency_iou(dense: Tensor, changed: Tensor, saliency: Saliency, image_size: int) -> float:
     """Mean over images; an image with no salient pixel in either map counts as 1."""
+    if isinstance(saliency, nn.Module):  # tokens are on the CPU, a decoder may not be
+        dense, changed = (images_for(saliency, tokens) for tokens in (dense, changed))
     scores = []
     for one, other in zip(dense.split(8), changed.split(8), strict=True):
         first, second = saliency(one, image_size) > 0.5, saliency(other, image_size) > 0.5

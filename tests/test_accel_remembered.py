@@ -7,12 +7,12 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from sievit.accel import Hardware, mapping, presets, program, simulate
+from sievit.accel import Hardware, mapping, pattern, presets, simulate
 from sievit.accel.remembered import Remembered
 from sievit.masks import AttentionMask, polarize_head
 from sievit.workload import Attention, Workload
 
-REMEMBERED = (program.ASSIGNMENTS, mapping.PATTERNS, mapping.WORK)
+REMEMBERED = (pattern.ASSIGNMENTS, pattern.PATTERNS, mapping.WORK)
 
 
 @pytest.fixture(autouse=True)
@@ -68,14 +68,14 @@ def test_what_is_remembered_does_not_change_a_figure(field):
 def test_assignments_are_shared_by_content():
     small = replace(presets["vitcod"], lines=6)
     first = simulate(_workload(), small)
-    made = program.ASSIGNMENTS.misses
+    made = pattern.ASSIGNMENTS.misses
     assert made > 0
-    assert program.ASSIGNMENTS.hits == 0
+    assert pattern.ASSIGNMENTS.hits == 0
     again = simulate(_workload(), replace(small, dram_latency_cycles=99))  # equal, not the same
-    assert (program.ASSIGNMENTS.misses, program.ASSIGNMENTS.hits) == (made, made)
+    assert (pattern.ASSIGNMENTS.misses, pattern.ASSIGNMENTS.hits) == (made, made)
     assert again.attention_cycles > first.attention_cycles
     simulate(_workload(seed=1), small)
-    assert program.ASSIGNMENTS.misses > made
+    assert pattern.ASSIGNMENTS.misses > made
 
 
 def test_digest_names_the_content():

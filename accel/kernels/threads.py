@@ -39,23 +39,22 @@ def in_team(work: Callable[[], None], threads: int) -> None:
     if threads <= 1:
         work()
         return
-    parallel = _openmp()
-    if parallel is None:
-        others = [_pool(threads).submit(work) for _ in range(threads - 1)]
-        work()
-        for other in others:
-            other.result()
-        return
     raised: list[BaseException] = []
 
-    def guarded(_: object) -> None:
+    def guarded(*_: object) -> None:
         try:
             work()
         except BaseException as error:  # nothing may leave through foreign frames
             raised.append(error)
 
-    region = _REGION(guarded)
-    parallel(region, None, threads, 0)
+    parallel = _openmp()
+    if parallel is not None:
+        parallel(_REGION(guarded), None, threads, 0)
+    else:
+        others = [_pool(threads).submit(guarded) for _ in range(threads - 1)]
+        guarded()
+        for other in others:
+            other.result()
     if raised:
         raise raised[0]
 
@@ -85,7 +84,6 @@ def spread(
     shares = min(4 * threads, items, cost // _LEAST_COST)
     cuts = np.searchsorted(done, done[-1] * np.arange(1, shares) / shares).tolist()
     waiting = deque(itertools.pairwise([0, *cuts, items]))
-
     share_out(work, waiting, min(threads, shares))
 
 
@@ -106,7 +104,7 @@ def share_out(work: Callable[[tuple[int, int]], None], shares: deque, threads: i
 @functools.cache
 def _openmp() -> Callable[..., None] | None:
     """``GOMP_parallel`` of the OpenMP that PyTorch runs on, or None."""
-    if _FORKED or "parallel backend: OpenMP" not in torch.__config__.parallel_info():
+    if _forked or "parallel backend: OpenMP" not in torch.__config__.parallel_info():
         return None
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
@@ -124,12 +122,13 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads - 1, thread_name_prefix="sievit")
 
 
-_FORKED: list[int] = []
-"""Not empty in a forked child."""
+_forked = False
+"""Whether this process is a forked child."""
 
 
 def _in_child() -> None:
-    _FORKED.append(os.getpid())
+    global _forked
+    _forked = True
     _openmp.cache_clear()
     _pool.cache_clear()  # its threads did not come along
 

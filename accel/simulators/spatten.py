@@ -112,141 +112,171 @@ def attention_cost(
     method: Spatten = Spatten(),
 ) -> OpCost:
     """One call: ``entering`` and ``share`` of the entries before and after its pruning."""
-    images = op.windows * batch
     heads = max(round(op.heads * method.head_share), 1)
-    before = _alive(op, entering, heads)
-    now = _alive(op, share, heads)
-    prunes = (now.queries, now.keys) != (before.queries, before.keys)
+    before, now = _alive(op, entering, heads), _alive(op, share, heads)
     again = math.ceil(now.queries * method.lsb_share)
-    half, lanes = -(-op.key_dim // 2), hardware.softmax_lanes
-    found = images * heads * product_cycles(before.queries, before.keys, half, hardware)
-    array = {
-        "predict": found if prunes else 0,
-        "sddmm": images * heads * product_cycles(now.queries, now.keys, half, hardware),
-        "recompute": images * heads * product_cycles(again, now.keys, op.key_dim, hardware),
-        "spmm": images * heads * product_cycles(now.queries, op.value_dim, now.keys, hardware),
-    }
-    scores = {
-        "predict": before.queries * before.keys if prunes else 0,
-        "sddmm": (now.queries + again) * now.keys,
-    }
-    loads = _loads(op, hardware, before if prunes else now, now, again, prunes)
-    loads = {name: images * size for name, size in loads.items()}
-    stored = images * heads * now.queries * op.value_dim * hardware.operand_bytes
+    call = _Call(op, hardware, op.windows * batch, before, now, again)
+    loads, array = call.loads(), call.array()
     visits = method.topk_visits * (before.keys + op.heads)
-    topk = images * -(-visits // method.comparators) if prunes else 0
+    topk = call.images * -(-visits // method.comparators) if call.prunes else 0
+    fetch = hardware.dram_cycles(sum(loads.values()))
     busy = {
         "MAC lines": sum(array.values()),
-        "DRAM": hardware.dram_cycles(sum(loads.values()) + stored),
-        "softmax": images * heads * sum(-(-count // lanes) for count in scores.values()),
+        "DRAM": hardware.dram_cycles(sum(loads.values()) + call.stored),
+        "softmax": call.heads * sum(-(-n // hardware.softmax_lanes) for n in call.scores.values()),
         "top-k": topk,
     }
-    first = -(-hardware.dram_cycles(sum(loads.values())) // (images * heads))
-    # The last tile's softmax, before top-k and before the end, has nothing to hide behind.
-    tails = {
-        "predict": _query_tiles(op, hardware, before),
-        "sddmm": _query_tiles(op, hardware, now),
-    }
-    ends = sum(-(-scores[name] // (lanes * tiles)) for name, tiles in tails.items())
-    latencies = (2 if prunes else 1) * hardware.softmax_latency_cycles
     exposed = {
-        "load": first + hardware.dram_latency_cycles,
+        "load": -(-fetch // call.heads) + hardware.dram_latency_cycles,
         "top-k": topk,
-        "softmax": ends + latencies,
+        "softmax": call.softmax_ends(),
     }
     phases = pipelined(array, exposed, busy)
-    kept = images * heads * now.queries * now.keys
-    predicted = images * heads * scores["predict"] * op.key_dim
-    # Scores of 4-bit operands take half a MAC; those of unsure queries are computed again.
-    executed = -(-(kept * op.key_dim + predicted) // 2) + kept * op.value_dim
-    executed += images * heads * again * now.keys * op.key_dim
+    executed, found = call.macs()
     return OpCost(
         op.name,
         "attention",
         sum(phases.values()),
         phases,
         macs=executed,
-        kept_macs=executed - -(-predicted // 2),
-        traffic=_traffic(op, hardware, images, scores, now, loads, stored, again),
+        kept_macs=executed - -(-found // 2),
+        traffic=call.traffic(loads),
         busy=busy,
         details={
             "heads_kept": heads,
             "queries_kept": now.queries,
             "keys_kept": now.keys,
-            "density": kept / (op.entries * batch),
-            "predicted_4bit_products": predicted,
+            "density": call.kept / (op.entries * batch),
+            "predicted_4bit_products": found,
             "queries_recomputed": again,
         },
     )
 
 
-def _loads(
-    op: Attention, hardware: Hardware, before: _Tokens, now: _Tokens, again: int, prunes: bool
-) -> dict[str, int]:
-    """Bytes of one image: upper halves of Q and K of all tokens that are scored (again for
-    the second pass, where all heads do not stay on chip), lower halves where needed."""
-    size = hardware.operand_bytes
-    upper = op.key_dim * size / 2
-    loads = {}
-    for name, first, second, lower in (
-        ("Q", before.queries, now.queries, again),
-        ("K", before.keys, now.keys, now.keys if again else 0),
-    ):
-        room = getattr(hardware, f"{name.lower()}_buffer_bytes")
-        stays = now.heads * first * upper <= room
-        if name == "K":  # a head's K that does not fit comes again for each tile of queries
-            first *= _query_tiles(op, hardware, before) if first * upper > room else 1
-            passes = _query_tiles(op, hardware, now) if second * upper > room else 1
-            second, lower = second * passes, lower * passes
-        tokens = first + lower + second if prunes and not stays else first + lower
-        loads[name] = math.ceil(now.heads * tokens * upper)
-    values = now.keys * op.value_dim * size
-    again_v = _query_tiles(op, hardware, now) if values > hardware.v_buffer_bytes else 1
-    return loads | {"V": now.heads * values * again_v}
+@dataclass(frozen=True)
+class _Call:
+    """One call on ``images``: its tokens before and after its pruning, and the queries
+    whose scores are computed ``again`` in 8 bits."""
 
+    op: Attention
+    hardware: Hardware
+    images: int
+    before: _Tokens
+    now: _Tokens
+    again: int
 
-def _query_tiles(op: Attention, hardware: Hardware, now: _Tokens) -> int:
-    """Tiles of queries whose scores fit the output buffer, two at a time."""
-    row = 2 * now.keys * hardware.score_bytes
-    if row > hardware.output_buffer_bytes:
-        raise ValueError(
-            f"{op.name}: one row of {now.keys} scores takes {row} bytes twice, "
-            f"output_buffer_bytes is {hardware.output_buffer_bytes}"
-        )
-    return -(-now.queries // (hardware.output_buffer_bytes // row))
+    @property
+    def prunes(self) -> bool:
+        return self.now != self.before
 
+    @property
+    def heads(self) -> int:
+        """Heads kept, of all images."""
+        return self.images * self.now.heads
 
-def _traffic(
-    op: Attention,
-    hardware: Hardware,
-    images: int,
-    scores: dict[str, int],
-    now: _Tokens,
-    loads: dict[str, int],
-    stored: int,
-    again: int,
-) -> tuple[Traffic, ...]:
-    """Operands once a MAC line's worth of the other side, as an output-stationary array."""
-    size, width, height = hardware.operand_bytes, hardware.macs_per_line, hardware.lines
-    heads = images * now.heads
-    computed = sum(scores.values()) + again * now.keys  # in upper halves, 8 bits take two
-    halves = computed * op.key_dim * size
-    products = now.queries * now.keys * op.value_dim * size
-    reads = {
-        "Q": heads * -(-halves // (2 * width)),
-        "K": heads * -(-halves // (2 * height)),
-        "V": heads * -(-products // height),
-    }
-    rows = [Traffic(name, "dram", loaded, 0) for name, loaded in loads.items()]
-    rows.append(Traffic("output", "dram", 0, stored))
-    rows += [Traffic(name, "buffer", reads[name], loads[name]) for name in reads]
-    rows += [Traffic(name, "lines", reads[name], 0) for name in reads]
-    held = heads * sum(scores.values())
-    summed = held * hardware.accumulator_bytes
-    moved = held * hardware.score_bytes
-    rows += [
-        Traffic("scores", "buffer", 3 * moved, 2 * moved),
-        Traffic("importance", "buffer", summed, summed),
-        Traffic("output", "buffer", stored, stored),
-    ]
-    return tuple(rows)
+    @property
+    def kept(self) -> int:
+        """Entries kept, of all images."""
+        return self.heads * self.now.queries * self.now.keys
+
+    @property
+    def stored(self) -> int:
+        """Bytes of the output."""
+        return self.heads * self.now.queries * self.op.value_dim * self.hardware.operand_bytes
+
+    @property
+    def scores(self) -> dict[str, int]:
+        """Scores of one head that softmax sees, pass by pass."""
+        return {
+            "predict": self.before.queries * self.before.keys if self.prunes else 0,
+            "sddmm": (self.now.queries + self.again) * self.now.keys,
+        }
+
+    def array(self) -> dict[str, int]:
+        """Cycles of the MAC lines; products of 4-bit operands are two a MAC."""
+        op, before, now = self.op, self.before, self.now
+        half = -(-op.key_dim // 2)
+        products = {
+            "predict": (before.queries, before.keys, half),
+            "sddmm": (now.queries, now.keys, half),
+            "recompute": (self.again, now.keys, op.key_dim),
+            "spmm": (now.queries, op.value_dim, now.keys),
+        }
+        cycles = {
+            name: self.heads * product_cycles(*sizes, self.hardware)
+            for name, sizes in products.items()
+        }
+        return cycles if self.prunes else cycles | {"predict": 0}
+
+    def macs(self) -> tuple[int, int]:
+        """MACs executed, and 4-bit products of the prediction: those take half a MAC, as all
+        scores of 4-bit operands; scores of unsure queries are computed again."""
+        op, found = self.op, self.heads * self.scores["predict"] * self.op.key_dim
+        executed = -(-(self.kept * op.key_dim + found) // 2) + self.kept * op.value_dim
+        return executed + self.heads * self.again * self.now.keys * op.key_dim, found
+
+    def softmax_ends(self) -> int:
+        """Cycles of the last tile's softmax, before top-k and before the end: nothing is
+        left to hide them behind."""
+        lanes, latency = self.hardware.softmax_lanes, self.hardware.softmax_latency_cycles
+        tiles = {"predict": self.query_tiles(self.before), "sddmm": self.query_tiles(self.now)}
+        ends = sum(-(-self.scores[name] // (lanes * count)) for name, count in tiles.items())
+        return ends + (2 if self.prunes else 1) * latency
+
+    def loads(self) -> dict[str, int]:
+        """Bytes: upper halves of Q and K of all tokens that are scored (again for the second
+        pass, where all heads do not stay on chip), lower halves where needed."""
+        op, now, size = self.op, self.now, self.hardware.operand_bytes
+        upper = op.key_dim * size / 2
+        loads = {}
+        for name, first, second, lower in (
+            ("Q", self.before.queries, now.queries, self.again),
+            ("K", self.before.keys, now.keys, now.keys if self.again else 0),
+        ):
+            room = getattr(self.hardware, f"{name.lower()}_buffer_bytes")
+            stays = now.heads * first * upper <= room
+            if name == "K":  # a head's K that does not fit comes again for each tile of queries
+                first *= self.query_tiles(self.before) if first * upper > room else 1
+                passes = self.query_tiles(now) if second * upper > room else 1
+                second, lower = second * passes, lower * passes
+            tokens = first + lower + second if self.prunes and not stays else first + lower
+            loads[name] = self.images * math.ceil(now.heads * tokens * upper)
+        values = now.keys * op.value_dim * size
+        again = self.query_tiles(now) if values > self.hardware.v_buffer_bytes else 1
+        return loads | {"V": self.heads * values * again}
+
+    def query_tiles(self, tokens: _Tokens) -> int:
+        """Tiles of queries whose scores fit the output buffer, two at a time."""
+        row = 2 * tokens.keys * self.hardware.score_bytes
+        if row > self.hardware.output_buffer_bytes:
+            raise ValueError(
+                f"{self.op.name}: one row of {tokens.keys} scores takes {row} bytes twice, "
+                f"output_buffer_bytes is {self.hardware.output_buffer_bytes}"
+            )
+        return -(-tokens.queries // (self.hardware.output_buffer_bytes // row))
+
+    def traffic(self, loads: dict[str, int]) -> tuple[Traffic, ...]:
+        """Operands once a MAC line's worth of the other side, as an output-stationary array."""
+        op, now, hardware = self.op, self.now, self.hardware
+        size, width, height = hardware.operand_bytes, hardware.macs_per_line, hardware.lines
+        computed = sum(self.scores.values()) + self.again * now.keys  # 8 bits: two halves
+        halves = computed * op.key_dim * size
+        products = now.queries * now.keys * op.value_dim * size
+        reads = {
+            "Q": self.heads * -(-halves // (2 * width)),
+            "K": self.heads * -(-halves // (2 * height)),
+            "V": self.heads * -(-products // height),
+        }
+        rows = [Traffic(name, "dram", loaded, 0) for name, loaded in loads.items()]
+        rows.append(Traffic("output", "dram", 0, self.stored))
+        rows += [Traffic(name, "buffer", reads[name], loads[name]) for name in reads]
+        rows += [Traffic(name, "lines", reads[name], 0) for name in reads]
+        held = self.heads * sum(self.scores.values())
+        summed = held * hardware.accumulator_bytes
+        moved = held * hardware.score_bytes
+        rows += [
+            Traffic("scores", "buffer", 3 * moved, 2 * moved),
+            Traffic("importance", "buffer", summed, summed),
+            Traffic("output", "buffer", self.stored, self.stored),
+        ]
+        return tuple(rows)

@@ -34,9 +34,8 @@ import torch.nn.functional as F
 
 from sievit.accel.kernels import AttentionPlan, choose_kernel, plan_attention, sparse_attention
 from sievit.accel.kernels.measure import device_name
-from sievit.files import written_whole
 from sievit.masks import AttentionMask
-from sievit.result import versions
+from sievit.result import versions, write_json
 from sievit.sparsify import synthetic_maps, threshold
 from sievit.sparsify.granularity import by_vectors
 
@@ -340,9 +339,7 @@ def measure(given: argparse.Namespace, device: torch.device) -> list[Row]:
             continue
         rows += run_case(case, device, dtype, record["rates"], given.passes, not given.no_flex)
         if given.out is not None:
-            with written_whole(given.out) as temporary:
-                content = {**record, "rows": [asdict(row) for row in rows]}
-                temporary.write_text(json.dumps(content, indent=1) + "\n")
+            write_json({**record, "rows": [asdict(row) for row in rows]}, given.out)
     return rows
 
 

@@ -18,7 +18,6 @@ matmul are measured in the same run.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -30,9 +29,8 @@ import torch
 
 from sievit.accel.kernels import deform_conv, deform_core
 from sievit.accel.kernels.measure import device_name
-from sievit.files import written_whole
 from sievit.models import dcn
-from sievit.result import versions
+from sievit.result import versions, write_json
 
 SAMPLES = 9
 SHAPES = ((56, 128, 4), (56, 128, 8), (28, 256, 16), (14, 512, 32), (7, 1024, 64), (14, 768, 48))
@@ -269,8 +267,7 @@ def main() -> None:
         print(f"{record['device']}, {name}, batch {batch}\n{summary(some)}")
         rows += [asdict(row) | {"dtype": name} for row in some]
     if given.out is not None:
-        with written_whole(given.out) as temporary:
-            temporary.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
+        write_json(record | {"rows": rows}, given.out)
 
 
 if __name__ == "__main__":

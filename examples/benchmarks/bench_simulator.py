@@ -191,11 +191,11 @@ def timed(workload, simulator: str, repeats: int) -> dict:
 
 def forget() -> None:
     """Index lists and assignments of the run before: every run makes its own."""
-    from sievit.accel import mapping, program
+    from sievit.accel import mapping, pattern
 
-    mapping.PATTERNS.clear()
+    pattern.PATTERNS.clear()
     mapping.WORK.clear()
-    program.ASSIGNMENTS.clear()
+    pattern.ASSIGNMENTS.clear()
 
 
 SCALE_SIM = """

@@ -24,7 +24,7 @@ from sievit.images import center_crops, load_folder, normalize
 from sievit.models import complexity
 from sievit.models.mixed import MixedViT, spread, width_at
 from sievit.models.run_profile import profile_run, relative_time, set_threads
-from sievit.result import versions
+from sievit.result import versions, write_json
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 SPEEDUPS = (1.25, 1.5)
@@ -179,8 +179,7 @@ def main() -> None:
 
     def save() -> None:
         about = {"versions": versions(), "threads": arguments.threads, "batch": BATCH}
-        with written_whole(out) as temporary:
-            temporary.write_text(json.dumps(result | about | {"seeds": SEEDS}, indent=1) + "\n")
+        write_json(result | about | {"seeds": SEEDS}, out)
 
     with set_threads(arguments.threads):
         latencies(result, save)

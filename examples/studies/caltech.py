@@ -17,16 +17,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from judging import BATCH, SIZE, classes_of, paired, spread
+from judging import BATCH, SIZE, classes_of, masks_at, paired, spread
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from sievit.files import written_whole
 from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import SaliencyDecoder, create
 from sievit.models.weights import load_pretrained
-from sievit.result import versions
+from sievit.result import versions, write_json
 from sievit.sparsify import (
     attach,
     average_attention,
@@ -42,18 +41,6 @@ SPARSITIES, PROBED = (0.5, 0.7, 0.8, 0.9), (0.5, 0.7, 0.9)
 
 def features_of(model, crops) -> torch.Tensor:
     return token_features(model, batches(crops, BATCH))
-
-
-def masks_at(maps, sparsity: float) -> dict:
-    """The learned mask and its controls of equal sparsity."""
-    learned = threshold(maps, sparsity=sparsity)
-    side = SIZE // 14
-    return {
-        "learned": learned,
-        "random, uniform": threshold(maps, "random", sparsity=learned.sparsity),
-        "random, rows as learned": threshold(maps, "random", like=learned),
-        "window, rows as learned": threshold(maps, "window", like=learned, grid=(side, side)),
-    }
 
 
 def study(data: Path, seconds: float, out: Path, sparsities: tuple[float, ...]) -> dict:
@@ -112,8 +99,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = study(arguments.data, arguments.seconds, arguments.out, tuple(arguments.recover))
     result |= {"versions": versions(), "threads": torch.get_num_threads(), "seed": 0}
-    with written_whole(arguments.out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, arguments.out)
     print(json.dumps(result["probe"], indent=1))
 
 

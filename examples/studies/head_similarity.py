@@ -10,15 +10,13 @@ with random weights, whose heads have learned nothing, as a yardstick.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
-from sievit.files import written_whole
 from sievit.images import batches, center_crops, load_folder
 from sievit.models import create
-from sievit.result import versions
+from sievit.result import versions, write_json
 from sievit.sparsify.similarity import head_similarity, plot_similarity
 
 SIZE, BATCH = 224, 8
@@ -43,8 +41,7 @@ def main() -> None:
             title = f"DINOv2-small, {len(crops)} photos at {SIZE} px"
             plot_similarity(found, arguments.plot, title)
     result |= {"versions": versions(), "threads": torch.get_num_threads(), "seed": 0}
-    with written_whole(arguments.out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, arguments.out)
 
 
 if __name__ == "__main__":

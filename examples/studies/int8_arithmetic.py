@@ -9,18 +9,15 @@ and scales calibrated, on five of scikit-image's photos, features judged on thre
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from sievit.accel import Arithmetic
-from sievit.files import written_whole
 from sievit.images import batches, random_crops, sample_photos
 from sievit.models import create
-from sievit.result import versions
+from sievit.result import versions, write_json
 from sievit.sparsify import (
     attach,
     attach_int8,
@@ -97,8 +94,7 @@ def main(weights: str, out: str) -> None:
         "versions": versions(),
         "rows": found,
     }  # fmt: skip
-    with written_whole(out) as temporary:
-        Path(temporary).write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, out)
 
 
 if __name__ == "__main__":

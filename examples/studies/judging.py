@@ -16,7 +16,8 @@ from torch import nn
 from sievit.images import Photos, batches, center_crops
 from sievit.models import SaliencyDecoder, prefix_tokens
 from sievit.models.weights import load_pretrained
-from sievit.sparsify import fidelity, token_features
+from sievit.sparsify import fidelity, threshold, token_features
+from sievit.workload import AttentionMask
 
 SIZE, BATCH = 224, 16
 
@@ -29,6 +30,18 @@ def spread(photos: Photos, count: int) -> Photos:
 def classes_of(photos: Photos) -> np.ndarray:
     """The folder that each photo lies in."""
     return np.array([Path(name).parts[0] for name in photos.names])
+
+
+def masks_at(maps: Sequence[np.ndarray], sparsity: float) -> dict[str, AttentionMask]:
+    """The learned mask and its controls of equal sparsity."""
+    learned = threshold(maps, sparsity=sparsity)
+    side = SIZE // 14
+    return {
+        "learned": learned,
+        "random, uniform": threshold(maps, "random", sparsity=learned.sparsity),
+        "random, rows as learned": threshold(maps, "random", like=learned),
+        "window, rows as learned": threshold(maps, "window", like=learned, grid=(side, side)),
+    }
 
 
 class Judge:

@@ -9,16 +9,14 @@ of one thing each, with the 1, 2, 4 and 8 best candidates stepped, and with all 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
 
 from sievit.accel import presets
 from sievit.accel.stepped import step
-from sievit.files import written_whole
 from sievit.masks import AttentionMask, polarize_head
-from sievit.result import versions
+from sievit.result import versions, write_json
 from sievit.workload import Attention, HeadCodec
 
 STEPPED = (1, 2, 4, 8, 1000)
@@ -51,9 +49,7 @@ def main(mask: str, out: str) -> None:
             rows.append(row)
             print(row)
     settings = {"mask": Path(mask).name, "device": "cpu, one core", "seed": None}
-    with written_whole(out) as temporary:
-        text = json.dumps({"settings": settings, "versions": versions(), "rows": rows}, indent=1)
-        Path(temporary).write_text(text + "\n")
+    write_json({"settings": settings, "versions": versions(), "rows": rows}, out)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,13 @@ long stream of reads reaches. Everything is simulated: no device, no chance.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from sievit.accel import presets, simulate
 from sievit.accel.dram import stream_efficiency
-from sievit.files import written_whole
 from sievit.masks import AttentionMask, polarize_head
-from sievit.result import versions
+from sievit.result import versions, write_json
 from sievit.workload import Attention, HeadCodec, Workload
 
 MAPS = ("groups_interleaved", "rows_interleaved", "ro-ch-ra-ba-bg-co")
@@ -77,8 +75,7 @@ def main(path: str, out: str) -> None:
         print(f"a stream of reads under {name}: {share:.1%} of the peak")
     record = {"versions": versions(), "device": "simulated", "seed": None, "mask": Path(path).name}
     record |= {"rows": rows, "stream_share_of_peak": streams()}
-    with written_whole(out) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(record, out)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sievit.files import written_whole
-from sievit.result import versions
+from sievit.result import versions, write_json
 
 
 class Rows:
@@ -26,6 +25,5 @@ class Rows:
     def add(self, key: str, row: dict) -> None:
         self.rows[key] = row
         print(key, row, flush=True)
-        with written_whole(self.path) as temporary:
-            about = {"versions": versions(), "threads": torch.get_num_threads(), "seed": 0}
-            temporary.write_text(json.dumps({"rows": self.rows, **about}, indent=1) + "\n")
+        about = {"versions": versions(), "threads": torch.get_num_threads(), "seed": 0}
+        write_json({"rows": self.rows, **about}, self.path)

@@ -23,10 +23,9 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from sievit.files import written_whole
 from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import create, trace
-from sievit.result import versions
+from sievit.result import versions, write_json
 from sievit.sparsify import recover, token_features
 from sievit.sparsify.taylor import prune, redistribute, taylor_importance
 
@@ -111,8 +110,7 @@ def main() -> None:
 
     def save(result: dict) -> None:
         about = {"versions": versions(), "threads": torch.get_num_threads(), "seed": 0}
-        with written_whole(arguments.out) as temporary:
-            temporary.write_text(json.dumps(result | about, indent=1) + "\n")
+        write_json(result | about, arguments.out)
 
     study(arguments.data, arguments.target, arguments.steps, arguments.limit, save)
 
