@@ -62,7 +62,7 @@ def codesign(
         run.judge_unturned(plain)
     student, codec_log, recovery_log = run.train(mask, codecs)
     if settings.int8:
-        run.judge_integers(student, mask, codecs)
+        run.judge_integers(student, mask, codecs, hardware)
     polarized = polarize(mask, settings.min_kept)
     shapes = codecs.shapes if codecs else [None] * len(polarized)
     dense = run.traced(name)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .accel import Hardware, Report, simulate
+from .accel import Hardware, Report, arithmetic_of, simulate
 from .accel.kernels import MeasuredAttention, measure_attention
 from .ae import (
     CodecErrors,
@@ -216,10 +216,15 @@ class Run:
         return log
 
     def judge_integers(
-        self, student: nn.Module, mask: AttentionMask, codecs: FittedCodecs | None
+        self,
+        student: nn.Module,
+        mask: AttentionMask,
+        codecs: FittedCodecs | None,
+        hardware: Hardware,
     ) -> None:
-        """``student`` with its attention in the machine's integers, whose scales come from
-        crops that were learned from; skipped where the model writes its softmax out."""
+        """``student`` with its attention in the integers of ``hardware``, whose scales come
+        from crops that were learned from; left out, with a warning, where the model writes
+        its softmax out or the widths are none that `Arithmetic` takes."""
         size, batch = self.settings.image_size, self.settings.batch_size
         bare = copy.deepcopy(self.model)
         bare.load_state_dict(student.state_dict())
@@ -228,9 +233,10 @@ class Run:
                 attached.enter_context(attach_codec(bare, codecs.codecs, size))
             some = self.learn_crops[:INT8_CROPS]
             try:
-                scales = calibrate_int8(bare, batches(some, batch), mask, image_size=size)
-                attached.enter_context(attach_int8(bare, mask, scales, image_size=size))
-                self.fidelity["as above, attention in int8"] = self.judge(bare)
+                widths = arithmetic_of(hardware)
+                scales = calibrate_int8(bare, batches(some, batch), mask, widths, size)
+                attached.enter_context(attach_int8(bare, mask, scales, widths, size))
+                self.fidelity[f"as above, attention in int{widths.operand_bits}"] = self.judge(bare)
             except ValueError as error:
                 warnings.warn(f"not judged in integers: {error}", stacklevel=2)
 

@@ -53,6 +53,15 @@ def result():
     return codesign(network(), photos(), settings=SMALL, name="small")
 
 
+def test_integers_are_those_of_the_hardware_or_left_out_with_the_reason(result):
+    assert "as above, attention in int8" in result.fidelity
+    wide = replace(presets["vitcod"], operand_bytes=2)
+    settings = replace(SMALL, codec=False, recovery_steps=1, measure=False)
+    with pytest.warns(UserWarning, match=r"not judged in integers: .* more than 32 bits hold"):
+        judged = codesign(network(), photos(), settings=settings, hardware=wide).fidelity
+    assert not any("attention in int" in name for name in judged)
+
+
 def test_the_path_is_complete(result):
     assert list(result.fidelity) == [
         "random mask, rows as learned",
