@@ -124,26 +124,39 @@ class FittedCodecs:
 
 def fit_codecs(
     moments: Sequence[tuple[HeadMoments, HeadMoments]],
-    latent_heads: Callable[[int], int] | int | None = None,
+    latent_heads: Callable[[int], int] | Sequence[int] | int | None = None,
     groups: int = 1,
     turn: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> FittedCodecs:
     """Codecs in closed form from `head_moments`.
 
-    latent_heads  total over the groups, a number for all layers or a function of a
-                  layer's heads; None is the paper's half, rounded up
+    latent_heads  total over the groups, a number for all layers, one for each
+                  (`latent_heads_by_layer`) or a function of a layer's heads; None is the
+                  paper's half, rounded up
     turn          make the free change of basis first (see `closed_form`)
     progress      called with the number of layers done
     """
     codecs, explained = nn.ModuleList(), []
-    choose = latent_heads_for if latent_heads is None else latent_heads
-    for layer, (q, k) in enumerate(moments):
-        heads = len(q.first)
-        latent = choose(heads) if callable(choose) else choose
-        codec, kept = fit_closed_form(q, k, HeadCodec(heads, latent, groups), turn)
+    latents = _latents(latent_heads, [len(q.first) for q, _ in moments])
+    for layer, ((q, k), latent) in enumerate(zip(moments, latents, strict=True)):
+        codec, kept = fit_closed_form(q, k, HeadCodec(len(q.first), latent, groups), turn)
         codecs.append(codec)
         explained.append(kept)
         if progress is not None:
             progress(layer + 1)
     return FittedCodecs(codecs, tuple(explained))
+
+
+def _latents(
+    latent_heads: Callable[[int], int] | Sequence[int] | int | None, heads: Sequence[int]
+) -> list[int]:
+    """Latent heads of each layer."""
+    choose = latent_heads_for if latent_heads is None else latent_heads
+    if callable(choose):
+        return [choose(count) for count in heads]
+    if not isinstance(choose, Sequence):
+        return [choose] * len(heads)
+    if len(choose) != len(heads):
+        raise ValueError(f"latent_heads has {len(choose)} numbers, the model {len(heads)} layers")
+    return list(choose)

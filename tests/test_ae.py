@@ -20,6 +20,7 @@ from sievit.ae import (
     fit_codecs,
     fold,
     head_moments,
+    latent_heads_by_layer,
     latent_heads_for,
     train_codec,
 )
@@ -216,6 +217,29 @@ def test_moments_and_fit_through_a_model():
         head_moments(model, [])
     with pytest.raises(ValueError, match=r"1\.\.4, got 7"):
         fit_codecs(moments, latent_heads=7)
+
+
+def test_layers_whose_heads_agree_least_get_more_latent_heads():
+    """Heads made of 2 common parts need 2; heads of their own need all."""
+    generator = torch.Generator().manual_seed(5)
+    alike = [HeadMoments.of(x) for x in random_qk(1, heads=6)]
+    apart = [
+        HeadMoments.of(torch.randn(2, 6, 30, 6, generator=generator).double()) for _ in range(2)
+    ]
+    assert latent_heads_by_layer([alike, apart], mean=3) == (2, 4)
+    more, less = latent_heads_by_layer([apart, alike], mean=3.5)
+    assert more + less == 7
+    assert more > less
+    assert latent_heads_by_layer([alike, apart], mean=2, groups=2) == (2, 2)
+    assert latent_heads_by_layer([apart, alike], mean=3, groups=2) == (4, 2)
+    fitted = fit_codecs([alike, apart], latent_heads=(2, 4))
+    assert fitted.shapes == (HeadCodec(6, 2), HeadCodec(6, 4))
+    with pytest.raises(ValueError, match="3 numbers, the model 2 layers"):
+        fit_codecs([alike, apart], latent_heads=(2, 4, 4))
+    with pytest.raises(ValueError, match=r"must be in 1\.\.5 .* got 6"):
+        latent_heads_by_layer([alike, apart], mean=6)
+    with pytest.raises(ValueError, match=r"groups must divide .* got 4"):
+        latent_heads_by_layer([alike, apart], mean=3, groups=4)
 
 
 def test_a_lossless_codec_changes_nothing_and_a_handle_restores():
