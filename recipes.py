@@ -23,6 +23,7 @@ from .attachments import Attachments
 from .images import Photos, batches, center_crops, endless_crops, random_crops
 from .masks import AttentionMask
 from .models import prefix_tokens
+from .models.objectives import TokenLoss
 from .models.processes import rank, world_size
 from .models.recipe import Recipe
 from .models.training import Checkpointing, Trained
@@ -53,7 +54,7 @@ class TrainSettings:
                       learned from that model and both are trained on (ViTCoD section VI-A);
                       "joint": codec and mask from the start; "mask": no codec
     labels            cross entropy with the photos' classes instead of distillation
-    attention_weight  of attention distillation beside the tokens'
+    prefix_share, block_weight, attention_weight  of the distillation: see `TokenLoss`
     steps             optimizer steps of each stage, ``batch_size`` photos each, over all
                       processes; made of ``accumulate`` micro-batches
     gradual           the mask grows sparser by a cubic over the first half of the steps
@@ -66,7 +67,9 @@ class TrainSettings:
     latent_heads: int | None = None
     groups: int = 1
     labels: bool = False
-    attention_weight: float = 0.0
+    prefix_share: float | None = TokenLoss.prefix_share
+    block_weight: float = TokenLoss.block_weight
+    attention_weight: float = TokenLoss.attention_weight
     steps: int = 200
     batch_size: int = 8
     accumulate: int = 1
@@ -86,11 +89,16 @@ class TrainSettings:
         for name in ("image_size", "steps", "batch_size", "accumulate", "learn_crops"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _ = self.loss  # checks itself
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"a batch of {self.batch_size} photos cannot be cut into {self.accumulate} "
                 "micro-batches of equal size"
             )
+
+    @property
+    def loss(self) -> TokenLoss:
+        return TokenLoss(self.prefix_share, self.block_weight, self.attention_weight)
 
     @property
     def recipe(self) -> Recipe:
@@ -245,7 +253,7 @@ class _Training:
                 self.student,
                 self._stream,
                 teacher=None if settings.labels else self.teacher,
-                attention_weight=settings.attention_weight,
+                loss=settings.loss,
                 extra=self.codec_term,
                 steps=settings.steps,
                 recipe=settings.recipe,

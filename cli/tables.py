@@ -74,7 +74,7 @@ def _facts(result: CodesignResult) -> list[tuple[str, str]]:
         facts.append(
             (
                 "recovery",
-                f"{log.steps} steps of {settings.batch_size} crops, token loss "
+                f"{log.steps} steps of {settings.batch_size} crops, loss "
                 f"{log.losses[0]:.3f} -> {log.losses[-1]:.3f}",
             )
         )

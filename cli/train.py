@@ -49,8 +49,14 @@ def train(
     labels: Annotated[
         bool, typer.Option("--labels", help="Train on folders as classes, without a teacher.")
     ] = False,
+    prefix_share: Annotated[
+        float, typer.Option(help="Of the final tokens' loss, for CLS (and registers).")
+    ] = 0.1,
+    block_weight: Annotated[
+        float, typer.Option(help="Of distilling each block's tokens beside the final ones.")
+    ] = 4.0,
     attention_weight: Annotated[
-        float, typer.Option(help="Of attention distillation beside the tokens'.")
+        float, typer.Option(help="Of distilling attention beside them.")
     ] = 0.0,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each stage.")] = 200,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-5,
@@ -86,6 +92,8 @@ def train(
             latent_heads=latent_heads,
             groups=groups,
             labels=labels,
+            prefix_share=prefix_share,
+            block_weight=block_weight,
             attention_weight=attention_weight,
             steps=steps,
             batch_size=batch_size,

@@ -1,12 +1,13 @@
-"""The transformer blocks of a model: what is trained, what is recomputed."""
+"""The transformer blocks of a model: what is trained, what is recomputed, what they give."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -40,6 +41,28 @@ class _Recomputed:
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
         return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
+
+
+@contextlib.contextmanager
+def block_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The tokens that each transformer block gives in a forward inside, in order.
+
+    Of a tuple the first entry counts; a block that gives no tensor is left out.
+    """
+    found: list[Tensor] = []
+
+    def keep(block: nn.Module, given: Any, made: Any) -> None:
+        made = made[0] if isinstance(made, tuple) else made
+        if isinstance(made, Tensor):
+            found.append(made)
+
+    blocks = [block for block in transformer_blocks(model) if block is not model]
+    handles = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def transformer_blocks(model: nn.Module) -> Iterable[nn.Module]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from .feeding import Batches
-from .objectives import TokenDistillation
+from .objectives import TokenDistillation, TokenLoss
 from .recipe import Recipe
 from .training import Checkpointing, Listener, Trained, train
 
@@ -25,7 +25,7 @@ def distill(
     steps: int | None = None,
     seconds: float | None = None,
     recipe: Recipe = Recipe(),
-    attention_weight: float = 0.0,
+    loss: TokenLoss = TokenLoss(),
     extra: nn.Module | None = None,
     before_step: Callable[[int], None] | None = None,
     checkpointing: Checkpointing | None = None,
@@ -41,7 +41,7 @@ def distill(
 
     The rest, and errors, as in `TokenDistillation` and `sievit.models.training.train`.
     """
-    objective = TokenDistillation(student, teacher, attention_weight, extra)
+    objective = TokenDistillation(student, teacher, loss, extra)
     was_training = teacher.training
     teacher.eval()
     try:

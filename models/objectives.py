@@ -6,29 +6,61 @@ processes as one module; the teacher is held outside it. Their sum is the loss.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import AttentionCall, find_attention
-from .features import features
+from .blocks import block_outputs
+from .features import features, prefix_tokens
 from .intercept import AttentionHook, intercept
 
 Terms = dict[str, Tensor]
 
 
-class TokenDistillation(nn.Module):
-    """The student's final tokens as the teacher's: mean over all tokens of 1 - cosine.
+@dataclass(frozen=True)
+class TokenLoss:
+    """How `TokenDistillation` weighs what it compares; checks itself.
 
-    student           the changed model, trained; its input is [batch, 3, height, width]
-    teacher           the dense model, never trained
-    attention_weight  of a second term: mean over layers, heads and queries of the
+    prefix_share      of the mean over final tokens which those before the patches (CLS,
+                      registers) get together, patches the rest; all tokens weigh the same
+                      where a model has none, or with None. By count CLS weighs 1 / 257 in a
+                      ViT-S/14 at 224 px, and classifiers read little else
+    block_weight      of a second term: mean over blocks and all their tokens
+    attention_weight  of a third: mean over layers, heads and queries of the
                       Kullback-Leibler divergence of the student's attention from the
                       teacher's, the latter renormalised over what the student keeps
-    extra             gives a further term when called after a forward (a codec's
-                      reconstruction); its parameters belong to the objective
+
+    The defaults recover a masked ViT-S/14 (90 %, 60 steps, photos held out) to a patch
+    cosine of @PATCH@ and a CLS cosine of @CLS@; without blocks .885 and .937, with all tokens
+    alike besides .885 and .928.
+    """
+
+    prefix_share: float | None = 0.1
+    block_weight: float = 4.0
+    attention_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.prefix_share is not None and not 0.0 <= self.prefix_share <= 1.0:
+            raise ValueError(f"prefix_share must be in [0, 1], got {self.prefix_share}")
+        for name in ("block_weight", "attention_weight"):
+            if not getattr(self, name) >= 0.0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+
+class TokenDistillation(nn.Module):
+    """The student's tokens as the teacher's: means of 1 - cosine, at the end and on the way.
+
+    student  the changed model, trained; its input is [batch, 3, height, width]
+    teacher  the dense model, never trained
+    loss     how the terms are weighed
+    extra    gives a further term when called after a forward (a codec's reconstruction);
+             its parameters belong to the objective
 
     Batches are images, or tuples whose first entry they are. No labels are needed.
     """
@@ -37,7 +69,7 @@ class TokenDistillation(nn.Module):
         self,
         student: nn.Module,
         teacher: nn.Module,
-        attention_weight: float = 0.0,
+        loss: TokenLoss = TokenLoss(),
         extra: nn.Module | None = None,
     ) -> None:
         if student is teacher:
@@ -45,31 +77,39 @@ class TokenDistillation(nn.Module):
                 "the teacher must be a separate copy of the model, not the student itself"
             )
         super().__init__()
-        self.student = student
-        self.attention_weight = attention_weight
-        self.extra = extra
-        self._teacher = (teacher,)  # in a tuple: not a submodule, not in the state dict
-        self._watched = (_Watched(teacher), _Watched(student))
+        self.student, self.loss, self.extra = student, loss, extra
+        self.prefix = 0 if loss.prefix_share is None else prefix_tokens(student)
+        self._watched = tuple(  # no submodules: the teacher is not in the state dict
+            _Watched(model, maps=loss.attention_weight > 0, blocks=loss.block_weight > 0)
+            for model in (teacher, student)
+        )
 
     def forward(self, batch: Tensor | Sequence[Tensor]) -> Terms:
         images = batch if isinstance(batch, Tensor) else batch[0]
-        if self.attention_weight:
-            teacher, student = self._watched
-            with torch.no_grad():
-                wanted, wanted_maps = teacher(images)
-            got, maps = student(images)
-        else:
-            with torch.no_grad():
-                wanted = features(self._teacher[0], images)
-            got = features(self.student, images)
-        cosine = F.cosine_similarity(got.float(), wanted.float(), dim=-1)
-        terms = {"tokens": (1.0 - cosine).mean()}
-        if self.attention_weight:
-            divergences = [_divergence(w, g) for w, g in zip(wanted_maps, maps, strict=True)]
-            terms["attention"] = self.attention_weight * torch.stack(divergences).mean()
+        teacher, student = self._watched
+        with torch.no_grad():
+            wanted = teacher(images)
+        got = student(images)
+        terms = {"tokens": 1.0 - self._mean(_cosine(got.tokens, wanted.tokens))}
+        if got.blocks:
+            pairs = zip(got.blocks, wanted.blocks, strict=True)
+            distances = [1.0 - _cosine(*pair).mean() for pair in pairs]
+            terms["blocks"] = self.loss.block_weight * torch.stack(distances).mean()
+        if got.maps:
+            pairs = zip(wanted.maps, got.maps, strict=True)
+            divergences = [_divergence(*pair) for pair in pairs]
+            terms["attention"] = self.loss.attention_weight * torch.stack(divergences).mean()
         if self.extra is not None:
             terms["codec"] = self.extra()
         return terms
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """Of ``values`` [batch, tokens], by share."""
+        if not 0 < self.prefix < values.shape[1]:
+            return values.mean()
+        prefix, patches = values[:, : self.prefix].mean(), values[:, self.prefix :].mean()
+        share = self.loss.prefix_share
+        return share * prefix + (1.0 - share) * patches
 
 
 class Labelled(nn.Module):
@@ -102,21 +142,37 @@ class Labelled(nn.Module):
         return terms
 
 
-class _Watched:
-    """A model whose attention is given beside its tokens."""
+class _Seen(NamedTuple):
+    """Of one forward: final tokens [batch, tokens, dim], the blocks' tokens, and the
+    probabilities [batch, heads, queries, keys] of every call of attention."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    tokens: Tensor
+    blocks: list[Tensor]
+    maps: list[Tensor]
+
+
+class _Watched:
+    """A model that is looked into as it runs."""
+
+    def __init__(self, model: nn.Module, maps: bool, blocks: bool) -> None:
+        self.model, self.maps, self.blocks = model, maps, blocks
         self.calls: tuple[AttentionCall, ...] | None = None
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Final tokens, and the probabilities [batch, heads, queries, keys] of every call."""
-        if self.calls is None:
-            self.calls = find_attention(self.model, images[:1])
+    def __call__(self, images: Tensor) -> _Seen:
         maps: list[Tensor] = []
-        hooks = [AttentionHook(observe=maps.append) for _ in self.calls]
-        with intercept(self.model, hooks, self.calls):
-            return features(self.model, images), maps
+        with contextlib.ExitStack() as watching:
+            if self.maps:
+                if self.calls is None:
+                    self.calls = find_attention(self.model, images[:1])
+                hooks = [AttentionHook(observe=maps.append) for _ in self.calls]
+                watching.enter_context(intercept(self.model, hooks, self.calls))
+            blocks = watching.enter_context(block_outputs(self.model)) if self.blocks else []
+            return _Seen(features(self.model, images), blocks, maps)
+
+
+def _cosine(got: Tensor, wanted: Tensor) -> Tensor:
+    """Of tokens [..., dim], in float32."""
+    return F.cosine_similarity(got.float(), wanted.float(), dim=-1)
 
 
 def _divergence(wanted: Tensor, got: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class Recipe:
     """
 
     learning_rate: float = 2e-5
-    full_rate_loss: float = 0.2
+    full_rate_loss: float = 0.6
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
     clip_norm: float = 1.0

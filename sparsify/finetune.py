@@ -18,7 +18,7 @@ from ..models import Handle
 from ..models.blocks import checkpoint_activations, transformer_blocks
 from ..models.distill import distill
 from ..models.feeding import Batches
-from ..models.objectives import Labelled, TokenDistillation
+from ..models.objectives import Labelled, TokenDistillation, TokenLoss
 from ..models.recipe import Recipe
 from ..models.training import Checkpointing, Listener, Trained, train
 from ..workload import AttentionMask
@@ -33,6 +33,7 @@ def recover(
     *,
     steps: int | None = None,
     seconds: float | None = None,
+    loss: TokenLoss = TokenLoss(),
     recipe: Recipe = Recipe(),
     listener: Listener | None = None,
 ) -> Trained:
@@ -48,6 +49,7 @@ def recover(
         block_parameters(student),
         steps=steps,
         seconds=seconds,
+        loss=loss,
         recipe=recipe,
         listener=listener,
     )
@@ -58,7 +60,7 @@ def finetune(
     batches: Batches,
     *,
     teacher: nn.Module | None = None,
-    attention_weight: float = 0.0,
+    loss: TokenLoss = TokenLoss(),
     label_smoothing: float = 0.0,
     extra: nn.Module | None = None,
     parameters: Iterable[nn.Parameter] | None = None,
@@ -73,8 +75,8 @@ def finetune(
     """Fine-tune ``student``, with what is attached to it.
 
     batches     (images, labels); images alone will do where there is a ``teacher``
-    teacher     the dense model: its tokens are distilled and labels are not used. None:
-                cross entropy of the logits
+    teacher     the dense model: its tokens are distilled, weighed as ``loss`` says, and
+                labels are not used. None: cross entropy of the logits
     extra       a further term of the loss, with its parameters (`sievit.ae.Reconstruction`)
     parameters  what to train; None is the blocks with a teacher, all of the model without,
                 and in both cases those of ``extra``
@@ -89,7 +91,7 @@ def finetune(
     if teacher is None:
         objective: nn.Module = Labelled(student, label_smoothing, extra)
     else:
-        objective = TokenDistillation(student, teacher.eval(), attention_weight, extra)
+        objective = TokenDistillation(student, teacher.eval(), loss, extra)
     if parameters is None:
         own = student.parameters() if teacher is None else block_parameters(student)
         parameters = [*own, *(extra.parameters() if extra is not None else ())]

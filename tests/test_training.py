@@ -10,9 +10,10 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from sievit.models import create
+from sievit.models import create, features
 from sievit.models.blocks import checkpoint_activations, transformer_blocks
 from sievit.models.checkpoints import (
     DamagedCheckpoint,
@@ -22,7 +23,7 @@ from sievit.models.checkpoints import (
     save_checkpoint,
 )
 from sievit.models.feeding import images_for, repeated
-from sievit.models.objectives import Labelled, TokenDistillation
+from sievit.models.objectives import Labelled, TokenDistillation, TokenLoss
 from sievit.models.recipe import Recipe
 from sievit.models.training import Checkpointing, train
 from sievit.sparsify import attach, average_attention, threshold
@@ -92,19 +93,55 @@ def test_a_teacher_trains_the_blocks_and_needs_no_labels():
 
 
 def test_attention_distillation_is_zero_for_the_same_model_and_trains_attention():
-    teacher = tiny()
-    same = TokenDistillation(copy.deepcopy(teacher), teacher, attention_weight=1.0)
+    teacher, attends = tiny(), TokenLoss(attention_weight=1.0)
+    same = TokenDistillation(copy.deepcopy(teacher), teacher, attends)
     terms = same(image_batch(0))
     assert terms["attention"].item() == pytest.approx(0.0, abs=1e-6)
     student, teacher = masked_student()
-    assert TokenDistillation(student, teacher, 1.0)(image_batch(0))["attention"].item() > -1e-6
+    assert TokenDistillation(student, teacher, attends)(image_batch(0))["attention"].item() > -1e-6
     with torch.no_grad():
         student.blocks[0].attn.qkv.weight.mul_(3.0)
-    objective = TokenDistillation(student, teacher, attention_weight=1.0)
+    objective = TokenDistillation(student, teacher, attends)
     first = objective(image_batch(0))["attention"]
     first.backward()
     assert float(first.detach()) > 1e-4
     assert float(student.blocks[0].attn.qkv.weight.grad.abs().max()) > 0
+
+
+def test_prefix_tokens_get_their_share_of_the_token_loss():
+    student, teacher = masked_student()
+    images = image_batch(0)
+    with torch.no_grad():
+        cosine = F.cosine_similarity(features(student, images), features(teacher, images), dim=-1)
+
+        def loss(share):
+            return TokenDistillation(student, teacher, TokenLoss(share))(images)["tokens"].item()
+
+        cls, patches = 1 - cosine[:, 0].mean().item(), 1 - cosine[:, 1:].mean().item()
+        assert loss(1.0) == pytest.approx(cls, rel=1e-4)
+        assert loss(0.25) == pytest.approx(0.25 * cls + 0.75 * patches, rel=1e-4)
+        assert loss(None) == pytest.approx(1 - cosine.mean().item(), rel=1e-4)
+    with pytest.raises(ValueError, match=r"prefix_share must be in \[0, 1\], got 1.5"):
+        loss(1.5)
+
+
+def test_blocks_are_distilled_by_their_weight():
+    student, teacher = masked_student()
+    images = image_batch(0)
+    distances = []
+    with torch.no_grad():
+        x, y = (model._embed(images) for model in (student, teacher))
+        for block, dense in zip(student.blocks, teacher.blocks, strict=True):
+            x, y = block(x), dense(y)
+            distances.append(1 - F.cosine_similarity(x, y, dim=-1).mean().item())
+        terms = TokenDistillation(student, teacher, TokenLoss(block_weight=3.0))(images)
+        assert terms["blocks"].item() == pytest.approx(3 * np.mean(distances), rel=1e-3)
+        assert "blocks" not in TokenDistillation(student, teacher, TokenLoss(block_weight=0))(
+            images
+        )
+    assert not any(block._forward_hooks for block in (*student.blocks, *teacher.blocks))
+    with pytest.raises(ValueError, match=r"block_weight must be at least 0, got -1"):
+        TokenLoss(block_weight=-1.0)
 
 
 def test_micro_batches_add_up_to_one_step():

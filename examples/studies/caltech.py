@@ -24,6 +24,8 @@ from sklearn.preprocessing import StandardScaler
 
 from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import SaliencyDecoder, create
+from sievit.models.objectives import TokenLoss
+from sievit.models.recipe import Recipe
 from sievit.models.weights import load_pretrained
 from sievit.result import versions, write_json
 from sievit.sparsify import (
@@ -37,6 +39,9 @@ from sievit.sparsify import (
 
 PREFIX, JUDGED = 1, 128
 SPARSITIES, PROBED = (0.5, 0.7, 0.8, 0.9), (0.5, 0.7, 0.9)
+LOSS = TokenLoss(prefix_share=None, block_weight=0.0)
+RECIPE = Recipe(full_rate_loss=0.2)
+"""Final tokens alone, all alike; `recovery.py` shows what blocks and CLS add."""
 
 
 def features_of(model, crops) -> torch.Tensor:
@@ -82,7 +87,8 @@ def study(data: Path, seconds: float, out: Path, sparsities: tuple[float, ...]) 
             continue
         student = copy.deepcopy(model)
         attach(student, threshold(maps, sparsity=sparsity), image_size=SIZE)
-        log = recover(student, model, endless_crops(train, SIZE, 8, seed=1), seconds=seconds)
+        stream = endless_crops(train, SIZE, 8, seed=1)
+        log = recover(student, model, stream, seconds=seconds, loss=LOSS, recipe=RECIPE)
         tokens = features_of(student, test_crops)
         result["fidelity"][key] = judged(tokens) | {"steps": log.steps, "seconds": log.seconds}
         result["probe"][key] = probed(tokens)

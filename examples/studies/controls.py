@@ -13,29 +13,21 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from judging import BATCH, SIZE, Judge, spread
+from judging import BATCH, SIZE, Judge, masks_at, spread
 from rows import Rows
 
 from sievit.ae import attach_codec, fit_codecs, fold, head_moments
 from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import create
-from sievit.sparsify import attach, average_attention, recover, threshold
+from sievit.models.objectives import TokenLoss
+from sievit.sparsify import attach, average_attention, recover
 
 SPARSITIES, RECOVERED = (0.5, 0.7, 0.8, 0.9, 0.95), (0.7, 0.9, 0.95)
-MASKS = ("learned", "random", "window")
-
-
-def masks_at(maps, sparsity: float) -> dict:
-    learned = threshold(maps, sparsity=sparsity)
-    side = SIZE // 14
-    return {
-        "learned": learned,
-        "random": threshold(maps, "random", sparsity=learned.sparsity),
-        "window": threshold(maps, "window", like=learned, grid=(side, side)),
-    }
+MASKS = ("learned", "random, uniform", "window, rows as learned")
 
 
 def study(data: Path, steps: int, out: Rows) -> None:
@@ -60,6 +52,7 @@ def study(data: Path, steps: int, out: Rows) -> None:
         if budget:
             recover(student, model, endless_crops(train, SIZE, 8, seed=1), steps=budget)
         about = {"sparsity": sparsity, "mask": kind, "codec": codec, "steps": budget}
+        about["loss"] = asdict(TokenLoss()) if budget else None
         out.add(key, about | judge.row(student))
 
     cells = list(itertools.product(SPARSITIES, MASKS, (False, True)))

@@ -2,10 +2,12 @@
 
     python examples/studies/recovery.py DATA --seconds 1800 --sparsity 0.9 --out recovery.json
     python examples/studies/recovery.py DATA --steps 60 --sparsity 0.9 --latent 0 5 4 3
+    python examples/studies/recovery.py DATA --steps 60 --sparsity 0.9 --latent 4 3 --by-layer
 
 DATA holds train/CLASS/*.jpg and test/CLASS/*.jpg; all test photos judge. ``--latent`` are heads
-after compression, 0 for no codec; a codec starts from its closed form, is trained with the
-mask in place for a tenth of the budget, and stays fixed while the blocks recover in the rest.
+after compression, 0 for no codec, with ``--by-layer`` the mean of layers that need them more
+or less; a codec starts from its closed form, is trained with the mask in place for a tenth of
+the budget, and stays fixed while the blocks recover in the rest.
 The budget is time, or steps where the machine is not idle.
 Costs are of one photo on the simulated machine 'vitcod'. What OUT holds already is not done
 again. Needs scikit-learn.
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +27,17 @@ from judging import BATCH, SIZE, Judge, spread
 from rows import Rows
 
 from sievit.accel import energy, simulate
-from sievit.ae import attach_codec, fit_codecs, fold, head_moments, train_codec
+from sievit.ae import (
+    attach_codec,
+    fit_codecs,
+    fold,
+    head_moments,
+    latent_heads_by_layer,
+    train_codec,
+)
 from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import create, trace
+from sievit.models.objectives import TokenLoss
 from sievit.sparsify import attach, average_attention, polarize, recover, threshold
 from sievit.workload import Workload
 
@@ -61,9 +72,11 @@ class Study:
         if "dense" not in out:
             out.add("dense", costs(self.workload, "systolic") | self.judge.row(self.model))
 
-    def run(self, sparsity: float, latent: int) -> None:
+    def run(self, sparsity: float, latent: int, groups: int = 1, by_layer: bool = False) -> None:
         """A row untuned, and one recovered within the budget."""
         name = f"{sparsity:.0%}" + (f", codec to {latent} heads" if latent else "")
+        if latent:
+            name += " by layer" * by_layer + (f" in {groups} groups" if groups > 1 else "")
         tuned = f"{name}, {self.steps} steps" if self.steps else f"{name}, {self.seconds:g} s"
         if tuned in self.out:
             return
@@ -71,8 +84,11 @@ class Study:
         about: dict = {"sparsity": mask.sparsity, "latent_heads": latent}
         codecs = None
         if latent:
-            fitted = fit_codecs(head_moments(self.model, batches(self.crops, BATCH)), latent)
+            moments = head_moments(self.model, batches(self.crops, BATCH))
+            share = latent_heads_by_layer(moments, latent, groups) if by_layer else latent
+            fitted = fit_codecs(moments, share, groups)
             codecs = fitted.codecs
+            about |= {"groups": groups, "by_layer": [s.latent_heads for s in fitted.shapes]}
             for side in ("q", "k"):
                 shares = [getattr(layer, side) for layer in fitted.explained]
                 about[f"explained_{side}"] = float(np.mean(shares))
@@ -105,6 +121,7 @@ class Study:
         spent = time.perf_counter() - begin
         log = recover(student, self.model, stream, **budget(steps, self.seconds - spent))
         row |= {"steps": log.steps, "seconds": time.perf_counter() - begin}
+        row["loss"] = asdict(TokenLoss())
         row["losses"] = [log.losses[0], float(np.mean(log.losses[-10:]))]
         return row | self.judge.row(student)
 
@@ -116,12 +133,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="... so many steps of 8 photos")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
     parser.add_argument("--latent", type=int, nargs="+", default=[0], help="heads; 0: no codec")
+    parser.add_argument("--groups", type=int, default=1, help="blocks of a codec")
+    parser.add_argument("--by-layer", action="store_true", help="latent heads where needed")
     parser.add_argument("--out", type=Path, default=Path("recovery.json"))
     arguments = parser.parse_args()
     study = Study(arguments.data, arguments.seconds, arguments.steps, Rows(arguments.out))
     for sparsity in arguments.sparsity:
         for latent in arguments.latent:
-            study.run(sparsity, latent)
+            study.run(sparsity, latent, arguments.groups, arguments.by_layer)
 
 
 if __name__ == "__main__":
