@@ -75,9 +75,10 @@ def rate_for(photos: int) -> float:
     """A learning rate for a recovery on so many photos; on many, the recipe's own.
 
     A handful is soon learned by heart. Learned from four of the sample photos and judged on
-    a fifth, twice, 24 steps at 1e-5 gain .030 and .070 patch cosine, at 2e-5 .051 and .100;
-    but on the three photos that judge a co-design run 2e-5 loses .008 and 1e-5 gains: the
-    lower rate was kept with that in view.
+    a fifth, twice, by final tokens alone (`sievit.models.objectives.TokenLoss`), 24 steps at
+    1e-5 gain .030 and .070 patch cosine, at 2e-5 .051 and .100; but on the three photos that
+    judge a co-design run 2e-5 loses .008 and 1e-5 gains: the lower rate was kept with that in
+    view.
     """
     return Recipe.learning_rate if photos >= FEW_PHOTOS else 1e-5
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
-"""Micro-batches of this process, or a function: number of the first -> batches from there."""
+"""Micro-batches of this process, or a function: number of the first -> batches from there.
+
+A `DataLoader` is gone through again and again. A training that is taken up again sees the
+same batches where the loader gives them in the same order: one that shuffles needs a sampler
+with ``set_epoch``."""
 
 
 def repeated(loader: Iterable[Any], start: int = 0) -> Iterator[Any]:
@@ -40,11 +46,12 @@ def repeated(loader: Iterable[Any], start: int = 0) -> Iterator[Any]:
 def steps_of(batches: Batches, done: int, accumulate: int) -> Iterator[list[Any]]:
     """Micro-batches step by step, from step ``done`` on."""
     skip = done * accumulate
-    stream = iter(batches(skip)) if callable(batches) else iter(batches)
-    if not callable(batches):
-        for _ in range(skip):
-            if next(stream, None) is None:
-                return
+    if isinstance(batches, DataLoader):
+        stream = repeated(batches, skip)
+    elif callable(batches):
+        stream = iter(batches(skip))
+    else:
+        stream = itertools.islice(batches, skip, None)
     while True:
         micro = [batch for _, batch in zip(range(accumulate), stream, strict=False)]
         if len(micro) < accumulate:

@@ -10,6 +10,7 @@ import numpy as np
 
 from sievit.accel import controller
 from sievit.accel.ddr4 import DRAM_TIMINGS
+from sievit.accel.dram_state import new_dram
 from sievit.accel.machine import STALLS
 from sievit.accel.program import CODEC, INDEX, SDDMM, STORE, K, Q, V
 
@@ -61,7 +62,7 @@ class Twin:
         if self.stepped:
             timing, channels = DRAM_TIMINGS[hardware.dram_timing], hardware.dram_channels
             lines = len(program.bursts)
-            self.memory = controller.new_dram(timing, hardware.dram_map, channels, lines)
+            self.memory = new_dram(timing, hardware.dram_map, channels, lines)
         self.decoding, self.decode_left = K, 0
         self.decoder_rate = mapping.decoder_rate
         self.softmax_free = [0, 0, 0]

