@@ -142,7 +142,9 @@ class _Loop:
     def only_training(self) -> Iterator[None]:
         """The objective in eval mode, the rest of it frozen; then as they were.
 
-        Eval mode, so that dropout does not blur the target and running statistics stay.
+        Eval mode, so that dropout does not blur the target and running statistics stay. A
+        module with a ``train`` of its own keeps things from forward to forward in eval mode
+        (timm's LeViT its biases), so it alone, not what is inside it, is in training mode.
         """
         chosen = {id(p) for p in self.parameters}
         rest = [p for p in self.objective.parameters() if p.requires_grad and id(p) not in chosen]
@@ -150,6 +152,11 @@ class _Loop:
         for parameter in rest:
             parameter.requires_grad_(False)
         self.objective.eval()
+        for module in modes:
+            if type(module).train is not nn.Module.train:
+                module.train()
+                for inside in module.children():
+                    inside.eval()
         self.whole = over_processes(self.objective)
         try:
             yield

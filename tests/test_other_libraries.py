@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from sievit.ae import attach_codec, fit_codecs, head_moments
 from sievit.attachments import Attachments
 from sievit.masks import AttentionMask
-from sievit.sparsify import attach, average_attention, threshold
+from sievit.models.blocks import block_outputs, transformer_blocks
+from sievit.models.recipe import Recipe
+from sievit.sparsify import attach, average_attention, finetune, threshold
 
 SIZES = {"dim": 48, "depth": 2, "heads": 3, "mlp": 96}
 PATCH = {"patch_size": 8, "image_size": 32}
@@ -134,6 +136,33 @@ def test_gradients_pass_through_the_mask(case):
     assert len(grads[0]) == len(grads[1]) > 0
     scale = max(float(g.abs().max()) for g in grads[1])
     assert all((a - b).abs().max() < 1e-4 * scale for a, b in zip(*grads, strict=True))
+
+
+def test_training_lowers_the_distance_to_the_dense_model(case):
+    """Tokens of the end and of every block; by labels where a model gives no tokens."""
+    model, images, prefix = case
+    _, mask = learned(model, images, prefix)
+    student = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in student.parameters():  # the mask alone hardly moves LeViT
+            parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+    attach(student, mask, image_size=images.shape[-1])
+    recipe = Recipe(learning_rate=2e-5, warmup_steps=0, full_rate_loss=0.0, bf16=False)
+    teacher, batch = model, images
+    if type(model).__module__.startswith("torchvision"):
+        teacher, batch = None, (images, torch.tensor([0, 1, 2]))
+    told = []
+    log = finetune(
+        student, [batch] * 8, teacher=teacher, steps=8, recipe=recipe,
+        listener=lambda step, rate, terms, share: told.append(terms),
+    )  # fmt: skip
+    assert log.losses[-1] < 0.99 * log.losses[0]
+    assert set(told[0]) == ({"labels"} if teacher is None else {"tokens", "blocks"})
+    if teacher is not None:
+        blocks = [block for block in transformer_blocks(model) if block is not model]
+        with block_outputs(model) as given:
+            outputs(model, images)
+        assert len(given) == len(blocks) > 1
 
 
 def test_mask_and_codec_come_back_from_a_file(case, tmp_path):
