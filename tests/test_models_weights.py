@@ -286,6 +286,16 @@ def test_packages_that_are_not_there(monkeypatch):
         create("deit_tiny", pretrained="hf:facebook/x", depth=1)
 
 
+@pytest.mark.parametrize("inside", ["raise RuntimeError('operator nms')", "import no_such_thing"])
+def test_a_package_that_cannot_be_imported_is_said_to_be_there(monkeypatch, tmp_path, inside):
+    (tmp_path / "timm.py").write_text(inside)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    reason = r"timm, which is installed but not importable \(.*(nms|no_such_thing)"
+    with pytest.raises(ImportError, match=reason):
+        create("deit_tiny", pretrained="timm:deit_tiny", depth=1)
+
+
 def test_weights_through_timm_and_hugging_face(monkeypatch):
     """The two packages' doors as they are, with small models behind them."""
     model = tiny()
