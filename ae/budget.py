@@ -9,15 +9,18 @@ import numpy as np
 from ..workload import HeadCodec
 from .closed_form import HeadMoments, agreeing_turn, principal_components
 
+REACH = 2
+"""Groups of latent heads that a layer may have more or fewer than the mean."""
+
 
 def latent_heads_by_layer(
     moments: Sequence[tuple[HeadMoments, HeadMoments]], mean: float, groups: int = 1
 ) -> tuple[int, ...]:
     """Latent heads of each layer, ``mean`` a layer on average, for `fit_codecs`.
 
-    Each layer has ``groups`` to begin with; ``groups`` more at a time then go where they add
-    most to the shares of variance explained, Q's and K's, of heads turned as for ``mean``. A
-    layer gets fewer than all its heads: with all it would need no codec.
+    Of all ways to share them out, within `REACH` steps of ``groups`` from the mean, the one
+    that explains most: the sum over layers of the shares of Q's and of K's variance, each with
+    heads turned for it. A layer gets fewer than all its heads: with all it would need no codec.
 
     moments  (Q, K) a layer, from `head_moments`
 
@@ -32,22 +35,31 @@ def latent_heads_by_layer(
             f"layers of {min(heads)} heads in {groups} groups, got {mean}"
         )
     explained = [_explained(pair, mean, groups) for pair in moments]
-    steps = [1] * len(moments)
-    for _ in range(round(len(moments) * mean / groups) - len(moments)):
-        gains = [
-            shares[step] - shares[step - 1] if step < len(shares) else -1.0
-            for shares, step in zip(explained, steps, strict=True)
-        ]
-        steps[int(np.argmax(gains))] += 1
-    return tuple(groups * step for step in steps)
+    return _most(explained, round(len(moments) * mean / groups) * groups)
 
 
-def _explained(pair: tuple[HeadMoments, HeadMoments], mean: float, groups: int) -> list[float]:
-    """Shares of Q's plus K's variance that groups, 2 groups, .. latent heads explain."""
+def _most(gains: Sequence[dict[int, float]], total: int) -> tuple[int, ...]:
+    """One key of each of ``gains``, their sum ``total`` at most, of the largest sum of values."""
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # spent: (value, keys)
+    for layer in gains:
+        longer: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for spent, (value, keys) in best.items():
+            for key, gain in layer.items():
+                found = (value + gain, (*keys, key))
+                if spent + key <= total and found > longer.get(spent + key, (-np.inf, ())):
+                    longer[spent + key] = found
+        best = longer
+    return max(best.values())[1]
+
+
+def _explained(pair: tuple[HeadMoments, HeadMoments], mean: float, groups: int) -> dict[int, float]:
+    """Latent heads -> shares of Q's plus K's variance explained."""
     q, k = pair[0], pair[1].shifted(pair[1].mean)
-    heads = len(q.first)
-    typical = max(groups, round(mean / groups) * groups)
-    turn = agreeing_turn(q, k, HeadCodec(heads, typical, groups))
-    covariances = [moments.turned(turn).head_covariance()[0] for moments in (q, k)]
-    shapes = [HeadCodec(heads, latent, groups) for latent in range(groups, heads, groups)]
-    return [sum(principal_components(c, shape)[1] for c in covariances) for shape in shapes]
+    heads, found = len(q.first), {}
+    for latent in range(groups, heads, groups):
+        if abs(latent - mean) <= REACH * groups:
+            shape = HeadCodec(heads, latent, groups)
+            turn = agreeing_turn(q, k, shape)
+            covariances = (m.turned(turn).head_covariance()[0] for m in (q, k))
+            found[latent] = sum(principal_components(c, shape)[1] for c in covariances)
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from sievit.ae import (
     latent_heads_for,
     train_codec,
 )
+from sievit.ae.budget import _most as most
 from sievit.ae.closed_form import agreeing_turn
 from sievit.ae.train import CODEC_RECIPE, error_norm, relative_error
 from sievit.models import AttentionHook, create, features, find_attention, intercept
@@ -240,6 +241,18 @@ def test_layers_whose_heads_agree_least_get_more_latent_heads():
         latent_heads_by_layer([alike, apart], mean=6)
     with pytest.raises(ValueError, match=r"groups must divide .* got 4"):
         latent_heads_by_layer([alike, apart], mean=3, groups=4)
+
+
+def test_sharing_out_finds_the_best_of_all_ways():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        layers = [{n: float(generator.random()) for n in (2, 4, 6)} for _ in range(4)]
+        total = int(generator.integers(4, 12)) * 2
+        ways = [way for way in product((2, 4, 6), repeat=4) if sum(way) <= total]
+        best = max(sum(gains[n] for gains, n in zip(layers, way, strict=True)) for way in ways)
+        found = most(layers, total)
+        assert sum(found) <= total
+        assert sum(gains[n] for gains, n in zip(layers, found, strict=True)) == pytest.approx(best)
 
 
 def test_a_lossless_codec_changes_nothing_and_a_handle_restores():
