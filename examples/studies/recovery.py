@@ -128,26 +128,34 @@ class Study:
         return row | self.judge.row(student)
 
 
+KINDS = (  # of codecs, in keys and in the picture's legend; marker, colour
+    ("", "as many in each layer", "o-", "#2b6cb0"),
+    (" by layer", "shared out over layers", "s", "#c05621"),
+    (" in 3 groups", "in 3 groups of heads", "^", "#718096"),
+)
+
+
 def draw(rows: dict[str, dict], path: Path) -> None:
     """Latent heads against what stays (left) and against what is moved (right), at 90 %."""
     heads = 6
     figure, (kept, moved) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     recovered = next(key.rpartition(", ")[2] for key in rows if key.endswith(" steps"))
     for budget, face in ((recovered, None), ("untuned", "none")):
-        for kind, marker, colour in (("", "o", "#2b6cb0"), (" by layer", "s", "#c05621")):
+        for kind, name, marker, colour in KINDS:
             points = []
             for latent in range(heads, 0, -1):
-                name = f", codec to {latent} heads{kind}" if latent < heads else ""
-                row = rows.get(f"90%{name}, {budget}")
-                if row is not None:
+                codec = "" if latent == heads else f", codec to {latent} heads{kind}"
+                row = rows.get(f"90%{codec}, {budget}")
+                if row is not None and (codec or not kind):
                     points.append((latent, row["patch_cosine"], row["attention_dram_bytes"] / 1e3))
-            label = f"{kind.strip() or 'as many in each layer'}, {budget}"
+            if not points:
+                continue
             latents, cosines, kilobytes = zip(*points, strict=True)
-            kept.plot(latents, cosines, marker=marker, color=colour, mfc=face, label=label)
+            kept.plot(latents, cosines, marker, color=colour, mfc=face, label=f"{name}, {budget}")
             if budget == recovered:
-                moved.plot(latents, kilobytes, marker=marker, color=colour)
+                moved.plot(latents, kilobytes, marker, color=colour)
     kept.set_ylabel("patch cosine to the dense model")
-    kept.legend(frameon=False, fontsize=8)
+    kept.legend(frameon=False, fontsize=7, loc="lower left")
     moved.set_ylabel("attention's DRAM traffic, kB")
     for panel in (kept, moved):
         panel.set(xlabel=f"latent heads of {heads} ({heads}: no codec)", xticks=range(3, heads + 1))
