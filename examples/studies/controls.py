@@ -29,7 +29,7 @@ from sievit.models import create
 from sievit.models.objectives import TokenLoss
 from sievit.sparsify import attach, average_attention, recover
 
-SPARSITIES, RECOVERED = (0.5, 0.7, 0.8, 0.9, 0.95), (0.7, 0.9, 0.95)
+SPARSITIES, RECOVERED = (0.5, 0.7, 0.8, 0.9, 0.95), (0.9, 0.7, 0.5, 0.8, 0.95)
 MASKS = ("learned", "random, uniform", "window, rows as learned")
 
 
@@ -58,11 +58,9 @@ def study(data: Path, steps: int, out: Rows) -> None:
         about["loss"] = asdict(TokenLoss()) if budget else None
         out.add(key, about | judge.row(student))
 
-    cells = list(itertools.product(SPARSITIES, MASKS, (False, True)))
     for budget in (0, steps) if steps else (0,):
+        cells = itertools.product(RECOVERED if budget else SPARSITIES, MASKS, (False, True))
         for sparsity, kind, codec in cells:
-            if budget and sparsity not in RECOVERED:
-                continue
             tuned = "recovered" if budget else "untuned"
             name = f"{sparsity:.0%}, {kind}, {'codec' if codec else 'no codec'}, {tuned}"
             run(name, sparsity, kind, codec, budget)
@@ -75,11 +73,13 @@ def draw(rows: dict[str, dict], path: Path) -> None:
         for kind, colour in zip(MASKS, ("#2b6cb0", "#718096", "#c05621"), strict=True):
             own = [r for r in rows.values() if (r["mask"], r["codec"]) == (kind, codec)]
             for tuned, style in ((False, "--"), (True, "-")):
-                points = [
+                points = sorted(
                     (100 * row["sparsity"], row["patch_cosine"])
                     for row in own
                     if (row["steps"] > 0) == tuned
-                ]
+                )
+                if not points:
+                    continue
                 label = f"{kind}, {'recovered' if tuned else 'untuned'}"
                 panel.plot(*zip(*points, strict=True), style, marker="o", color=colour, label=label)
         panel.set(xlabel="pruned, %", title="Q and K over 6 -> 3 heads" if codec else "no codec")
