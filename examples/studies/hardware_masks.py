@@ -132,12 +132,8 @@ def chosen(rows: dict, rule: str) -> list[dict]:
 def draw(rows: dict, path: Path) -> None:
     """Mass and patch cosine against what a mask costs, by both rules and in both costs."""
     figure, panels = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
-    for line, kind, unit in zip(
-        panels,
-        COSTS,
-        ("simulated attention cycles, 1000", "entries in gathered tiles, 1000"),
-        strict=True,
-    ):
+    units = ("simulated attention cycles, 1000", "entries in gathered tiles, 1000")
+    for line, kind, unit in zip(panels, COSTS, units, strict=True):
         field = kind.replace(" ", "_")
         for rule, marker in (("plain", "o"), (f"within its {kind}", "s")):
             found = sorted(chosen(rows, rule), key=lambda row: row[field])
