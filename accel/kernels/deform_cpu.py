@@ -262,7 +262,7 @@ def _write(samples, point, count, at_offset, at_weight, each, by_offset, by_weig
         copy(by_weight, row * by_weight.shape[1] + at_weight, samples.weight, p * each, each)
 
 
-def _loops(source):
+def _forward_loop(source):
     @_cached
     def forward(value, offset, weight, lattice, out, frame, parts, first_task, last_task):
         """Tasks are (image, group, part of the output rows)."""
@@ -298,6 +298,10 @@ def _loops(source):
                         )
                         copy(out, at, mixed, 0, share_of)
 
+    return forward
+
+
+def _backward_loop(source):
     @_cached
     def backward(
         grad, value, offset, weight, lattice, by_value, by_offset, by_weight, frame,
@@ -340,7 +344,7 @@ def _loops(source):
                     _write(samples, point, count, at_offset, at_weight, each, by_offset, by_weight)
             _copy_out(grown, image, group * share_of, share_of, width, by_value)
 
-    return forward, backward
+    return backward
 
 
-_forward, _backward = _loops(_SOURCE)
+_forward, _backward = _forward_loop(_SOURCE), _backward_loop(_SOURCE)

@@ -35,7 +35,7 @@ from sievit.sparsify import (
     threshold,
     token_features,
 )
-from sievit.sparsify.hardware_masks import grid_order, kept_mass, tile_area, tiles
+from sievit.sparsify.hardware_masks import HardwareMask, grid_order, kept_mass, tile_area, tiles
 from sievit.workload import AttentionMask
 
 SPARSITIES, RECOVERED = (0.7, 0.8, 0.9, 0.95), 0.9
@@ -78,28 +78,30 @@ class Study:
             row = {"min_kept": min_kept, "mass": kept_mass(self.maps, plain)}
             row |= {kind.replace(" ", "_"): cost for kind, cost in spent.items()}
             self.out.add(f"{name}, plain", row | self.judged(plain))
-        masks = {"plain": plain}
-        for kind in COSTS:
-            masks[f"within its {kind}"] = self.best_within(name, kind, spent[kind])
+        best = {kind: self.best_within(name, kind, spent[kind]) for kind in COSTS}
         if sparsity != RECOVERED or not self.steps:
             return
-        for rule, mask in masks.items():
+        for kind in (None, *COSTS):
+            rule = "plain" if kind is None else f"within its {kind}"
             if f"{name}, {rule}, recovered" not in self.out:
+                mask = plain if kind is None else self.within(kind, spent[kind], best[kind]).mask
                 self.out.add(f"{name}, {rule}, recovered", self.recovered(mask))
 
-    def best_within(self, name: str, kind: str, budget: float) -> AttentionMask:
-        """Of each fairness, the mask that keeps most on photos held out for that."""
-        found = {}
+    def within(self, kind: str, budget: float, fairness: float) -> HardwareMask:
+        cost, solver = self.costs[kind], self.solvers[kind]
+        return codesign_masks(self.maps, cost, budget, solver, fairness=fairness)
+
+    def best_within(self, name: str, kind: str, budget: float) -> float:
+        """The fairness whose mask keeps most on photos held out for that."""
+        kept = {}
         for fairness in FAIRNESS:
-            mask = codesign_masks(
-                self.maps, self.costs[kind], budget, self.solvers[kind], fairness=fairness
-            )
             key = f"{name}, within its {kind}, fairness {fairness:g}"
             if key not in self.out:
-                row = {kind.replace(" ", "_"): mask.cost, "mass": mask.mass}
-                self.out.add(key, row | self.judged(mask.mask))
-            found[self.out.rows[key]["held"]["patch_cosine"]] = mask.mask
-        return found[max(found)]
+                found = self.within(kind, budget, fairness)
+                row = {kind.replace(" ", "_"): found.cost, "mass": found.mass}
+                self.out.add(key, row | self.judged(found.mask))
+            kept[fairness] = self.out.rows[key]["held"]["patch_cosine"]
+        return max(kept, key=kept.get)
 
     def judged(self, mask: AttentionMask) -> dict:
         with attach(self.model, mask, image_size=SIZE):
