@@ -82,7 +82,10 @@ def draw(rows: dict[str, dict], path: Path) -> None:
                 if not points:
                     continue
                 label = f"{kind}, {'recovered' if tuned else 'untuned'}"
-                panel.plot(*zip(*points, strict=True), style, marker="o", color=colour, label=label)
+                face = colour if tuned else "none"
+                panel.plot(
+                    *zip(*points, strict=True), style, marker="o", color=colour, mfc=face, label=label
+                )
         panel.set(xlabel="pruned, %", title="Q and K over 6 -> 3 heads" if codec else "no codec")
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
