@@ -82,10 +82,8 @@ def draw(rows: dict[str, dict], path: Path) -> None:
                 if not points:
                     continue
                 label = f"{kind}, {'recovered' if tuned else 'untuned'}"
-                face = colour if tuned else "none"
-                panel.plot(
-                    *zip(*points, strict=True), style, marker="o", color=colour, mfc=face, label=label
-                )
+                looks = {"color": colour, "mfc": colour if tuned else "none", "label": label}
+                panel.plot(*zip(*points, strict=True), f"o{style}", **looks)
         panel.set(xlabel="pruned, %", title="Q and K over 6 -> 3 heads" if codec else "no codec")
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
