@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .accel.kernels import Arithmetic
 from .ae import QKCodec, attach_codec
 from .files import written_whole
 from .masks import AttentionMask
-from .sparsify import attach
+from .sparsify import attach, attach_int8, calibrate_int8
 from .workload import HeadCodec
 
 FORMAT = "sievit attachments 1"
@@ -49,6 +50,21 @@ class Attachments:
                 stack.enter_context(attach(model, self.mask, backend, self.image_size))
             if self.codecs is not None:
                 stack.enter_context(attach_codec(model, self.codecs, self.image_size))
+            return stack.pop_all()
+
+    def attach_int8(
+        self, model: nn.Module, batches: Iterable[Tensor], arithmetic: Arithmetic = Arithmetic()
+    ) -> ExitStack:
+        """As `attach`, the attention in the integers of the simulated machine, whose scales
+        are taken from what ``batches`` of images reach.
+
+        Raises ValueError where `attach` does, and where the model writes its softmax out.
+        """
+        with ExitStack() as stack:
+            if self.codecs is not None:
+                stack.enter_context(attach_codec(model, self.codecs, self.image_size))
+            scales = calibrate_int8(model, batches, self.mask, arithmetic, self.image_size)
+            stack.enter_context(attach_int8(model, self.mask, scales, arithmetic, self.image_size))
             return stack.pop_all()
 
     def save(self, path: str | os.PathLike[str]) -> None:

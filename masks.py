@@ -66,6 +66,14 @@ class AttentionMask:
         """Pruned entries over all entries (ViTCoD's definition)."""
         return 1.0 - self.kept / self.entries
 
+    @property
+    def digest(self) -> str:
+        """Names the content: equal masks, and only they, have equal digests."""
+        made = hashlib.blake2b(str(self.shapes).encode())
+        for layer in self.keep:
+            made.update(np.packbits(layer, axis=None).data)
+        return made.hexdigest()[:32]
+
     def sparsity_by_head(self) -> tuple[np.ndarray, ...]:
         """float64 [heads] a layer."""
         return tuple(1.0 - layer.mean(axis=(1, 2)) for layer in self.keep)

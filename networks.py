@@ -5,7 +5,7 @@ Beside `pipeline`, which changes a model and judges it: nothing is learned from 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -55,12 +55,13 @@ def with_compiled_core(model: nn.Module) -> nn.Module:
 def model_workload(
     name: str,
     mask: AttentionMask | None = None,
-    codec: HeadCodec | None = None,
+    codec: HeadCodec | Sequence[HeadCodec | None] | None = None,
     *,
     image_size: int | None = None,
     min_kept: int | float = Settings.min_kept,
 ) -> Workload:
-    """A registered model as operations, dense or with ``mask`` and ``codec``.
+    """A registered model as operations, dense or with ``mask`` and ``codec`` (one for all
+    layers, or one a layer).
 
     ``image_size`` None is the model's own; a mask's tokens must fit it.
     """
@@ -75,6 +76,7 @@ def sparse_workload(
     *,
     latent_heads: int | None = None,
     groups: int = 1,
+    codecs: Sequence[HeadCodec | None] | None = None,
     image_size: int | None = None,
     min_kept: int | float = Settings.min_kept,
     seed: int = 0,
@@ -83,6 +85,7 @@ def sparse_workload(
 
     mask          a number is the sparsity of a mask made by chance (`synthetic_maps`)
     latent_heads  None is half a layer's heads, rounded up, as ViTCoD has it; 0 is no codec
+    codecs        one a layer, in place of ``latent_heads`` and ``groups``; () is no codec
     """
     model = create_for(name, image_size)
     dense = trace(model, image_size or getattr(model, "image_size", None) or 224)
@@ -98,7 +101,10 @@ def sparse_workload(
             f"a mask made by chance (seed {seed}), shaped like ViTCoD's published ones: good to "
             "compare machines, no word on accuracy"
         )
-    codecs = [_codec_for(op.heads, latent_heads, groups) for op in dense.attention]
+    if codecs is None:
+        codecs = [_codec_for(op.heads, latent_heads, groups) for op in dense.attention]
+    elif not codecs:
+        codecs = [None] * len(dense.attention)
     shapes = dict.fromkeys(f"{c.heads} -> {c.latent_heads} heads" for c in codecs if c)
     coded = f"codec {', '.join(shapes)}" if shapes else "no codec"
     about = f"{name}, {mask.sparsity:.1%} of attention pruned by {origin}; {coded}."

@@ -23,7 +23,7 @@ from .result import CodecSummary, CodesignResult
 from .settings import Settings
 from .sparsify import HardwareMask, codesign_masks, polarize, threshold
 from .sparsify.fidelity import Saliency
-from .sparsify.hardware_masks import kept_mass
+from .sparsify.hardware_masks import block_orders, kept_mass, tile_area, tiles
 from .stages import Progress, Run
 
 
@@ -101,21 +101,35 @@ def learn_mask(
 def learn_mask_within(
     model: nn.Module,
     images: Images,
-    cycles: float,
+    cycles: float | None = None,
     settings: Settings = Settings(),
     hardware: Hardware = presets["vitcod"],
     progress: Progress = lambda stage, share: None,
+    *,
+    tile_entries: float | None = None,
+    tile: int = 32,
 ) -> HardwareMask:
-    """The mask that keeps most attention within ``cycles`` of simulated attention.
+    """The mask that keeps most attention within a budget: give one of
 
-    Its global keys are kept by every query: simulate it with `WHOLE_COLUMNS`.
+    cycles        of simulated attention on ``hardware``. The mask's global keys are kept by
+                  every query: simulate it with `WHOLE_COLUMNS`
+    tile_entries  that a GPU kernel computes which gathers keys for ``tile`` queries at once,
+                  neighbours in the token grid where that is square
     """
+    if (cycles is None) == (tile_entries is None):
+        raise ValueError(
+            f"give either cycles or tile_entries, got cycles={cycles}, tile_entries={tile_entries}"
+        )
     photos = images if isinstance(images, Photos) else photo_sets(images)[0]
     run = Run(model, (photos, photos), settings, None, progress)
-    maps = run.average()
+    maps, prefix = run.average(), prefix_tokens(model)
     with run.stage("choosing entries by what they cost"):
-        cost = attention_cycles(run.traced(None), hardware)
-        return codesign_masks(maps, cost, cycles, prefix_tokens=prefix_tokens(model))
+        if cycles is not None:
+            cost = attention_cycles(run.traced(None), hardware)
+            return codesign_masks(maps, cost, cycles, prefix_tokens=prefix)
+        orders = block_orders([layer.shape[1] for layer in maps], tile, prefix)
+        cost, solver = tile_area(tile, orders), tiles(tile, orders)
+        return codesign_masks(maps, cost, tile_entries, solver, prefix_tokens=prefix)
 
 
 def learn_masks(
@@ -129,7 +143,10 @@ def learn_masks(
     photos = images if isinstance(images, Photos) else photo_sets(images)[0]
     maps = Run(model, (photos, photos), settings, None, progress).average()
     prefix = prefix_tokens(model)
-    return {s: threshold(maps, sparsity=s, prefix_tokens=prefix) for s in sparsities}
+    block = settings.granularity
+    return {
+        s: threshold(maps, sparsity=s, prefix_tokens=prefix, granularity=block) for s in sparsities
+    }
 
 
 def _summary(

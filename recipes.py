@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,28 +20,17 @@ from torch import Tensor, nn
 
 from .ae import Reconstruction, attach_codec, fit_codecs, fold, head_moments
 from .attachments import Attachments
-from .images import Photos, batches, center_crops, endless_crops, random_crops
+from .images import Photos, batches, endless_crops, random_crops
 from .masks import AttentionMask
 from .models import prefix_tokens
+from .models.features import as_logits
 from .models.objectives import TokenLoss
 from .models.processes import rank, world_size
 from .models.recipe import Recipe
 from .models.training import Checkpointing, Trained
-from .result import save_weights, versions, write_json
-from .sparsify import (
-    Fidelity,
-    GradualMask,
-    attach,
-    average_attention,
-    finetune,
-    judge,
-    threshold,
-    token_features,
-)
+from .sparse_model import Progress, SparseModel, class_labels
+from .sparsify import GradualMask, attach, average_attention, finetune, threshold
 from .training_log import TrainingLog
-
-Progress = Callable[[str, float], None]
-"""Called with (stage, share of the stage done)."""
 
 MODES = ("two-step", "joint", "mask")
 
@@ -110,77 +99,45 @@ class TrainSettings:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class SparseModel:
-    """A trained model, what is attached to it, and the log of each stage."""
-
-    model: nn.Module
-    attachments: Attachments
-    logs: dict[str, Trained]
-
-    def judge(
-        self, dense: nn.Module, photos: Photos, progress: Progress = lambda stage, share: None
-    ) -> dict[str, Fidelity]:
-        """Against ``dense`` on central crops of ``photos``: its mask untrained, and this."""
-        size, mask = self.attachments.image_size, self.attachments.mask
-        crops = list(batches(center_crops(photos, size), 16))
-        progress("judging", 0.0)
-        wanted = token_features(dense, crops)
-        with attach(dense, mask, image_size=size):
-            rows = {"mask, untrained": judge(dense, wanted, crops, image_size=size)}
-        progress("judging", 0.5)
-        name = "mask, trained" if self.attachments.codecs is None else "mask + codec, trained"
-        with self.attachments.attach(self.model):
-            rows[name] = judge(self.model, wanted, crops, image_size=size)
-        progress("judging", 1.0)
-        return rows
-
-    def save(self, folder: Path, fidelity: Mapping[str, Fidelity]) -> tuple[Path, ...]:
-        """Write model.safetensors, attachments.safetensors and training.json (settings,
-        losses of each stage, ``fidelity``); each whole or not at all."""
-        paths = tuple(
-            folder / n for n in ("model.safetensors", "attachments.safetensors", "training.json")
-        )
-        save_weights(self.model, paths[0])
-        self.attachments.save(paths[1])
-        content = {
-            "settings": dict(self.attachments.settings),
-            "versions": versions(),
-            "losses": {stage: list(log.losses) for stage, log in self.logs.items()},
-            "fidelity": {name: asdict(row) for name, row in fidelity.items()},
-        }
-        write_json(content, paths[2])
-        return paths
-
-
 def train_sparse(
     model: nn.Module,
     photos: Photos,
     settings: TrainSettings = TrainSettings(),
     folder: Path | None = None,
     progress: Progress = lambda stage, share: None,
+    *,
+    mask: AttentionMask | None = None,
 ) -> SparseModel:
     """Make ``model`` sparse and train it so; ``model`` itself is not changed.
 
     photos    to train on; with ``settings.labels`` their first folder is their class
     folder    for checkpoints and logs, a folder a stage; what is there is resumed
+    mask      to train with, in place of one learned from ``photos``, say of
+              `sievit.sparsify.codesign_masks`; ``settings.sparsity`` is then the mask's
 
     With several processes (`torchrun`) each takes its share of every batch. Raises
     ValueError for photos without classes where labels are wanted, more processes than
-    photos in a micro-batch, and a resume with other settings.
+    photos in a micro-batch, a mask that does not fit or should grow (``gradual``), and a
+    resume with other settings or another mask.
     """
     torch.manual_seed(settings.seed)
-    run = _Training(model, photos, settings, folder, progress)
+    if mask is not None:
+        if settings.gradual:
+            raise ValueError("a mask that is given cannot grow: gradual=True learns its own")
+        with attach(model, mask, image_size=settings.image_size):
+            pass  # it fits: said now, not after the codec's training
+        settings = replace(settings, sparsity=mask.sparsity)
+    run = _Training(model, photos, settings, folder, progress, mask)
     if settings.mode == "mask":
-        run.train("mask", run.learn_mask())
+        run.train("mask", run.find_mask())
     elif settings.mode == "joint":
-        mask = run.learn_mask()
+        found = run.find_mask()
         run.put_codec()
-        run.train("joint", mask)
+        run.train("joint", found)
     else:
         run.put_codec()
         run.train("codec", None)
-        run.train("mask", run.learn_mask())
+        run.train("mask", run.find_mask())
     return run.finished()
 
 
@@ -194,20 +151,25 @@ class _Training:
         settings: TrainSettings,
         folder: Path | None,
         progress: Progress,
+        mask: AttentionMask | None,
     ) -> None:
         self.teacher, self.student = model, copy.deepcopy(model)
         self.photos, self.settings = photos, settings
         self.folder, self.progress = folder, progress
-        self.labels = _labels(model, photos, settings) if settings.labels else None
+        self.classes, self.labels = (
+            _classes(model, photos, settings) if settings.labels else (None, None)
+        )
         self.attached = ExitStack()
         self.codec_term: Reconstruction | None = None
         self.maps: tuple[np.ndarray, ...] = ()
-        self.mask: AttentionMask | None = None
+        self.given, self.mask = mask, mask
         self.logs: dict[str, Trained] = {}
         _check_processes(settings)
 
-    def learn_mask(self) -> AttentionMask:
-        """From the attention of the student as it stands now."""
+    def find_mask(self) -> AttentionMask:
+        """The mask given, or one from the attention of the student as it stands now."""
+        if self.given is not None:
+            return self.given
         generator = np.random.default_rng(self.settings.seed)
         crops = random_crops(
             self.photos, self.settings.image_size, self.settings.learn_crops, generator
@@ -271,7 +233,7 @@ class _Training:
         codecs = None if self.codec_term is None else self.codec_term.codecs
         settings = self.settings
         attachments = Attachments(settings.image_size, self.mask, codecs, asdict(settings))
-        return SparseModel(self.student, attachments, self.logs)
+        return SparseModel(self.student, attachments, self.logs, self.classes)
 
     def _stream(self, start: int) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
         """This process's micro-batches from the ``start``-th on."""
@@ -290,6 +252,8 @@ class _Training:
         if self.folder is None:
             return None
         settings = asdict(self.settings) | {"photos": len(self.photos)}
+        if self.given is not None:
+            settings["mask"] = self.given.digest
         return Checkpointing(self.folder / stage, self.settings.checkpoint_every, settings)
 
     def _log(self, stage: str) -> _Listeners:
@@ -319,23 +283,6 @@ class _Listeners:
         self.tell(1.0)
 
 
-def class_labels(photos: Photos) -> tuple[tuple[str, ...], list[int]]:
-    """(class names, the class of each photo), from the first folder of their names.
-
-    Raises ValueError where photos lie in no folder, or all in one.
-    """
-    loose = [name for name in photos.names if len(Path(name).parts) < 2]
-    if loose:
-        raise ValueError(f"labels are the folders that photos lie in; {loose[0]!r} lies in none")
-    folders = [Path(name).parts[0] for name in photos.names]
-    classes = tuple(sorted(set(folders)))
-    if len(classes) < 2:
-        raise ValueError(
-            f"labelled training needs photos of at least 2 classes, got {classes[0]!r} alone"
-        )
-    return classes, [classes.index(folder) for folder in folders]
-
-
 def _check_processes(settings: TrainSettings) -> None:
     micro, several = settings.batch_size // settings.accumulate, world_size()
     if micro % several:
@@ -345,15 +292,16 @@ def _check_processes(settings: TrainSettings) -> None:
         )
 
 
-def _labels(model: nn.Module, photos: Photos, settings: TrainSettings) -> list[int]:
-    """The class of each photo, for a model that gives one logit a class."""
+def _classes(
+    model: nn.Module, photos: Photos, settings: TrainSettings
+) -> tuple[tuple[str, ...], list[int]]:
+    """`class_labels`, for a model that gives one logit a class."""
     classes, labels = class_labels(photos)
     size, device = settings.image_size, next(model.parameters()).device
     with torch.no_grad():
-        outputs = model(torch.zeros(1, 3, size, size, device=device))
-    outputs = outputs.logits if hasattr(outputs, "logits") else outputs
+        outputs = as_logits(model(torch.zeros(1, 3, size, size, device=device)))
     if outputs.shape[-1] != len(classes):
         raise ValueError(
             f"the model gives {outputs.shape[-1]} outputs, the photos have {len(classes)} classes"
         )
-    return labels
+    return classes, labels

@@ -23,6 +23,7 @@ from . import __version__
 from .accel import Report, area, energy
 from .accel.kernels import MeasuredAttention
 from .ae import CodecErrors, ExplainedVariance
+from .attachments import Attachments
 from .figures import draw
 from .files import written_whole
 from .masks import AttentionMask
@@ -165,18 +166,17 @@ class CodesignResult:
         }
 
     def save(self, folder: str | os.PathLike[str], plots: bool = True) -> tuple[Path, ...]:
-        """Write report.json, mask.npz, model.safetensors (the recovered weights),
-        codecs.safetensors and, with ``plots``, PNGs; each whole or not at all.
+        """Write report.json, model.safetensors (the recovered weights),
+        attachments.safetensors (mask and codecs, see `sievit.attachments`) and, with
+        ``plots``, PNGs; each whole or not at all.
 
         Returns the paths. Raises ``OSError`` where the folder cannot be written.
         """
         target = Path(folder)
-        paths = [target / "mask.npz", target / "model.safetensors"]
-        self.mask.save(paths[0])
+        paths = [target / "attachments.safetensors", target / "model.safetensors"]
+        size, settings = self.settings.image_size, asdict(self.settings)
+        Attachments(size, self.mask, self.codecs, settings).save(paths[0])
         save_weights(self.student, paths[1])
-        if self.codecs is not None:
-            paths.append(target / "codecs.safetensors")
-            save_weights(self.codecs, paths[-1])
         if plots:
             paths += draw(self, target)
         paths.append(target / "report.json")

@@ -17,6 +17,7 @@ class Settings:
 
     image_size         side of the crops, pixels
     sparsity, theta    of the mask rule "information": exactly one of them
+    granularity        (queries, keys) of a block that is kept or pruned as one
     min_kept           a key is global when more queries keep it (ViTCoD: 50)
     codec              compress Q and K over the heads
     latent_heads       heads after compression; None is half, rounded up (ViTCoD)
@@ -36,6 +37,7 @@ class Settings:
     image_size: int = 224
     sparsity: float | None = 0.9
     theta: float | None = None
+    granularity: tuple[int, int] = (1, 1)
     min_kept: int | float = PUBLISHED_MIN_KEPT
     codec: bool = True
     latent_heads: int | None = None

@@ -10,7 +10,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -29,6 +29,7 @@ from .ae import (
     head_moments,
     train_codec,
 )
+from .attachments import Attachments
 from .images import Photos, batches, center_crops, endless_crops, random_crops
 from .masks import AttentionMask
 from .models import prefix_tokens, trace
@@ -38,9 +39,7 @@ from .settings import Settings, rate_for
 from .sparsify import (
     Fidelity,
     attach,
-    attach_int8,
     average_attention,
-    calibrate_int8,
     judge,
     random_mask,
     recover,
@@ -109,6 +108,7 @@ class Run:
             sparsity=settings.sparsity,
             theta=settings.theta,
             prefix_tokens=prefix_tokens(self.model),
+            granularity=settings.granularity,
         )
         return maps, mask
 
@@ -225,18 +225,16 @@ class Run:
         """``student`` with its attention in the integers of ``hardware``, whose scales come
         from crops that were learned from; left out, with a warning, where the model writes
         its softmax out or the widths are none that `Arithmetic` takes."""
-        size, batch = self.settings.image_size, self.settings.batch_size
+        attached = Attachments(self.settings.image_size, mask, codecs.codecs if codecs else None)
         bare = copy.deepcopy(self.model)
         bare.load_state_dict(student.state_dict())
-        with ExitStack() as attached, self.stage("judging in integers"):
-            if codecs:
-                attached.enter_context(attach_codec(bare, codecs.codecs, size))
-            some = self.learn_crops[:INT8_CROPS]
+        with self.stage("judging in integers"):
+            some = batches(self.learn_crops[:INT8_CROPS], self.settings.batch_size)
             try:
                 widths = arithmetic_of(hardware)
-                scales = calibrate_int8(bare, batches(some, batch), mask, widths, size)
-                attached.enter_context(attach_int8(bare, mask, scales, widths, size))
-                self.fidelity[f"as above, attention in int{widths.operand_bits}"] = self.judge(bare)
+                with attached.attach_int8(bare, some, widths):
+                    name = f"as above, attention in int{widths.operand_bits}"
+                    self.fidelity[name] = self.judge(bare)
             except ValueError as error:
                 warnings.warn(f"not judged in integers: {error}", stacklevel=2)
 

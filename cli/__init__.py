@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import typer
 
-from .codesign import codesign, masks
+from .codesign import codesign
 from .explore import explore
 from .machines import compare, simulate
+from .masks import masks
 from .train import train
 from .zoo import zoo
 

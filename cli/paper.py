@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import DEFAULT_MODEL, hardware_named
+from .options import DEFAULT_MODEL, hardware_named, saved_mask
 from .terminal import OUT, progress_bars
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ def _cases(
     model: str, mask: Path | None, image_size: int | None, seed: int
 ) -> tuple[tuple[Case, ...], str]:
     """What is studied, and where its masks are from."""
-    from ..masks import AttentionMask
     from ..studies.paper import BY_CHANCE, case_of_mask, cases_by_chance
 
     if mask is None:
@@ -58,7 +57,8 @@ def _cases(
                 "own six models"
             )
         return cases_by_chance(seed=seed), f"{BY_CHANCE}, seed {seed}"
-    keep = AttentionMask.load(mask)
+    saved = saved_mask(mask)
+    keep, image_size = saved.mask, image_size or saved.image_size
     if model == DEFAULT_MODEL and keep.shapes == PUBLISHED_MASKS[1]:
         model = PUBLISHED_MASKS[0]
     return (case_of_mask(model, keep, image_size),), f"{mask.name}, {keep.sparsity:.1%} pruned"

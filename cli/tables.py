@@ -110,14 +110,27 @@ def fidelity_table(rows: Mapping[str, Fidelity]) -> Table:
     table = _table("Fidelity to the dense model (1 = the same)")
     table.add_column("variant", no_wrap=True)
     saliency = any(row.saliency_iou is not None for row in rows.values())
+    labelled = any(row.accuracy is not None for row in rows.values())
     for heading in ("patch\ncosine", "CLS\ncosine", "relative\nL2"):
         table.add_column(heading, justify="right")
     if saliency:
         table.add_column("saliency\nIoU", justify="right")
+    if labelled:
+        table.add_column("\ntop-1", justify="right")
     for name, row in rows.items():
         cells = [f"{row.patch_cosine:.3f}", _optional(row.cls_cosine), f"{row.relative_l2:.3f}"]
-        table.add_row(name, *cells, *([_optional(row.saliency_iou)] if saliency else []))
+        cells += [_optional(row.saliency_iou)] if saliency else []
+        cells += [_top1(row)] if labelled else []
+        table.add_row(name, *cells)
     return table
+
+
+def _top1(row: Fidelity) -> str:
+    """Accuracy with its standard error."""
+    if row.accuracy is None:
+        return "-"
+    error = (row.accuracy * (1 - row.accuracy) / row.images) ** 0.5
+    return f"{row.accuracy:.3f} ± {error:.3f}"
 
 
 def _optional(value: float | None) -> str:

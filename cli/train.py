@@ -18,13 +18,16 @@ from .options import (
     Weights,
     load_network,
     load_photos,
+    saved_mask,
     weights_source,
 )
 from .terminal import OUT, check_writable, one_line_errors, progress_bars
 
 if TYPE_CHECKING:
     from ..images import Photos
-    from ..recipes import SparseModel, TrainSettings
+    from ..masks import AttentionMask
+    from ..recipes import TrainSettings
+    from ..sparse_model import SparseModel
 
 
 def train(
@@ -41,7 +44,13 @@ def train(
     mode: Annotated[
         str, typer.Option(help="mask, two-step (codec, then mask) or joint (both at once).")
     ] = "mask",
-    sparsity: Annotated[float, typer.Option(help="Share of entries to prune.")] = 0.9,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of entries to prune. Default: 0.9.")
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="Mask file to train with, say of `sievit masks`; instead of sparsity."),
+    ] = None,
     latent_heads: Annotated[
         int | None, typer.Option(help="Heads after compression; default half, rounded up.")
     ] = None,
@@ -85,9 +94,13 @@ def train(
     with one_line_errors(quiet):
         from ..recipes import TrainSettings
 
+        if mask is not None and sparsity is not None:
+            raise ValueError(
+                f"give either --mask or --sparsity: a mask has its own, got {sparsity} too"
+            )
         settings = TrainSettings(
             image_size=image_size,
-            sparsity=sparsity,
+            sparsity=0.9 if sparsity is None else sparsity,
             mode=mode,
             latent_heads=latent_heads,
             groups=groups,
@@ -107,15 +120,17 @@ def train(
             seed=seed,
         )
         check_writable(out)
+        keep = saved_mask(mask).mask
         network, _ = load_network(model, weights_source(model, weights))
         photos = load_photos(images, judge_images, limit)
-        _run(network.to(_device(device)), photos, settings, out, quiet)
+        _run(network.to(_device(device)), photos, settings, keep, out, quiet)
 
 
 def _run(
     network: Any,
     photos: tuple[Photos, Photos] | Photos | None,
     settings: TrainSettings,
+    mask: AttentionMask | None,
     out: Path,
     quiet: bool,
 ) -> None:
@@ -127,10 +142,10 @@ def _run(
     with joined():
         first = rank() == 0
         with progress_bars(quiet or not first) as progress:
-            found = train_sparse(network, learn, settings, out, progress)
+            found = train_sparse(network, learn, settings, out, progress, mask=mask)
             if not first:
                 return
-            rows = found.judge(network, judged, progress)
+            rows = found.judge(network, judged, progress, learned_from=learn)
         paths = found.save(out, rows)
     if not quiet:
         _report(found, rows, paths, out)

@@ -33,6 +33,12 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
     )
 
 
+def as_logits(outputs: object) -> Tensor:
+    """The logits [batch, classes] of what a model returned: itself, or a Hugging Face
+    output's ``logits``."""
+    return outputs.logits if hasattr(outputs, "logits") else outputs
+
+
 def prefix_tokens(model: nn.Module) -> int:
     """How many tokens stand before the patches: CLS, distillation, registers.
 

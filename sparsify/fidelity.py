@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import features, prefix_tokens
+from ..models.features import as_logits
 from ..models.feeding import images_for
 
 
@@ -26,6 +27,7 @@ class Fidelity:
     patch_cosine  mean cosine of the patch tokens
     relative_l2   |changed - dense| / |dense| over all tokens of an image
     saliency_iou  intersection over union of saliency above 0.5; None without a decoder
+    accuracy      share of images whose largest logit is their class's; None without labels
     """
 
     images: int
@@ -33,6 +35,7 @@ class Fidelity:
     patch_cosine: float
     relative_l2: float
     saliency_iou: float | None = None
+    accuracy: float | None = None
 
 
 Saliency = Callable[[Tensor, int], Tensor]
@@ -52,6 +55,24 @@ def token_features(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
         return torch.cat([tokens.float().cpu() for tokens in found])
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Iterable[Tensor], labels: Sequence[int]) -> float:
+    """Share of images whose largest logit is their class's, in eval mode.
+
+    ``labels``: class indices, an image each. Raises ValueError where images are more or less.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        logits = [as_logits(model(images_for(model, batch))).float().cpu() for batch in batches]
+    finally:
+        model.train(was_training)
+    found = torch.cat(logits).argmax(dim=-1)
+    if len(found) != len(labels):
+        raise ValueError(f"{len(found)} images, but {len(labels)} labels")
+    return float((found == torch.as_tensor(labels)).double().mean())
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ price is then bisected until the cost of the whole mask meets the budget. Two co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -125,7 +126,7 @@ def tiles(rows: int = 32, orders: Sequence[np.ndarray] = ()) -> Solver:
     """For kernels that gather keys for ``rows`` queries at once.
 
     ``orders`` are orders of the queries to choose from beside the natural one, each a
-    permutation; see `grid_order`.
+    permutation; see `block_orders`.
     """
     if rows < 1:
         raise ValueError(f"a tile has at least 1 row, got {rows}")
@@ -156,6 +157,20 @@ def grid_order(grid: tuple[int, int], block: tuple[int, int], prefix_tokens: int
     keys = (x % block[1], y % block[0], x // block[1], y // block[0])
     patches = np.lexsort(keys) + prefix_tokens
     return np.concatenate((np.arange(prefix_tokens), patches))
+
+
+def block_orders(
+    lengths: Sequence[int], rows: int = 32, prefix_tokens: int = 1
+) -> tuple[np.ndarray, ...]:
+    """`grid_order` in blocks of ``rows`` patches for each number of queries that is a square
+    grid behind its prefix tokens: 32 in blocks of 4 x 8."""
+    height = 1 << (rows.bit_length() - 1) // 2
+    sides = {length: math.isqrt(length - prefix_tokens) for length in dict.fromkeys(lengths)}
+    return tuple(
+        grid_order((side, side), (height, rows // height), prefix_tokens)
+        for length, side in sides.items()
+        if side and side * side + prefix_tokens == length
+    )
 
 
 def tile_area(rows: int = 32, orders: Sequence[np.ndarray] = ()) -> Cost:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_quiet_prints_nothing(photos, tmp_path):
     assert done.exit_code == 0, done.output
     assert done.output.strip() == ""
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "mask.npz",
+        "attachments.safetensors",
         "model.safetensors",
         "report.json",
     ]
@@ -90,10 +91,40 @@ def test_masks_within_simulated_cycles(photos, tmp_path):
     assert 0.9 * 4000 <= cycles <= 4000
     done = run("masks", mask, *SMALL, "--images", photos, "--cycles", "4000", "--theta", "0.9")
     assert done.exit_code == 1
-    assert "either cycles or sparsity" in done.output
+    wanted = "give one of --sparsity, --theta, --cycles, --tile-entries; got --theta 0.9 and"
+    assert wanted in " ".join(done.output.split())
     done = run("masks", mask, *SMALL, "--images", photos, "--cycles", "10")
     assert done.exit_code == 1
     assert "always kept alone cost" in " ".join(done.output.split())
+
+
+def test_masks_within_entries_of_tiles(photos, tmp_path):
+    mask = tmp_path / "mask.npz"
+    small = ("masks", mask, *SMALL, "--images", photos)
+    done = run(*small, "--tile-entries", "14000", "--tile", "16")
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert "entries in tiles of 16 queries" in said
+    assert 0.9 * 14000 <= int(re.search(r"([\d,]+) entries", said)[1].replace(",", "")) <= 14000
+    bad = {
+        "--tile must be one of 16, 32, 64, got 24": ("--tile-entries", "6000", "--tile", "24"),
+        "goes with --sparsity or --theta": ("--tile-entries", "6000", "--granularity", "32x1"),
+        "is queries x keys, as 32x1, got '32'": ("--granularity", "32"),
+    }
+    for words, options in bad.items():
+        done = run(*small, *options)
+        assert done.exit_code == 1
+        assert words in " ".join(done.output.split())
+
+
+def test_masks_in_blocks(photos, tmp_path):
+    mask = tmp_path / "mask.npz"
+    done = run("masks", mask, *SMALL, "--images", photos, "--sparsity", "0.5",
+               "--granularity", "4x1")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    for layer in AttentionMask.load(mask).keep:
+        free = layer[:, 1:, 1:]
+        assert (free.reshape(len(free), -1, 4, free.shape[-1]).sum(2) % 4 == 0).all()
 
 
 def test_zoo_lists_names():

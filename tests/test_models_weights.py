@@ -351,3 +351,18 @@ def test_a_decoder_reads_its_part_of_the_file(graph_names):
     torch.testing.assert_close(fresh(tokens, 28), decoder(tokens, 28))
     with pytest.raises(ValueError, match=r"does not fit SaliencyDecoder: missing: up1\.weight"):
         load_weights(fresh, {"blocks.0.fc1.bias": torch.ones(3)})
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [("deit_tiny", 7), ("deit_tiny", 0), ("deit_tiny_distilled", 3), ("levit_128s", 5)],
+)
+def test_a_model_has_as_many_classes_as_its_weights(tmp_path, name, classes):
+    stored = create(name, num_classes=classes).state_dict()
+    save_file({n: t.contiguous() for n, t in stored.items()}, tmp_path / "w.safetensors")
+    model = create(name, tmp_path / "w.safetensors")
+    assert list(model.state_dict()) == list(stored)
+    assert all(torch.equal(t, stored[n]) for n, t in model.state_dict().items())
+    if classes:
+        with pytest.raises(ValueError, match=r"w\.safetensors does not fit .*wrong shape"):
+            create(name, tmp_path / "w.safetensors", num_classes=classes + 1)

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sievit.accel import presets
+from sievit.attachments import Attachments
 from sievit.images import Photos
-from sievit.masks import AttentionMask
 from sievit.models import create, features
 from sievit.networks import simulate_model
 from sievit.pipeline import codesign, learn_mask
@@ -152,18 +152,22 @@ def test_the_same_run_gives_the_same_figures(result):
 def test_files_load_back_to_the_same_model(result, tmp_path):
     paths = result.save(tmp_path / "new" / "out")
     names = {p.name for p in paths}
-    assert names >= {"report.json", "mask.npz", "model.safetensors", "codecs.safetensors"}
+    assert names >= {"report.json", "attachments.safetensors", "model.safetensors"}
     assert sorted(p.name for p in paths[0].parent.iterdir()) == sorted(names)
     assert all(p.stat().st_size > 0 for p in paths)
     for path in paths:
         if path.suffix == ".png":
             with Image.open(path) as picture:
                 assert min(picture.size) > 300
-    assert AttentionMask.load(paths[0]) == result.mask
+    loaded = Attachments.load(paths[0])
+    assert loaded.mask == result.mask
     model = network()
     model.load_state_dict(load_file(tmp_path / "new" / "out" / "model.safetensors"))
     for name, value in model.state_dict().items():
         assert torch.equal(value, result.student.state_dict()[name])
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), loaded.attach(model):
+        assert torch.equal(features(model, images), features(result.student, images))
 
 
 def test_without_codec_and_recovery():

@@ -17,12 +17,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from sievit.ae import QKCodec
 from sievit.attachments import Attachments
 from sievit.cli import app
-from sievit.images import Photos
+from sievit.images import Photos, batches, center_crops
+from sievit.masks import AttentionMask
 from sievit.models import create
-from sievit.recipes import TrainSettings, class_labels, train_sparse
+from sievit.recipes import TrainSettings, train_sparse
+from sievit.sparse_model import class_labels
+from sievit.sparsify import random_mask, token_features
 from sievit.training_log import TrainingLog
+from sievit.workload import HeadCodec
 
 SMALL = TrainSettings(
     image_size=64, sparsity=0.6, steps=4, batch_size=4, learn_crops=4, checkpoint_every=2
@@ -136,6 +141,57 @@ def test_a_second_run_goes_on_where_the_first_was_stopped(tmp_path):
         train_sparse(network(), photos(), replace(settings, sparsity=0.5), tmp_path)
 
 
+def given_mask(sparsity: float = 0.7, heads: int = 4, tokens: int = 17) -> AttentionMask:
+    return random_mask([(heads, tokens, tokens)] * 2, sparsity=sparsity, seed=1)
+
+
+@pytest.mark.parametrize("mode", ["mask", "joint", "two-step"])
+def test_a_mask_that_is_given_is_the_one_trained_with(mode):
+    mask = given_mask()
+    found = train_sparse(network(), photos(), replace(SMALL, mode=mode), mask=mask)
+    assert found.attachments.mask is mask
+    assert found.attachments.settings["sparsity"] == mask.sparsity
+
+
+def test_a_mask_that_is_given_must_fit_stay_and_be_the_same_on_resuming(tmp_path):
+    with pytest.raises(ValueError, match="cannot grow"):
+        train_sparse(network(), photos(), replace(SMALL, gradual=True), mask=given_mask())
+    told = []
+    with pytest.raises(ValueError, match=r"mask is for \(2, 17, 17\)"):
+        train_sparse(
+            network(), photos(), SMALL, progress=lambda *a: told.append(a), mask=given_mask(heads=2)
+        )
+    assert not told  # before any work
+    train_sparse(network(), photos(), SMALL, tmp_path, mask=given_mask())
+    other = AttentionMask(tuple(layer[::-1] for layer in given_mask().keep))
+    with pytest.raises(ValueError, match=r"mask was '[0-9a-f]+', is '[0-9a-f]+'"):
+        train_sparse(network(), photos(), SMALL, tmp_path, mask=other)
+
+
+def test_labelled_training_reports_accuracy_and_the_machines_integers():
+    model, learn = network(), photos(6)
+    found = train_sparse(model, learn, replace(SMALL, labels=True, mode="joint"))
+    assert found.classes == ("a", "b")
+    judged = photos(5).take([4, 3, 1])  # a, b, b
+    rows = found.judge(model, judged, learned_from=learn)
+    names = ["dense", "mask, untrained", "mask + codec, trained", "as above, attention in int8"]
+    assert list(rows) == names
+    assert rows["dense"].patch_cosine == pytest.approx(1.0)
+    crops = list(batches(center_crops(judged, 64), 8))
+    with torch.no_grad():
+        right = model(crops[0]).argmax(1) == torch.tensor([0, 1, 1])
+    assert rows["dense"].accuracy == pytest.approx(float(right.float().mean()))
+    plain, integers = rows[names[2]], rows[names[3]]
+    assert integers != plain
+    assert integers.patch_cosine == pytest.approx(plain.patch_cosine, abs=0.02)
+    with found.attachments.attach_int8(found.model, batches(center_crops(learn, 64), 8)):
+        inside = token_features(found.model, crops)
+    assert not torch.equal(inside, token_features(found.model, crops))
+    strange = Photos(("c/1.png",), photos(1).arrays)
+    with pytest.raises(ValueError, match=r"'c/1.png' is of none of the classes a, b"):
+        found.judge(model, strange)
+
+
 def test_classes_come_from_folders():
     assert class_labels(photos(3)) == (("a", "b"), [0, 1, 0])
     loose = Photos(("x.png",), photos(1).arrays)
@@ -215,3 +271,37 @@ def test_the_command_trains_and_says_what_it_wrote(tmp_path):
     done = CliRunner().invoke(app, [*arguments, "--sparsity", "0.5"])
     assert done.exit_code == 1
     assert "sparsity was 0.9, is 0.5" in " ".join(done.output.split())
+
+
+def test_a_trained_model_is_simulated_and_trained_further_from_its_files(tmp_path):
+    heads, tokens = 3, 17
+    codecs = torch.nn.ModuleList(QKCodec(HeadCodec(heads, 2)) for _ in range(12))
+    mask = random_mask([(heads, tokens, tokens)] * 12, sparsity=0.7)
+    bare, coded, codec = (tmp_path / f"{n}.safetensors" for n in ("bare", "coded", "codec"))
+    Attachments(64, mask).save(bare)
+    Attachments(64, mask, codecs).save(coded)
+    Attachments(64, None, codecs).save(codec)
+
+    def traffic(*arguments) -> dict:
+        report = tmp_path / "report.json"
+        command = ["simulate", "--model", "deit_tiny", "--json", str(report), *arguments]
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.output
+        return json.loads(report.read_text())["vitcod"]["attention"]["traffic"]
+
+    mask.save(tmp_path / "mask.npz")
+    plain = ["--mask", str(tmp_path / "mask.npz"), "--image-size", "64"]
+    assert traffic("--mask", str(bare)) == traffic(*plain)
+    assert traffic("--mask", str(coded)) == traffic(*plain, "--latent-heads", "2")
+    assert traffic("--mask", str(coded)) != traffic(*plain)
+    done = CliRunner().invoke(app, ["compare", "deit_tiny", "--mask", str(bare)])
+    assert done.exit_code == 0, done.output
+    assert "no codec" in done.output
+    done = CliRunner().invoke(app, ["compare", "deit_tiny", "--mask", str(coded)])
+    assert "codec 3 -> 2 heads" in done.output
+    done = CliRunner().invoke(app, ["simulate", "--mask", str(codec)])
+    assert done.exit_code == 1
+    assert "holds codecs, but no mask" in " ".join(done.output.split())
+    done = CliRunner().invoke(app, ["train", "--mask", str(bare), "--sparsity", "0.5"])
+    assert done.exit_code == 1
+    assert "either --mask or --sparsity" in done.output

@@ -98,11 +98,15 @@ class AttentionPlan:
         return self.kept / (self.heads * self.queries * self.keys)
 
     @property
+    def computed(self) -> int:
+        """Entries that the tiles compute."""
+        return self.tile * len(self.by_query.columns)
+
+    @property
     def area(self) -> float:
         """Entries that the tiles compute over all entries; `density` where nothing is in
         vain, above 1 where padding outweighs what is skipped."""
-        entries = self.heads * self.queries * self.keys
-        return self.tile * len(self.by_query.columns) / entries
+        return self.computed / (self.heads * self.queries * self.keys)
 
     @property
     def device(self) -> torch.device:

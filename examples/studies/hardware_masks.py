@@ -35,14 +35,14 @@ from sievit.sparsify import (
     threshold,
     token_features,
 )
-from sievit.sparsify.hardware_masks import HardwareMask, grid_order, kept_mass, tile_area, tiles
+from sievit.sparsify.hardware_masks import HardwareMask, block_orders, kept_mass, tile_area, tiles
 from sievit.workload import AttentionMask
 
 SPARSITIES, RECOVERED = (0.7, 0.8, 0.9, 0.95), 0.9
 FAIRNESS = (0.0, 0.5, 1.0)
 MIN_KEPT = (50, 128, 200, WHOLE_COLUMNS)
-ROWS, BLOCK = 32, (4, 8)
-"""Queries of a GPU kernel's tile, natural order or blocks of the token grid."""
+ROWS = 32
+"""Queries of a GPU kernel's tile, in natural order or in blocks of the token grid."""
 COSTS = ("cycles", "tile area")
 
 
@@ -61,7 +61,7 @@ class Study:
         self.maps = average_attention(self.model, batches(crops, BATCH))
         self.workload = trace(self.model, SIZE)
         self.steps, self.out = steps, out
-        orders = [grid_order((SIZE // 14, SIZE // 14), BLOCK)]
+        orders = block_orders([layer.shape[1] for layer in self.maps], ROWS)
         self.costs = {
             "cycles": attention_cycles(self.workload),
             "tile area": tile_area(ROWS, orders),

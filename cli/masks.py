@@ -1,0 +1,131 @@
+"""`sievit masks`: masks alone, by sparsity, by attention mass or by what they cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import (
+    DEFAULT_MODEL,
+    Granularity,
+    HardwareName,
+    Images,
+    ImageSize,
+    Limit,
+    Model,
+    Quiet,
+    Seed,
+    Sparsity,
+    Theta,
+    Weights,
+    block_shape,
+    hardware_named,
+    load_network,
+    load_photos,
+    weights_source,
+)
+from .terminal import OUT, check_writable, one_line_errors, progress_bars
+
+if TYPE_CHECKING:
+    from ..sparsify import HardwareMask
+
+
+def masks(
+    out: Annotated[Path, typer.Argument(help="Mask file to write, .npz.")],
+    model: Model = DEFAULT_MODEL,
+    weights: Weights = None,
+    images: Images = None,
+    limit: Limit = 512,
+    image_size: ImageSize = 224,
+    sparsity: Sparsity = None,
+    theta: Theta = None,
+    granularity: Granularity = "1x1",
+    cycles: Annotated[
+        float | None,
+        typer.Option(help="Most attention within so many simulated cycles; instead of sparsity."),
+    ] = None,
+    tile_entries: Annotated[
+        float | None,
+        typer.Option(
+            help="Most attention within so many entries that a GPU kernel computes which gathers "
+            "keys for tiles of queries; instead of sparsity."
+        ),
+    ] = None,
+    tile: Annotated[int, typer.Option(help="Queries of such a tile: 16, 32 or 64.")] = 32,
+    hardware: HardwareName = "vitcod",
+    learn_crops: Annotated[int, typer.Option(help="Crops for the averaged attention.")] = 64,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Learn fixed attention masks from photos and save them."""
+    with one_line_errors(quiet):
+        from ..accel.kernels.plan import TILES
+        from ..pipeline import learn_mask, learn_mask_within
+        from ..settings import Settings
+        from .tables import mask_table
+
+        given = {"sparsity": sparsity, "theta": theta}
+        given |= {"cycles": cycles, "tile-entries": tile_entries}
+        named = [f"--{name} {value:g}" for name, value in given.items() if value is not None]
+        if len(named) > 1:
+            raise ValueError(f"give one of --{', --'.join(given)}; got {' and '.join(named)}")
+        budgeted = cycles is not None or tile_entries is not None
+        if budgeted and granularity != "1x1":
+            raise ValueError(f"--granularity {granularity} goes with --sparsity or --theta")
+        if out.suffix != ".npz":
+            raise ValueError(f"the mask file must end in .npz, got {str(out)!r}")
+        settings = Settings(
+            image_size=image_size,
+            sparsity=0.9 if sparsity is None and theta is None else sparsity,
+            theta=theta,
+            granularity=block_shape(granularity),
+            learn_crops=learn_crops,
+            seed=seed,
+        )
+        if tile not in TILES:
+            raise ValueError(f"--tile must be one of {', '.join(map(str, TILES))}, got {tile}")
+        machine = hardware_named(hardware)
+        check_writable(out.parent)
+        photos = load_photos(images, None, limit)
+        network, _ = load_network(model, weights_source(model, weights))
+        with progress_bars(quiet) as progress:
+            if not budgeted:
+                mask, said = learn_mask(network, photos, settings, progress), None
+            else:
+                found = learn_mask_within(
+                    network,
+                    photos,
+                    cycles,
+                    settings,
+                    machine,
+                    progress,
+                    tile_entries=tile_entries,
+                    tile=tile,
+                )
+                mask, said = found.mask, _said(found, None if tile_entries is None else tile)
+        mask.save(out)
+        if not quiet:
+            OUT.print(mask_table(mask))
+            if said:
+                OUT.print(said, highlight=False)
+
+
+def _said(found: HardwareMask, tile: int | None) -> str:
+    """What the mask costs and keeps, and what to do with it."""
+    kept = f"{found.mass:.1%} of the attention mass kept."
+    if tile is None:
+        from ..networks import WHOLE_COLUMNS
+
+        return (
+            f"{found.cost:,.0f} simulated cycles of attention, {kept} Simulate it with --min-kept "
+            f"{WHOLE_COLUMNS}, under which keys that all queries keep are global."
+        )
+    from ..accel.kernels import plan_layers
+
+    computed = sum(plan.computed for plan in plan_layers(found.mask, tile=tile))
+    return (
+        f"{found.cost:,.0f} entries in tiles of {tile} queries, {kept} The GPU kernel's plan "
+        f"computes {computed:,.0f}."
+    )
