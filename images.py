@@ -22,11 +22,40 @@ if TYPE_CHECKING:
     import torch
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+Channels = tuple[float, float, float]
+"""Red, green, blue."""
 
 SAMPLES_TO_LEARN_FROM = ("astronaut", "camera", "clock", "coffee", "stereo_motorcycle")
 SAMPLES_TO_JUDGE_ON = ("cat", "coins", "rocket")
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Pixels in [0, 1] as a model wants them: (pixel - ``mean``) / ``std``, by default those
+    of ImageNet, which DeiT, DINOv2 and torchvision expect."""
+
+    mean: Channels = (0.485, 0.456, 0.406)
+    std: Channels = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            values = tuple(float(value) for value in getattr(self, name))
+            if len(values) != 3 or (name == "std" and min(values) <= 0):
+                above = ", each above 0" if name == "std" else ""
+                raise ValueError(f"{name} has 3 channels{above}, got {values}")
+            object.__setattr__(self, name, values)
+
+
+IMAGENET = Normalization()
+NORMALIZATIONS = {
+    "imagenet": IMAGENET,
+    "inception": Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "clip": Normalization(
+        (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    ),
+}
+"""By the names that timm and others use: "inception" is of the original ViTs and of timm's
+"augreg", "clip" of OpenAI's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,20 +208,21 @@ def _crop(array: np.ndarray, box: Box, size: int) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def normalize(crops: np.ndarray) -> torch.Tensor:
-    """uint8 [n, height, width, 3] -> float32 [n, 3, height, width] by ImageNet's mean and
-    standard deviation, as DeiT and DINOv2 expect."""
+def normalize(crops: np.ndarray, by: Normalization = IMAGENET) -> torch.Tensor:
+    """uint8 [n, height, width, 3] -> float32 [n, 3, height, width]."""
     import torch
 
     images = torch.from_numpy(np.ascontiguousarray(crops.transpose(0, 3, 1, 2))).float() / 255
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (by.mean, by.std))
     return (images - mean) / std
 
 
-def batches(crops: np.ndarray, batch_size: int) -> Iterator[torch.Tensor]:
+def batches(
+    crops: np.ndarray, batch_size: int, by: Normalization = IMAGENET
+) -> Iterator[torch.Tensor]:
     """Normalised batches, in order."""
     for start in range(0, len(crops), batch_size):
-        yield normalize(crops[start : start + batch_size])
+        yield normalize(crops[start : start + batch_size], by)
 
 
 def endless_crops(
@@ -202,6 +232,7 @@ def endless_crops(
     seed: int,
     start: int = 0,
     labels: Sequence[int] | None = None,
+    by: Normalization = IMAGENET,
 ) -> Iterator[torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
     """Normalised random crops without end: each pass takes the photos in a new order.
 
@@ -216,7 +247,7 @@ def endless_crops(
         orders = {turn: _order(seed, turn, len(photos)) for turn in turns}
         chosen = [orders[p // len(photos)][p % len(photos)] for p in places]
         generator = np.random.default_rng((seed, 1, index))
-        images = normalize(random_crops(photos.take(chosen), size, batch_size, generator))
+        images = normalize(random_crops(photos.take(chosen), size, batch_size, generator), by)
         yield images if labels is None else (images, torch.tensor([labels[c] for c in chosen]))
 
 

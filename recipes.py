@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .ae import Reconstruction, attach_codec, fit_codecs, fold, head_moments
 from .attachments import Attachments
-from .images import Photos, batches, endless_crops, random_crops
+from .images import IMAGENET, Normalization, Photos, batches, endless_crops, random_crops
 from .masks import AttentionMask
 from .models import prefix_tokens
 from .models.features import as_logits
@@ -51,6 +51,7 @@ class TrainSettings:
     """
 
     image_size: int = 224
+    normalization: Normalization = IMAGENET
     sparsity: float = 0.9
     mode: str = "mask"
     latent_heads: int | None = None
@@ -170,12 +171,8 @@ class _Training:
         """The mask given, or one from the attention of the student as it stands now."""
         if self.given is not None:
             return self.given
-        generator = np.random.default_rng(self.settings.seed)
-        crops = random_crops(
-            self.photos, self.settings.image_size, self.settings.learn_crops, generator
-        )
         self.progress("averaging attention", 0.0)
-        self.maps = average_attention(self.student, batches(crops, self.settings.batch_size))
+        self.maps = average_attention(self.student, self._learn_batches())
         self.progress("averaging attention", 1.0)
         prefix = prefix_tokens(self.student)
         self.mask = threshold(self.maps, sparsity=self.settings.sparsity, prefix_tokens=prefix)
@@ -184,10 +181,8 @@ class _Training:
     def put_codec(self) -> None:
         """Codecs in closed form, their turn folded into the student where it can be."""
         settings = self.settings
-        generator = np.random.default_rng(settings.seed)
-        crops = random_crops(self.photos, settings.image_size, settings.learn_crops, generator)
         self.progress("fitting the codec", 0.0)
-        moments = head_moments(self.student, batches(crops, settings.batch_size))
+        moments = head_moments(self.student, self._learn_batches())
         codecs = fit_codecs(moments, settings.latent_heads, settings.groups).codecs
         try:
             fold(self.student, codecs, settings.image_size)
@@ -233,14 +228,28 @@ class _Training:
         codecs = None if self.codec_term is None else self.codec_term.codecs
         settings = self.settings
         attachments = Attachments(settings.image_size, self.mask, codecs, asdict(settings))
-        return SparseModel(self.student, attachments, self.logs, self.classes)
+        return SparseModel(
+            self.student, attachments, self.logs, self.classes, settings.normalization
+        )
+
+    def _learn_batches(self) -> Iterator[Tensor]:
+        """Crops for the averaged attention and the codec's closed form."""
+        settings, generator = self.settings, np.random.default_rng(self.settings.seed)
+        crops = random_crops(self.photos, settings.image_size, settings.learn_crops, generator)
+        return batches(crops, settings.batch_size, settings.normalization)
 
     def _stream(self, start: int) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
         """This process's micro-batches from the ``start``-th on."""
         settings, several = self.settings, world_size()
         micro = settings.batch_size // settings.accumulate
         crops = endless_crops(
-            self.photos, settings.image_size, micro, settings.seed + 1, start, self.labels
+            self.photos,
+            settings.image_size,
+            micro,
+            settings.seed + 1,
+            start,
+            self.labels,
+            settings.normalization,
         )
         for batch in crops:
             if isinstance(batch, Tensor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .images import IMAGENET, Normalization
 from .masks import PUBLISHED_MIN_KEPT
 from .models.recipe import Recipe
 
@@ -16,6 +17,7 @@ class Settings:
     """Settings of `sievit.pipeline.codesign`; checks itself.
 
     image_size         side of the crops, pixels
+    normalization      of the pixels, as the model was trained with
     sparsity, theta    of the mask rule "information": exactly one of them
     granularity        (queries, keys) of a block that is kept or pruned as one
     min_kept           a key is global when more queries keep it (ViTCoD: 50)
@@ -35,6 +37,7 @@ class Settings:
     """
 
     image_size: int = 224
+    normalization: Normalization = IMAGENET
     sparsity: float | None = 0.9
     theta: float | None = None
     granularity: tuple[int, int] = (1, 1)

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from .attachments import Attachments
-from .images import Photos, batches, center_crops
+from .images import IMAGENET, Normalization, Photos, batches, center_crops
 from .models.training import Trained
 from .result import save_weights, versions, write_json
 from .sparsify import Fidelity, accuracy, attach, judge, token_features
@@ -24,13 +24,17 @@ BATCH = 16
 
 @dataclass(frozen=True, eq=False)
 class SparseModel:
-    """A trained model, what is attached to it, the log of each stage, and its ``classes``,
-    names in the order of its logits, where it was trained on labels."""
+    """A trained model, what is attached to it, and the log of each stage.
+
+    classes        names in the order of its logits, where it was trained on labels
+    normalization  of its images
+    """
 
     model: nn.Module
     attachments: Attachments
     logs: dict[str, Trained]
     classes: tuple[str, ...] | None = None
+    normalization: Normalization = IMAGENET
 
     def judge(
         self,
@@ -48,7 +52,7 @@ class SparseModel:
         raises ValueError for photos of another class.
         """
         progress("judging", 0.0)
-        judging = _Judging(dense, photos, self.attachments.image_size, self.classes)
+        judging = _Judging(self, dense, photos)
         rows = {}
         if self.classes is not None:
             rows["dense"] = judging.row(dense)
@@ -67,9 +71,9 @@ class SparseModel:
 
     def _in_integers(self, judging: _Judging, photos: Photos) -> dict[str, Fidelity]:
         step = -(-len(photos) // BATCH)
-        crops = center_crops(photos.take(list(range(0, len(photos), step))), judging.size)
+        some = judging.batches(photos.take(list(range(0, len(photos), step))))
         try:
-            with self.attachments.attach_int8(self.model, batches(crops, BATCH)):
+            with self.attachments.attach_int8(self.model, some):
                 return {"as above, attention in int8": judging.row(self.model)}
         except ValueError as error:
             warnings.warn(f"not judged in integers: {error}", stacklevel=3)
@@ -97,13 +101,16 @@ class SparseModel:
 class _Judging:
     """Crops to judge on, with the dense model's tokens and their classes."""
 
-    def __init__(
-        self, dense: nn.Module, photos: Photos, size: int, classes: Sequence[str] | None
-    ) -> None:
-        self.size = size
+    def __init__(self, found: SparseModel, dense: nn.Module, photos: Photos) -> None:
+        self.size, self.by = found.attachments.image_size, found.normalization
+        classes = found.classes
         self.labels = None if classes is None else class_labels(photos, classes)[1]
-        self.crops: list[Tensor] = list(batches(center_crops(photos, size), BATCH))
+        self.crops = self.batches(photos)
         self.dense = token_features(dense, self.crops)
+
+    def batches(self, photos: Photos) -> list[Tensor]:
+        """Their central crops."""
+        return list(batches(center_crops(photos, self.size), BATCH, self.by))
 
     def row(self, model: nn.Module) -> Fidelity:
         found = judge(model, self.dense, self.crops, image_size=self.size)

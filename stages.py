@@ -82,6 +82,10 @@ class Run:
         self.judge_crops = _judge_crops(self.judged, settings, generator)
         self.dense: torch.Tensor | None = None  # tokens of the unchanged model
 
+    def batches(self, crops: np.ndarray) -> Iterator[torch.Tensor]:
+        """``crops`` as the model takes them."""
+        return batches(crops, self.settings.batch_size, self.settings.normalization)
+
     @contextmanager
     def stage(self, name: str) -> Iterator[Tell]:
         begin = time.perf_counter()
@@ -96,7 +100,7 @@ class Run:
         with self.stage("averaging attention") as tell:
             return average_attention(
                 self.model,
-                batches(crops, self.settings.batch_size),
+                self.batches(crops),
                 progress=lambda done: tell(done / len(crops)),
             )
 
@@ -116,7 +120,7 @@ class Run:
         """Codecs as the settings want them, and unturned ones to compare with."""
         settings = self.settings
         with self.stage("fitting the codec") as tell:
-            moments = head_moments(self.model, batches(self.learn_crops, settings.batch_size))
+            moments = head_moments(self.model, self.batches(self.learn_crops))
             latent, groups, layers = settings.latent_heads, settings.groups, len(moments)
             plain = fit_codecs(moments, latent, groups, turn=False)
             if not settings.turn:
@@ -126,7 +130,7 @@ class Run:
 
     def judge(self, changed: nn.Module) -> Fidelity:
         """Fidelity of ``changed`` as it stands, against the dense model."""
-        crops = batches(self.judge_crops, self.settings.batch_size)
+        crops = self.batches(self.judge_crops)
         return judge(changed, self.dense, crops, self.saliency, self.settings.image_size)
 
     def judge_masks(self, mask: AttentionMask) -> None:
@@ -138,7 +142,7 @@ class Run:
             "learned mask": mask,
         }
         with self.stage("judging masks") as tell:
-            crops = batches(self.judge_crops, self.settings.batch_size)
+            crops = self.batches(self.judge_crops)
             self.dense = token_features(self.model, crops)
             for index, (name, variant) in enumerate(variants.items()):
                 with attach(self.model, variant, image_size=self.settings.image_size):
@@ -160,7 +164,9 @@ class Run:
         """A copy of the model with mask and codecs in it, trained and judged step by step."""
         settings = self.settings
         size, suffix = settings.image_size, " + codec" if codecs else ""
-        stream = endless_crops(self.learn, size, settings.batch_size, settings.seed + 1)
+        stream = endless_crops(
+            self.learn, size, settings.batch_size, settings.seed + 1, by=settings.normalization
+        )
         student = copy.deepcopy(self.model)
         codec_log = recovery_log = None
         if codecs:
@@ -209,7 +215,7 @@ class Run:
                     listener=lambda step, rate, terms, share: tell(share),
                 )
         with self.stage("judging mask and codec"):
-            some = batches(self.judge_crops[: self.settings.batch_size], self.settings.batch_size)
+            some = self.batches(self.judge_crops[: self.settings.batch_size])
             self.codec_errors = codec_errors(student, codecs.codecs, some, size)
             attach_codec(student, codecs.codecs, size)
             self.fidelity["learned mask + codec"] = self.judge(student)
@@ -229,7 +235,7 @@ class Run:
         bare = copy.deepcopy(self.model)
         bare.load_state_dict(student.state_dict())
         with self.stage("judging in integers"):
-            some = batches(self.learn_crops[:INT8_CROPS], self.settings.batch_size)
+            some = self.batches(self.learn_crops[:INT8_CROPS])
             try:
                 widths = arithmetic_of(hardware)
                 with attached.attach_int8(bare, some, widths):

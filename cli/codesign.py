@@ -17,6 +17,7 @@ from .options import (
     Limit,
     MinKept,
     Model,
+    PixelNormalization,
     Quiet,
     Seed,
     Sparsity,
@@ -27,6 +28,7 @@ from .options import (
     hardware_named,
     load_network,
     load_photos,
+    normalization_named,
     weights_source,
 )
 from .terminal import OUT, check_writable, one_line_errors, progress_bars
@@ -43,6 +45,7 @@ def codesign(
     judge_images: JudgeImages = None,
     limit: Limit = 512,
     image_size: ImageSize = 224,
+    normalization: PixelNormalization = "auto",
     sparsity: Sparsity = None,
     theta: Theta = None,
     granularity: Granularity = "1x1",
@@ -80,8 +83,10 @@ def codesign(
     with one_line_errors(quiet):
         from ..settings import Settings
 
+        source = weights_source(model, weights)
         settings = Settings(
             image_size=image_size,
+            normalization=normalization_named(normalization, source),
             sparsity=0.9 if sparsity is None and theta is None else sparsity,
             theta=theta,
             granularity=block_shape(granularity),
@@ -102,7 +107,7 @@ def codesign(
         )
         _run_codesign(
             model,
-            weights,
+            source,
             load_photos(images, judge_images, limit),
             settings,
             hardware,
@@ -114,7 +119,7 @@ def codesign(
 
 def _run_codesign(
     model: str,
-    weights: str | None,
+    source: str | None,
     photos: tuple[Photos, Photos] | Photos | None,
     settings: Settings,
     hardware: str,
@@ -126,7 +131,6 @@ def _run_codesign(
     from .tables import codesign_tables
 
     check_writable(out)
-    source = weights_source(model, weights)
     network, saliency = load_network(model, source)
     with progress_bars(quiet) as progress:
         result = run(

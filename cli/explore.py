@@ -27,6 +27,7 @@ from .options import (
     hardware_named,
     load_network,
     load_photos,
+    normalization_named,
     profile_named,
     saved_mask,
     simulators_named,
@@ -253,10 +254,15 @@ def _learned(
     from ..settings import Settings
 
     photos = load_photos(learning.images, None, learning.limit)
-    network, _ = load_network(name, weights_source(name, learning.weights))
+    source = weights_source(name, learning.weights)
+    network, _ = load_network(name, source)
     size = image_size or getattr(network, "image_size", None) or 224
     settings = Settings(
-        image_size=size, sparsity=sparsities[0], learn_crops=learning.crops, seed=learning.seed
+        image_size=size,
+        normalization=normalization_named("auto", source),
+        sparsity=sparsities[0],
+        learn_crops=learning.crops,
+        seed=learning.seed,
     )
     return learn_masks(network, photos, sparsities, settings, progress)
 

@@ -15,6 +15,7 @@ from .options import (
     ImageSize,
     Limit,
     Model,
+    PixelNormalization,
     Quiet,
     Seed,
     Sparsity,
@@ -24,6 +25,7 @@ from .options import (
     hardware_named,
     load_network,
     load_photos,
+    normalization_named,
     weights_source,
 )
 from .terminal import OUT, check_writable, one_line_errors, progress_bars
@@ -39,6 +41,7 @@ def masks(
     images: Images = None,
     limit: Limit = 512,
     image_size: ImageSize = 224,
+    normalization: PixelNormalization = "auto",
     sparsity: Sparsity = None,
     theta: Theta = None,
     granularity: Granularity = "1x1",
@@ -76,8 +79,10 @@ def masks(
             raise ValueError(f"--granularity {granularity} goes with --sparsity or --theta")
         if out.suffix != ".npz":
             raise ValueError(f"the mask file must end in .npz, got {str(out)!r}")
+        source = weights_source(model, weights)
         settings = Settings(
             image_size=image_size,
+            normalization=normalization_named(normalization, source),
             sparsity=0.9 if sparsity is None and theta is None else sparsity,
             theta=theta,
             granularity=block_shape(granularity),
@@ -89,7 +94,7 @@ def masks(
         machine = hardware_named(hardware)
         check_writable(out.parent)
         photos = load_photos(images, None, limit)
-        network, _ = load_network(model, weights_source(model, weights))
+        network, _ = load_network(model, source)
         with progress_bars(quiet) as progress:
             if not budgeted:
                 mask, said = learn_mask(network, photos, settings, progress), None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 if TYPE_CHECKING:
-    from ..images import Photos
+    from ..images import Normalization, Photos
     from ..masks import AttentionMask
     from ..workload import HeadCodec
 
@@ -33,6 +33,14 @@ JudgeImages = Annotated[
 ]
 Limit = Annotated[int, typer.Option(min=2, help="At most this many photos of a folder.")]
 ImageSize = Annotated[int, typer.Option(help="Side of the crops in pixels.")]
+PixelNormalization = Annotated[
+    str,
+    typer.Option(
+        "--normalization",
+        help="Of pixels: imagenet, inception (mean and deviation 0.5), clip or auto: as timm "
+        "or Hugging Face say for their weights, else imagenet.",
+    ),
+]
 Sparsity = Annotated[
     float | None, typer.Option(help="Share of attention entries to prune, in [0, 1).")
 ]
@@ -102,6 +110,20 @@ def weights_source(model: str, weights: str | None) -> str | None:
         )
     source = DEFAULT_WEIGHTS if weights is None else weights
     return None if source == "random" else source
+
+
+def normalization_named(name: str, source: str | None) -> Normalization:
+    """By name, or as the package says that ``source`` names."""
+    from ..images import IMAGENET, NORMALIZATIONS, Normalization
+    from ..models.weights import input_statistics
+
+    if name == "auto":
+        found = None if source is None else input_statistics(source)
+        return IMAGENET if found is None else Normalization(*found)
+    if name not in NORMALIZATIONS:
+        known = ", ".join(NORMALIZATIONS)
+        raise ValueError(f"--normalization must be auto or one of {known}, got {name!r}")
+    return NORMALIZATIONS[name]
 
 
 def load_network(model: str, source: str | None) -> tuple[Any, Any]:

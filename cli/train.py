@@ -13,11 +13,13 @@ from .options import (
     JudgeImages,
     Limit,
     Model,
+    PixelNormalization,
     Quiet,
     Seed,
     Weights,
     load_network,
     load_photos,
+    normalization_named,
     saved_mask,
     weights_source,
 )
@@ -80,6 +82,7 @@ def train(
         typer.Option("--recompute", help="Recompute blocks in the backward pass."),
     ] = False,
     image_size: ImageSize = 224,
+    normalization: PixelNormalization = "auto",
     learn_crops: Annotated[int, typer.Option(help="Crops for the averaged attention.")] = 128,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
@@ -98,8 +101,10 @@ def train(
             raise ValueError(
                 f"give either --mask or --sparsity: a mask has its own, got {sparsity} too"
             )
+        source = weights_source(model, weights)
         settings = TrainSettings(
             image_size=image_size,
+            normalization=normalization_named(normalization, source),
             sparsity=0.9 if sparsity is None else sparsity,
             mode=mode,
             latent_heads=latent_heads,
@@ -121,7 +126,7 @@ def train(
         )
         check_writable(out)
         keep = saved_mask(mask).mask
-        network, _ = load_network(model, weights_source(model, weights))
+        network, _ = load_network(model, source)
         photos = load_photos(images, judge_images, limit)
         _run(network.to(_device(device)), photos, settings, keep, out, quiet)
 

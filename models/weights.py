@@ -74,6 +74,27 @@ def load_pretrained(model: nn.Module, pretrained: str | os.PathLike[str]) -> Loa
     return load_weights(model, stored_weights(pretrained), str(pretrained))
 
 
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation, a channel each."""
+
+
+def input_statistics(pretrained: str | os.PathLike[str]) -> Statistics | None:
+    """What pixels in [0, 1] are normalised by for these weights, as the package of
+    ``'timm:NAME'`` or ``'hf:NAME'`` says; None for files, which say nothing."""
+    kind, _, name = str(pretrained).partition(":")
+    if kind == "timm" and name:
+        config = _package("timm", pretrained).get_pretrained_cfg(name)
+        return None if config is None else (tuple(config.mean), tuple(config.std))
+    if kind == "hf" and name:
+        processors = _package("transformers", pretrained).AutoImageProcessor
+        try:
+            found = processors.from_pretrained(name)
+        except (OSError, ValueError):  # no processor beside these weights
+            return None
+        return tuple(found.image_mean), tuple(found.image_std)
+    return None
+
+
 def classes_in(stored: Mapping[str, Tensor], build: Callable[..., nn.Module]) -> int:
     """How many classes the head in ``stored`` tells apart; 0 where it has none.
 

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from sievit.images import (
+    NORMALIZATIONS,
+    Normalization,
     Photos,
     batches,
     center_crops,
@@ -107,6 +109,23 @@ def test_batches_are_normalised_and_complete(folder):
     expected = (pixel - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     assert parts[1][0, :, 5, 6].numpy() == pytest.approx(expected, abs=1e-5)
     assert normalize(crops).shape == (3, 3, 28, 28)
+
+
+def test_pixels_are_normalised_as_the_model_was_trained(folder):
+    crops = center_crops(load_folder(folder), 16)
+    pixels = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255
+    by = NORMALIZATIONS["inception"]
+    assert torch.allclose(normalize(crops, by), pixels * 2 - 1, atol=1e-6)
+    other = Normalization((0.1, 0.2, 0.3), (0.5, 0.25, 1.0))
+    found = torch.cat(list(batches(crops, 2, other)))
+    assert torch.allclose(found[:, 2], pixels[:, 2] - 0.3)
+    assert torch.allclose(found[:, 1], (pixels[:, 1] - 0.2) * 4)
+    streams = [next(endless_crops(load_folder(folder), 16, 2, 0, by=b)) for b in (by, other)]
+    assert torch.allclose((streams[0][:, 2] + 1) / 2 - 0.3, streams[1][:, 2], atol=1e-6)
+    with pytest.raises(ValueError, match="std has 3 channels, each above 0"):
+        Normalization(std=(0.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match=r"mean has 3 channels, got \(0\.5,\)"):
+        Normalization(mean=(0.5,))
 
 
 def test_endless_crops_use_every_photo_in_each_pass():

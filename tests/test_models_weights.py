@@ -13,7 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from sievit.cli.options import normalization_named
+from sievit.images import NORMALIZATIONS
 from sievit.models import SaliencyDecoder, create, load_weights
+from sievit.models.weights import input_statistics
 
 TINY = {"dim": 12, "depth": 2, "heads": 3, "image_size": 32}
 
@@ -329,6 +332,31 @@ def test_weights_through_timm_and_hugging_face(monkeypatch):
         assert torch.equal(fresh.blocks[1].attn.qkv.weight, model.blocks[1].attn.qkv.weight)
         with pytest.raises(OSError, match=r"'other' \(no route to the hub\)$"):
             create("vit_tiny", pretrained=f"{kind}:other", **settings)
+
+
+def test_packages_say_what_their_weights_were_trained_with(monkeypatch):
+    half = (0.5, 0.5, 0.5)
+    known = {"small": types.SimpleNamespace(mean=half, std=half)}
+    monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(get_pretrained_cfg=known.get))
+
+    class Processor:
+        @staticmethod
+        def from_pretrained(name):
+            if name != "small":
+                raise OSError("no such file")
+            return types.SimpleNamespace(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+    hub = types.SimpleNamespace(AutoImageProcessor=Processor)
+    monkeypatch.setitem(sys.modules, "transformers", hub)
+    for kind in ("timm", "hf"):
+        assert input_statistics(f"{kind}:small") == (half, half)
+        assert input_statistics(f"{kind}:other") is None
+    assert input_statistics("weights.pth") is None
+    assert normalization_named("auto", "timm:small") == NORMALIZATIONS["inception"]
+    assert normalization_named("auto", "weights.pth") == NORMALIZATIONS["imagenet"]
+    assert normalization_named("clip", "timm:small") == NORMALIZATIONS["clip"]
+    with pytest.raises(ValueError, match="must be auto or one of imagenet, inception, clip"):
+        normalization_named("half", None)
 
 
 # ------------------------------------------------------------------- the saliency decoder

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from sievit.ae import QKCodec
 from sievit.attachments import Attachments
 from sievit.cli import app
-from sievit.images import Photos, batches, center_crops
+from sievit.images import IMAGENET, NORMALIZATIONS, Photos, batches, center_crops
 from sievit.masks import AttentionMask
 from sievit.models import create
 from sievit.recipes import TrainSettings, train_sparse
@@ -190,6 +190,33 @@ def test_labelled_training_reports_accuracy_and_the_machines_integers():
     strange = Photos(("c/1.png",), photos(1).arrays)
     with pytest.raises(ValueError, match=r"'c/1.png' is of none of the classes a, b"):
         found.judge(model, strange)
+
+
+@pytest.mark.parametrize("mode", ["mask", "joint"])
+def test_images_are_normalised_everywhere_or_nowhere(mode):
+    """A model whose stem takes back what another normalization does trains alike."""
+    half = NORMALIZATIONS["inception"]
+    plain, moved = network(), network()
+    weight, bias = moved.patch_embed.proj.weight, moved.patch_embed.proj.bias
+    scale = torch.tensor(half.std) / torch.tensor(IMAGENET.std)
+    shift = (torch.tensor(half.mean) - torch.tensor(IMAGENET.mean)) / torch.tensor(IMAGENET.std)
+    with torch.no_grad():
+        bias += (weight * shift.view(1, 3, 1, 1)).sum((1, 2, 3))
+        weight *= scale.view(1, 3, 1, 1)
+    settings = replace(SMALL, mode=mode, block_weight=0.0)
+    logs = [
+        train_sparse(model, photos(), replace(settings, normalization=by))
+        for model, by in ((plain, IMAGENET), (moved, half))
+    ]
+    for stage, log in logs[0].logs.items():
+        assert logs[1].logs[stage].losses == pytest.approx(log.losses, rel=0.1)
+    rows = [
+        found.judge(model, photos(3), learned_from=photos(3))
+        for found, model in zip(logs, (plain, moved), strict=True)
+    ]
+    assert list(rows[0]) == list(rows[1])
+    for name, row in rows[0].items():
+        assert rows[1][name].patch_cosine == pytest.approx(row.patch_cosine, abs=0.01)
 
 
 def test_classes_come_from_folders():
