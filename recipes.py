@@ -25,7 +25,7 @@ from .masks import AttentionMask
 from .models import prefix_tokens
 from .models.features import as_logits
 from .models.objectives import TokenLoss
-from .models.processes import rank, world_size
+from .models.processes import agreed, rank, world_size
 from .models.recipe import Recipe
 from .models.training import Checkpointing, Trained
 from .sparse_model import Progress, SparseModel, class_labels
@@ -172,7 +172,7 @@ class _Training:
         if self.given is not None:
             return self.given
         self.progress("averaging attention", 0.0)
-        self.maps = average_attention(self.student, self._learn_batches())
+        self.maps = agreed(average_attention(self.student, self._learn_batches()))
         self.progress("averaging attention", 1.0)
         prefix = prefix_tokens(self.student)
         self.mask = threshold(self.maps, sparsity=self.settings.sparsity, prefix_tokens=prefix)

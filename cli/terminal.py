@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 OUT = Console(soft_wrap=False)
 ERR = Console(stderr=True)
+FIRST = os.environ.get("RANK", "0") == "0"
+"""Of processes that `torchrun` started, the first alone speaks of what all find."""
 
 
 @contextlib.contextmanager
@@ -40,7 +43,7 @@ def one_line_errors(quiet: bool = False) -> Iterator[None]:
 @contextlib.contextmanager
 def _logged(quiet: bool) -> Iterator[None]:
     logger, handler = logging.getLogger("sievit"), _Notes()
-    if not quiet:
+    if FIRST and not quiet:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
     try:
@@ -57,7 +60,10 @@ class _Notes(logging.Handler):
 
 
 def _show_warning(message: Warning | str, *_details: Any, **_more: Any) -> None:
-    ERR.print(f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if FIRST:
+        ERR.print(
+            f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 def check_writable(folder: Path) -> None:

@@ -128,11 +128,12 @@ def train(
         keep = saved_mask(mask).mask
         network, _ = load_network(model, source)
         photos = load_photos(images, judge_images, limit)
-        _run(network.to(_device(device)), photos, settings, keep, out, quiet)
+        _run(network, _device(device), photos, settings, keep, out, quiet)
 
 
 def _run(
     network: Any,
+    device: Any,
     photos: tuple[Photos, Photos] | Photos | None,
     settings: TrainSettings,
     mask: AttentionMask | None,
@@ -144,7 +145,8 @@ def _run(
     from ..recipes import train_sparse
 
     learn, judged = photo_sets(photos)
-    with joined():
+    with joined(device):
+        network.to(device)
         first = rank() == 0
         with progress_bars(quiet or not first) as progress:
             found = train_sparse(network, learn, settings, out, progress, mask=mask)
@@ -173,9 +175,11 @@ def _report(found: SparseModel, rows: dict[str, Any], paths: tuple[Path, ...], o
 def _device(name: str) -> Any:
     import torch
 
+    from ..models.processes import own_device
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(name)
+        return own_device(name)
     except RuntimeError:
         raise ValueError(f"--device must be cpu, cuda or auto, got {name!r}") from None

@@ -12,13 +12,27 @@ import torch.distributed as dist
 from torch import nn
 
 
+def own_device(name: str) -> torch.device:
+    """The device called ``name``; of several GPUs "cuda" is this process's own.
+
+    Raises RuntimeError for a name that torch does not know.
+    """
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
-    """Join the other processes where `torchrun` started several; leave them at the end."""
+def joined(device: torch.device) -> Iterator[None]:
+    """Join the other processes where `torchrun` started several; leave them at the end.
+    ``device`` is where this process trains."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
     finally:
@@ -30,7 +44,7 @@ def several() -> bool:
 
 
 def rank() -> int:
-    return dist.getrank() if several() else 0
+    return dist.get_rank() if several() else 0
 
 
 def world_size() -> int:
@@ -63,3 +77,13 @@ def from_first(value: float, device: torch.device) -> float:
     shared = torch.tensor([value], dtype=torch.float64, device=device)
     dist.broadcast(shared, 0)
     return float(shared)
+
+
+def agreed(value: Any) -> Any:
+    """The first process's ``value`` (picklable) in every process: what each computes for
+    itself may differ in the last bit."""
+    if not several():
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared, 0)
+    return shared[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -284,15 +286,21 @@ def test_the_log_goes_to_tensorboard_where_it_is_installed(tmp_path, monkeypatch
     assert told == [str(tmp_path), ("rate", 0.5, 3), ("tokens", 1.25, 3), "closed"]
 
 
-def test_the_command_trains_and_says_what_it_wrote(tmp_path):
+@pytest.fixture
+def training(tmp_path) -> list[str]:
+    """Arguments of a short `sievit train`, all but --out."""
     folder = tmp_path / "photos"
     for name, array in zip(photos(8).names, photos(8).arrays, strict=True):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(array).save(path)
-    arguments = ["train", "--images", str(folder), "--model", "deit_tiny", "--weights", "random",
-                 "--image-size", "64", "--learn-crops", "4", "--steps", "2", "--batch-size", "2",
-                 "--out", str(tmp_path / "out")]  # fmt: skip
+    return ["train", "--images", str(folder), "--model", "deit_tiny", "--weights", "random",
+            "--image-size", "64", "--learn-crops", "4", "--steps", "2",
+            "--batch-size", "2"]  # fmt: skip
+
+
+def test_the_command_trains_and_says_what_it_wrote(training, tmp_path):
+    arguments = [*training, "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert "mask, trained" in done.output
@@ -301,6 +309,36 @@ def test_the_command_trains_and_says_what_it_wrote(tmp_path):
     done = CliRunner().invoke(app, [*arguments, "--sparsity", "0.5"])
     assert done.exit_code == 1
     assert "sparsity was 0.9, is 0.5" in " ".join(done.output.split())
+
+
+def in_processes(count: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--rdzv_backend=c10d",
+               "--rdzv_endpoint=127.0.0.1:0", f"--nproc_per_node={count}", "-m",
+               "sievit.cli"]  # fmt: skip
+    return subprocess.run(
+        [*command, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_the_command_in_two_processes(training, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = in_processes(2, [*training, "--out", str(two)])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("mask, trained") == 1  # the first process alone reports
+    assert CliRunner().invoke(app, [*training, "--out", str(one)]).exit_code == 0
+    logs = [json.loads((out / "training.json").read_text()) for out in (one, two)]
+    assert logs[1]["losses"]["mask"] == pytest.approx(logs[0]["losses"]["mask"], rel=0.01)
+    masks = [Attachments.load(out / "attachments.safetensors").mask for out in (one, two)]
+    assert masks[0].shapes == masks[1].shapes
+    assert len(list((two / "mask").glob("log.csv"))) == 1
+    done = in_processes(3, [*training, "--out", str(tmp_path / "three")])
+    assert done.returncode != 0
+    assert "3 processes cannot share micro-batches of 2 photos" in done.stderr
 
 
 def test_a_trained_model_is_simulated_and_trained_further_from_its_files(tmp_path):
