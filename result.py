@@ -22,7 +22,7 @@ from torch import nn
 from . import __version__
 from .accel import Report, area, energy
 from .accel.kernels import MeasuredAttention
-from .ae import CodecErrors, ExplainedVariance
+from .ae import CodecErrors, ExplainedVariance, mean_errors
 from .attachments import Attachments
 from .figures import draw
 from .files import written_whole
@@ -49,8 +49,7 @@ class CodecSummary:
 
     def mean_errors(self) -> CodecErrors:
         """Mean over the layers."""
-        rows = [(row.q, row.k, row.attention) for row in self.errors]
-        return CodecErrors(*(sum(column) / len(rows) for column in zip(*rows, strict=True)))
+        return mean_errors(self.errors)
 
     def mean(self, turned: bool) -> ExplainedVariance:
         """Mean over the layers, with or without the free turn of the heads."""

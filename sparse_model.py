@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from .ae import CodecErrors, codec_errors
 from .attachments import Attachments
 from .images import IMAGENET, Normalization, Photos, batches, center_crops
 from .models.training import Trained
@@ -79,9 +80,24 @@ class SparseModel:
             warnings.warn(f"not judged in integers: {error}", stacklevel=3)
             return {}
 
-    def save(self, folder: Path, fidelity: Mapping[str, Fidelity]) -> tuple[Path, ...]:
+    def codec_errors(self, photos: Photos) -> tuple[CodecErrors, ...]:
+        """Of each layer, under the mask, on central crops of ``photos``; () without codecs."""
+        codecs, size = self.attachments.codecs, self.attachments.image_size
+        if codecs is None:
+            return ()
+        crops = batches(center_crops(photos, size), BATCH, self.normalization)
+        with replace(self.attachments, codecs=None).attach(self.model):
+            return codec_errors(self.model, codecs, crops, size)
+
+    def save(
+        self,
+        folder: Path,
+        fidelity: Mapping[str, Fidelity],
+        errors: Sequence[CodecErrors] = (),
+    ) -> tuple[Path, ...]:
         """Write model.safetensors, attachments.safetensors and training.json (settings,
-        losses of each stage, ``fidelity``); each whole or not at all."""
+        losses of each stage, ``fidelity``, ``errors`` of the codecs by layer); each whole
+        or not at all."""
         paths = tuple(
             folder / n for n in ("model.safetensors", "attachments.safetensors", "training.json")
         )
@@ -93,6 +109,7 @@ class SparseModel:
             "versions": versions(),
             "losses": {stage: list(log.losses) for stage, log in self.logs.items()},
             "fidelity": {name: asdict(row) for name, row in fidelity.items()},
+            "codec_errors": [asdict(row) for row in errors],
         }
         write_json(content, paths[2])
         return paths

@@ -10,7 +10,7 @@ from .adapt import FittedCodecs, attach_codec, fit_codecs, head_moments
 from .budget import latent_heads_by_layer
 from .closed_form import ExplainedVariance, HeadMoments, fit_closed_form
 from .codec import HeadLinear, QKCodec, latent_heads_for
-from .errors import CodecErrors, codec_errors
+from .errors import CodecErrors, codec_errors, mean_errors
 from .fold import fold
 from .train import Reconstruction, train_codec
 
@@ -30,5 +30,6 @@ __all__ = [
     "head_moments",
     "latent_heads_by_layer",
     "latent_heads_for",
+    "mean_errors",
     "train_codec",
 ]

@@ -8,7 +8,7 @@ before have changed already.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -90,3 +90,9 @@ def codec_errors(
     if not images:
         raise ValueError("errors of codecs are measured on images, got none")
     return tuple(CodecErrors(*row) for row in (sums / images).tolist())
+
+
+def mean_errors(rows: Sequence[CodecErrors]) -> CodecErrors:
+    """Mean over the layers."""
+    columns = zip(*map(astuple, rows), strict=True)
+    return CodecErrors(*(sum(column) / len(rows) for column in columns))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,7 @@ from .options import (
 from .terminal import OUT, check_writable, one_line_errors, progress_bars
 
 if TYPE_CHECKING:
+    from ..ae import CodecErrors
     from ..images import Photos
     from ..masks import AttentionMask
     from ..recipes import TrainSettings
@@ -153,12 +155,15 @@ def _run(
             if not first:
                 return
             rows = found.judge(network, judged, progress, learned_from=learn)
-        paths = found.save(out, rows)
+            errors = found.codec_errors(judged)
+        paths = found.save(out, rows, errors)
     if not quiet:
-        _report(found, rows, paths, out)
+        _report(found, rows, errors)
+        OUT.print(f"Written: {', '.join(p.name for p in paths)} in {out}/", highlight=False)
 
 
-def _report(found: SparseModel, rows: dict[str, Any], paths: tuple[Path, ...], out: Path) -> None:
+def _report(found: SparseModel, rows: dict[str, Any], errors: Sequence[CodecErrors]) -> None:
+    from ..ae import mean_errors
     from .tables import fidelity_table
 
     for stage, log in found.logs.items():
@@ -169,7 +174,15 @@ def _report(found: SparseModel, rows: dict[str, Any], paths: tuple[Path, ...], o
             highlight=False,
         )
     OUT.print(fidelity_table(rows))
-    OUT.print(f"Written: {', '.join(p.name for p in paths)} in {out}/", highlight=False)
+    if errors:
+        worst = max(range(len(errors)), key=lambda layer: errors[layer].attention)
+        mean = mean_errors(errors)
+        OUT.print(
+            f"Codec under the mask, mean of the layers: error Q {mean.q:.3f}, K {mean.k:.3f}, "
+            f"attention moved {mean.attention:.2f} (most in layer {worst}, "
+            f"{errors[worst].attention:.2f})",
+            highlight=False,
+        )
 
 
 def _device(name: str) -> Any:

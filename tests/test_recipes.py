@@ -170,7 +170,7 @@ def test_a_mask_that_is_given_must_fit_stay_and_be_the_same_on_resuming(tmp_path
         train_sparse(network(), photos(), SMALL, tmp_path, mask=other)
 
 
-def test_labelled_training_reports_accuracy_and_the_machines_integers():
+def test_labelled_training_reports_accuracy_and_the_machines_integers(tmp_path):
     model, learn = network(), photos(6)
     found = train_sparse(model, learn, replace(SMALL, labels=True, mode="joint"))
     assert found.classes == ("a", "b")
@@ -189,6 +189,13 @@ def test_labelled_training_reports_accuracy_and_the_machines_integers():
     with found.attachments.attach_int8(found.model, batches(center_crops(learn, 64), 8)):
         inside = token_features(found.model, crops)
     assert not torch.equal(inside, token_features(found.model, crops))
+    errors = found.codec_errors(judged)
+    assert len(errors) == 2
+    assert all(0 < row.q < 1 and 0 < row.k < 1 and 0 < row.attention < 1 for row in errors)
+    found.save(tmp_path, rows, errors)
+    saved = json.loads((tmp_path / "training.json").read_text())
+    assert saved["codec_errors"][1]["attention"] == errors[1].attention
+    assert saved["classes"] == ["a", "b"]
     strange = Photos(("c/1.png",), photos(1).arrays)
     with pytest.raises(ValueError, match=r"'c/1.png' is of none of the classes a, b"):
         found.judge(model, strange)
@@ -327,15 +334,17 @@ def in_processes(count: int, arguments: list[str]) -> subprocess.CompletedProces
 
 def test_the_command_in_two_processes(training, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
+    training = [*training, "--mode", "joint"]
     done = in_processes(2, [*training, "--out", str(two)])
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("mask, trained") == 1  # the first process alone reports
+    assert done.stdout.count("mask + codec, trained") == 1  # the first process alone reports
+    assert done.stdout.count("Codec under the mask, mean of the layers: error Q 0.") == 1
     assert CliRunner().invoke(app, [*training, "--out", str(one)]).exit_code == 0
     logs = [json.loads((out / "training.json").read_text()) for out in (one, two)]
-    assert logs[1]["losses"]["mask"] == pytest.approx(logs[0]["losses"]["mask"], rel=0.01)
+    assert logs[1]["losses"]["joint"] == pytest.approx(logs[0]["losses"]["joint"], rel=0.01)
     masks = [Attachments.load(out / "attachments.safetensors").mask for out in (one, two)]
     assert masks[0].shapes == masks[1].shapes
-    assert len(list((two / "mask").glob("log.csv"))) == 1
+    assert len(list((two / "joint").glob("log.csv"))) == 1
     done = in_processes(3, [*training, "--out", str(tmp_path / "three")])
     assert done.returncode != 0
     assert "3 processes cannot share micro-batches of 2 photos" in done.stderr
