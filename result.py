@@ -22,6 +22,7 @@ from torch import nn
 from . import __version__
 from .accel import Report, area, energy
 from .accel.kernels import MeasuredAttention
+from .accel.kernels.measure import device_name
 from .ae import CodecErrors, ExplainedVariance, mean_errors
 from .attachments import Attachments
 from .figures import draw
@@ -190,9 +191,16 @@ def write_json(data: Any, path: str | os.PathLike[str]) -> None:
         temporary.write_text(text + "\n")
 
 
-def versions() -> dict[str, str]:
-    """Python, the platform and the packages that figures depend on."""
-    found = {"python": platform.python_version(), "platform": sys.platform}
+def versions() -> dict[str, str | int]:
+    """Python, the platform, the processors and the packages that figures depend on."""
+    found: dict[str, str | int] = {
+        "python": platform.python_version(),
+        "platform": sys.platform,
+        "processor": device_name(torch.device("cpu")),
+        "cores": os.cpu_count() or 1,
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = device_name(torch.device("cuda"))
     for package in PACKAGES:
         try:
             found[package] = version(package)

@@ -329,21 +329,10 @@ def write(rows: list[dict], given: argparse.Namespace, path: Path) -> None:
 
     about = {
         "mask": "made by chance" if given.mask is None else Path(given.mask).name,
-        "processor": processor(),
-        "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "versions": versions(),
     }
     write_json({"about": about, "rows": rows, "bars": BARS}, path)
-
-
-def processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "unknown"
-    names = (line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line)
-    return next(names, "unknown")
 
 
 if __name__ == "__main__":
