@@ -31,8 +31,10 @@ Solver = Callable[[np.ndarray, float], np.ndarray]
 """(values [queries, keys], price) -> what to keep, bool [queries, keys]."""
 Cost = Callable[[AttentionMask], float]
 
-WEIGHINGS = 6
-"""Times that row weights and kept mass are made to agree, each a share of the way."""
+WEIGHINGS = 10
+"""Bisection steps on the rows' weights."""
+LEAST_MASS = 1e-4
+"""Rows that keep less weigh no more."""
 TRIALS = 24
 """Bisection steps on the price."""
 
@@ -55,7 +57,7 @@ def codesign_masks(
     solver: Solver | None = None,
     *,
     prefix_tokens: int = 1,
-    fairness: float = 0.5,
+    fairness: float = 1.0,
     tolerance: float = 0.01,
 ) -> HardwareMask:
     """The mask of most value whose ``cost`` is at most ``budget``.
@@ -63,10 +65,9 @@ def codesign_masks(
     maps       averaged attention, float [heads, queries, keys] a layer
     cost       of a whole mask: simulated cycles, or `tile_area`
     solver     `accelerator` (the default) or `tiles`, with their parameters
-    fairness   0 maximises the mass kept over all rows. Above, an entry of a row that keeps
-               the mass m is worth m ** -fairness as much, so that no row is starved; the
-               limit of a large fairness is the rule "information", the same mass a row; beyond
-               about 2 weights and masses no longer settle
+    fairness   what a row is worth grows with the mass m that it keeps at the rate
+               m ** -fairness: by m itself at 0, which starves rows, by its logarithm at 1;
+               in the limit all rows keep the same, which is the rule "information"
     tolerance  the search ends when the cost is within this share below the budget
 
     Rows and columns of the first ``prefix_tokens`` and the largest entry of each row are
@@ -218,15 +219,34 @@ def _at_price(
 def _head(
     values: np.ndarray, price: float, solve: Solver, prefix: int, fairness: float
 ) -> np.ndarray:
-    """One head's mask at a price, its rows weighted by what they keep."""
+    """One head's mask at a price, its rows weighted by what they keep.
+
+    A row keeps more the more it weighs, and should weigh less the more it keeps: where the
+    two meet is bracketed for all rows at once.
+    """
     values = values.astype(np.float64)
-    weights = np.ones(values.shape[0])
-    for _ in range(WEIGHINGS if fairness else 1):
-        keep = solve(values * weights[:, None], price)
-        keep[np.arange(len(keep)), values.argmax(axis=-1)] = True
-        keep[:prefix] = True
-        keep[:, :prefix] = True
-        mass = np.where(keep, values, 0.0).sum(axis=-1)
-        wanted = np.maximum(mass, 1e-3) ** -fairness
-        weights = weights * (wanted / weights) ** (1.0 / (1.0 + fairness))
+    least = _kept_by_row(values, _with_forced(np.zeros(values.shape, dtype=bool), values, prefix))
+    low, high = np.ones(len(values)), _weight(least, fairness)
+    for _ in range(WEIGHINGS if fairness else 0):
+        weights = np.sqrt(low * high)
+        keep = _with_forced(solve(values * weights[:, None], price), values, prefix)
+        heavy = weights > _weight(_kept_by_row(values, keep), fairness)
+        low, high = np.where(heavy, low, weights), np.where(heavy, weights, high)
+    return _with_forced(solve(values * high[:, None], price), values, prefix)
+
+
+def _weight(mass: np.ndarray, fairness: float) -> np.ndarray:
+    """What rows that keep ``mass`` should weigh."""
+    return np.maximum(mass, LEAST_MASS) ** -fairness
+
+
+def _kept_by_row(values: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    return np.where(keep, values, 0.0).sum(axis=-1)
+
+
+def _with_forced(keep: np.ndarray, values: np.ndarray, prefix: int) -> np.ndarray:
+    """``keep`` with the entries that are always kept."""
+    keep[np.arange(len(keep)), values.argmax(axis=-1)] = True
+    keep[:prefix] = True
+    keep[:, :prefix] = True
     return keep

@@ -106,21 +106,50 @@ def test_more_mass_than_the_plain_rule_at_equal_cost():
         assert found.mass > kept_mass(maps, plain)
 
 
+def alone(values, price):
+    """A solver without global keys."""
+    return values > price
+
+
 def test_more_fairness_leaves_no_row_behind():
-    maps = [softmaxed(2, 4, 48, 48, sharp=1.0)]
-    budget = 0.2 * 4 * 48 * 48
+    flat, steep = (softmaxed(2, 4, 24, 48, sharp=sharp) for sharp in (0.5, 2.0))
+    maps = [np.concatenate((flat, steep), axis=1)]
+    budget = 0.1 * 4 * 48 * 48
 
     def cost(mask):
         return float(sum(layer.sum() for layer in mask.keep))
 
     least, mass = [], []
-    for fairness in (0.0, 0.5, 1.0):
-        found = codesign_masks(maps, cost, budget, fairness=fairness, prefix_tokens=0)
+    for fairness in (0.0, 0.5, 1.0, 2.0, 4.0):
+        found = codesign_masks(
+            maps, cost, budget, alone, fairness=fairness, prefix_tokens=0, tolerance=0.001
+        )
         rows = np.where(found.mask.keep[0], maps[0], 0).sum(-1)
         least.append(np.quantile(rows, 0.05))
         mass.append(found.mass)
     assert least == sorted(least)
+    assert least[-1] > least[0] + 0.05
     assert mass == sorted(mass, reverse=True)
+
+
+@pytest.mark.parametrize("fairness", [0.5, 1.0, 3.0])
+def test_every_row_keeps_what_is_worth_its_price(fairness):
+    """Without global keys rows are independent: against the best count of each, by trying."""
+    maps = [softmaxed(4, 2, 50, 60, sharp=1.5)]
+
+    def cost(mask):
+        return float(sum(layer.sum() for layer in mask.keep))
+
+    found = codesign_masks(
+        maps, cost, 0.15 * 2 * 50 * 60, alone, fairness=fairness, prefix_tokens=0
+    )
+    mass = np.sort(maps[0], axis=-1)[..., ::-1].cumsum(-1)
+    worth = np.log(mass) if fairness == 1 else mass ** (1 - fairness) / (1 - fairness)
+    best = (worth - found.price / 60 * np.arange(1, 61)).argmax(-1) + 1
+    kept = found.mask.keep[0].sum(-1)
+    assert np.abs(kept - best).max() <= 1
+    assert (kept == best).mean() > 0.5
+    assert len(np.unique(best)) > 5
 
 
 def test_whole_columns_are_what_polarize_calls_global():
