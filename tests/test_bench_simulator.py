@@ -50,7 +50,6 @@ def test_a_peer_that_is_not_installed_is_left_out(bench, tmp_path, capsys):
     python.chmod(0o755)
     assert bench.scale_sim(str(python)) is None
     assert "SCALE-Sim was not run: No module named 'scalesim'" in capsys.readouterr().err
-    assert bench.processor()
 
 
 def test_the_published_script_beside_ours(bench, golden):
