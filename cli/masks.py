@@ -64,21 +64,19 @@ def masks(
 ) -> None:
     """Learn fixed attention masks from photos and save them."""
     with one_line_errors(quiet):
-        from ..accel.kernels.plan import TILES
         from ..pipeline import learn_mask, learn_mask_within
         from ..settings import Settings
         from .tables import mask_table
 
-        given = {"sparsity": sparsity, "theta": theta}
-        given |= {"cycles": cycles, "tile-entries": tile_entries}
-        named = [f"--{name} {value:g}" for name, value in given.items() if value is not None]
-        if len(named) > 1:
-            raise ValueError(f"give one of --{', --'.join(given)}; got {' and '.join(named)}")
-        budgeted = cycles is not None or tile_entries is not None
-        if budgeted and granularity != "1x1":
-            raise ValueError(f"--granularity {granularity} goes with --sparsity or --theta")
-        if out.suffix != ".npz":
-            raise ValueError(f"the mask file must end in .npz, got {str(out)!r}")
+        _check(
+            out,
+            tile,
+            granularity,
+            sparsity=sparsity,
+            theta=theta,
+            cycles=cycles,
+            tile_entries=tile_entries,
+        )
         source = weights_source(model, weights)
         settings = Settings(
             image_size=image_size,
@@ -89,25 +87,22 @@ def masks(
             learn_crops=learn_crops,
             seed=seed,
         )
-        if tile not in TILES:
-            raise ValueError(f"--tile must be one of {', '.join(map(str, TILES))}, got {tile}")
         machine = hardware_named(hardware)
         check_writable(out.parent)
         photos = load_photos(images, None, limit)
         network, _ = load_network(model, source)
         with progress_bars(quiet) as progress:
-            if not budgeted:
+            if cycles is None and tile_entries is None:
                 mask, said = learn_mask(network, photos, settings, progress), None
             else:
+                budget = {"cycles": cycles, "tile_entries": tile_entries, "tile": tile}
                 found = learn_mask_within(
                     network,
                     photos,
-                    cycles,
-                    settings,
-                    machine,
-                    progress,
-                    tile_entries=tile_entries,
-                    tile=tile,
+                    settings=settings,
+                    hardware=machine,
+                    progress=progress,
+                    **budget,
                 )
                 mask, said = found.mask, _said(found, None if tile_entries is None else tile)
         mask.save(out)
@@ -115,6 +110,22 @@ def masks(
             OUT.print(mask_table(mask))
             if said:
                 OUT.print(said, highlight=False)
+
+
+def _check(out: Path, tile: int, granularity: str, **given: float | None) -> None:
+    """Of the rules ``given`` one at most, and what goes with it."""
+    from ..accel.kernels.plan import TILES
+
+    options = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
+    named = [f"{name} {value:g}" for name, value in options.items() if value is not None]
+    if len(named) > 1:
+        raise ValueError(f"give one of {', '.join(options)}; got {' and '.join(named)}")
+    if granularity != "1x1" and (given["cycles"] or given["tile_entries"]):
+        raise ValueError(f"--granularity {granularity} goes with --sparsity or --theta")
+    if tile not in TILES:
+        raise ValueError(f"--tile must be one of {', '.join(map(str, TILES))}, got {tile}")
+    if out.suffix != ".npz":
+        raise ValueError(f"the mask file must end in .npz, got {str(out)!r}")
 
 
 def _said(found: HardwareMask, tile: int | None) -> str:
