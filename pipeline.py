@@ -128,8 +128,8 @@ def learn_mask_within(
             cost = attention_cycles(run.traced(None), hardware)
             return codesign_masks(maps, cost, cycles, prefix_tokens=prefix)
         orders = block_orders([layer.shape[1] for layer in maps], tile, prefix)
-        cost, solver = tile_area(tile, orders), tiles(tile, orders)
-        return codesign_masks(maps, cost, tile_entries, solver, prefix_tokens=prefix)
+        solver = tiles(tile, orders, prefix)
+        return codesign_masks(maps, tile_area(tile), tile_entries, solver, prefix_tokens=prefix)
 
 
 def learn_masks(

@@ -138,10 +138,4 @@ def _said(found: HardwareMask, tile: int | None) -> str:
             f"{found.cost:,.0f} simulated cycles of attention, {kept} Simulate it with --min-kept "
             f"{WHOLE_COLUMNS}, under which keys that all queries keep are global."
         )
-    from ..accel.kernels import plan_layers
-
-    computed = sum(plan.computed for plan in plan_layers(found.mask, tile=tile))
-    return (
-        f"{found.cost:,.0f} entries in tiles of {tile} queries, {kept} The GPU kernel's plan "
-        f"computes {computed:,.0f}."
-    )
+    return f"{found.cost:,.0f} entries in tiles of {tile} queries, {kept}"

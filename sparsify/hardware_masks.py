@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..accel.kernels import plan_layers
 from ..workload import AttentionMask
 from .threshold import Maps, checked_maps
 
@@ -123,11 +124,12 @@ def accelerator(sparser: float = 1.25) -> Solver:
     return solve
 
 
-def tiles(rows: int = 32, orders: Sequence[np.ndarray] = ()) -> Solver:
+def tiles(rows: int = 32, orders: Sequence[np.ndarray] = (), prefix_tokens: int = 0) -> Solver:
     """For kernels that gather keys for ``rows`` queries at once.
 
-    ``orders`` are orders of the queries to choose from beside the natural one, each a
-    permutation; see `block_orders`.
+    orders         orders of the queries to choose from beside the natural one, each a
+                   permutation; see `block_orders`
+    prefix_tokens  the first queries, which are kept whole, in a tile of their own
     """
     if rows < 1:
         raise ValueError(f"a tile has at least 1 row, got {rows}")
@@ -135,10 +137,10 @@ def tiles(rows: int = 32, orders: Sequence[np.ndarray] = ()) -> Solver:
     def solve(values: np.ndarray, price: float) -> np.ndarray:
         queries = values.shape[0]
         candidates = [order for order in orders if len(order) == queries]
+        starts = [*([0] if prefix_tokens else []), *range(prefix_tokens, queries, rows)]
+        heights = np.diff([*starts, queries])
         best, kept = -np.inf, None
         for order in (np.arange(queries), *candidates):
-            starts = np.arange(0, queries, rows)
-            heights = np.diff([*starts, queries])
             sums = np.add.reduceat(values[order], starts, axis=0)
             gains = sums - price * rows
             worth = float(np.where(gains > 0, gains, 0.0).sum())
@@ -174,20 +176,12 @@ def block_orders(
     )
 
 
-def tile_area(rows: int = 32, orders: Sequence[np.ndarray] = ()) -> Cost:
-    """Entries that a kernel with tiles of ``rows`` queries computes: each head in its
-    cheapest order."""
-
-    def area(keep: np.ndarray) -> int:
-        queries = keep.shape[0]
-        starts = np.arange(0, queries, rows)
-        natural = np.arange(queries)
-        fitting = [natural, *(order for order in orders if len(order) == queries)]
-        used = [np.logical_or.reduceat(keep[order], starts, axis=0).sum() for order in fitting]
-        return int(min(used)) * rows
+def tile_area(rows: int = 32) -> Cost:
+    """Entries that a GPU's forward computes with tiles of ``rows`` queries (16, 32 or 64),
+    as `sievit.accel.kernels.plan_layers` lays them out."""
 
     def cost(mask: AttentionMask) -> float:
-        return float(sum(area(head) for layer in mask.keep for head in layer))
+        return float(sum(plan.computed for plan in plan_layers(mask, tile=rows)))
 
     return cost
 

@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sievit.accel.kernels import plan_attention
+from sievit.masks import AttentionMask
 from sievit.sparsify import codesign_masks, polarize, threshold
 from sievit.sparsify.hardware_masks import (
     accelerator,
+    block_orders,
     grid_order,
     kept_mass,
     tile_area,
@@ -58,7 +61,10 @@ def test_tiles_choose_the_best_tile_columns_and_order(price):
             found += sum(max(0.0, s - price * 2) for s in sums)
         return found
 
-    area = tile_area(2, [order])(type("Mask", (), {"keep": (kept[None],)}))
+    area = min(
+        2 * sum(kept[rows[start : start + 2]].any(axis=0).sum() for start in (0, 2))
+        for rows in (np.arange(4), order)
+    )
     assert values[kept].sum() - price * area == pytest.approx(
         max(best(np.arange(4)), best(order)), abs=1e-12
     )
@@ -165,14 +171,30 @@ def test_whole_columns_are_what_polarize_calls_global():
 
 def test_tile_masks_fill_their_tiles():
     maps = [softmaxed(4, 2, 65, 65)]
-    order = grid_order((8, 8), (4, 8))
+    orders = block_orders([65, 65, 51], 16)
+    assert [order.tolist() for order in orders] == [grid_order((8, 8), (4, 4)).tolist()]
+    cost, solver = tile_area(16), tiles(16, orders, 1)
     budget = 0.4 * 2 * 65 * 65
-    cost = tile_area(16, [order])
-    found = codesign_masks(maps, cost, budget, tiles(16, [order]))
+    found = codesign_masks(maps, cost, budget, solver)
     plain = threshold(maps, sparsity=0.8)
-    tight = codesign_masks(maps, cost, cost(plain), tiles(16, [order]))
+    tight = codesign_masks(maps, cost, cost(plain), solver)
     assert found.cost <= budget
-    assert tight.mass > kept_mass(maps, plain)
+    assert tight.mass > kept_mass(maps, plain) + 0.03
+    for head in tight.mask.keep[0]:  # CLS apart, the patches by fours of tiles
+        wanted = min(
+            sum(head[1:][rows][at : at + 16].any(axis=0).sum() for at in range(0, 64, 16))
+            for rows in (np.arange(64), orders[0][1:] - 1)
+        )
+        planned = tile_area(16)(AttentionMask((head[None],)))
+        assert planned <= 1.05 * 16 * (wanted + 65)
+
+
+def test_the_area_is_what_the_kernel_is_planned_to_compute():
+    mask = threshold([softmaxed(5, 2, 33, 33)], sparsity=0.7)
+    plan = plan_attention(mask.keep[0], tile=16)
+    assert tile_area(16)(mask) == 16 * len(plan.by_query.columns) == plan.computed
+    with pytest.raises(ValueError, match="tile must be one of 16, 32, 64, got 8"):
+        tile_area(8)(mask)
 
 
 def test_grid_order_walks_blocks_of_the_grid():

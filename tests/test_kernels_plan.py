@@ -92,6 +92,15 @@ def test_polarized_heads_and_one_layer_masks_plan_alike():
         plan_attention(AttentionMask((keep, keep)))
 
 
+def test_queries_that_keep_most_keys_are_gathered_too():
+    keep = np.zeros((1, 64, 50), bool)
+    keep[:, 0::2, :30] = True  # every other query alike, each keeping more than half
+    keep[:, 1::2, 20:] = True
+    planned = plan_attention(keep, tile=32)
+    assert planned.computed == 2 * 32 * 30
+    assert torch.equal(planned.dense(), torch.from_numpy(keep))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -99,8 +99,8 @@ def _copy_rows(rows, indptr, columns, new_indptr, out):
 def cluster(csr: Csr, by_columns: Csr, tile: int, full: float) -> np.ndarray:
     """int32 [heads, rows]: an order in which ``tile`` rows after one another share columns.
 
-    Rows that keep more than ``full`` of all columns come first, and are followed by a new
-    tile: `lay_out` starts one there.
+    Rows that keep more than ``full`` of all columns come first, gathered among themselves,
+    and are followed by a new tile: `lay_out` starts one there.
     """
     order = np.empty((csr.heads, csr.rows), np.int32)
     limit = int(full * csr.width)
@@ -122,38 +122,36 @@ def _cluster_head(indptr, columns, column_starts, rows_of, tile, limit, order):
     rows = len(indptr) - 1
     missing = indptr[1:] - indptr[:-1]  # columns of a row that the tile does not have yet
     waiting = np.empty(rows, np.int64)
-    count = 0
-    placed = 0
-    for row in range(rows):
-        if missing[row] > limit:
-            order[placed] = row
-            placed += 1
-        else:
-            waiting[count] = row
-            count += 1
     inside = np.zeros(len(column_starts) - 1, np.bool_)
-    while count > 0:
-        inside[:] = False
+    placed = 0
+    for full in (True, False):
+        count = 0
         for row in range(rows):
-            missing[row] = indptr[row + 1] - indptr[row]
-        best = 0  # a tile starts with the first row that is left
-        for _ in range(min(tile, count)):
-            row = waiting[best]
-            order[placed] = row
-            placed += 1
-            count -= 1
-            for i in range(best, count):
-                waiting[i] = waiting[i + 1]
-            for e in range(indptr[row], indptr[row + 1]):
-                column = columns[e]
-                if not inside[column]:
-                    inside[column] = True
-                    for o in range(column_starts[column], column_starts[column + 1]):
-                        missing[rows_of[o]] -= 1
-            best = 0
-            for i in range(1, count):
-                if missing[waiting[i]] < missing[waiting[best]]:
-                    best = i
+            if (indptr[row + 1] - indptr[row] > limit) == full:
+                waiting[count] = row
+                count += 1
+        while count > 0:
+            inside[:] = False
+            for row in range(rows):
+                missing[row] = indptr[row + 1] - indptr[row]
+            best = 0  # a tile starts with the first row that is left
+            for _ in range(min(tile, count)):
+                row = waiting[best]
+                order[placed] = row
+                placed += 1
+                count -= 1
+                for i in range(best, count):
+                    waiting[i] = waiting[i + 1]
+                for e in range(indptr[row], indptr[row + 1]):
+                    column = columns[e]
+                    if not inside[column]:
+                        inside[column] = True
+                        for o in range(column_starts[column], column_starts[column + 1]):
+                            missing[rows_of[o]] -= 1
+                best = 0
+                for i in range(1, count):
+                    if missing[waiting[i]] < missing[waiting[best]]:
+                        best = i
 
 
 @dataclass(frozen=True, eq=False)

@@ -64,9 +64,9 @@ class Study:
         orders = block_orders([layer.shape[1] for layer in self.maps], ROWS)
         self.costs = {
             "cycles": attention_cycles(self.workload),
-            "tile area": tile_area(ROWS, orders),
+            "tile area": tile_area(ROWS),
         }
-        self.solvers = {"cycles": None, "tile area": tiles(ROWS, orders)}
+        self.solvers = {"cycles": None, "tile area": tiles(ROWS, orders, 1)}
 
     def at(self, sparsity: float) -> None:
         """The plain mask, and those within what it costs; at one sparsity also recovered."""
