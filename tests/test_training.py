@@ -25,6 +25,7 @@ from sievit.models.checkpoints import (
 )
 from sievit.models.feeding import images_for, repeated
 from sievit.models.objectives import Labelled, TokenDistillation, TokenLoss
+from sievit.models.processes import own_device
 from sievit.models.recipe import Recipe
 from sievit.models.training import Checkpointing, train
 from sievit.sparsify import attach, average_attention, threshold
@@ -464,6 +465,14 @@ def test_two_processes_train_as_one_on_the_whole_batch(tmp_path):
     for name, value in student.state_dict().items():
         assert torch.equal(first["state"][name], second["state"][name])
         assert torch.allclose(first["state"][name], value, atol=1e-4)
+
+
+def test_each_process_has_its_own_gpu(monkeypatch):
+    assert own_device("cuda") == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert own_device("cuda") == torch.device("cuda:2")
+    assert own_device("cuda:1") == torch.device("cuda:1")
+    assert own_device("cpu") == torch.device("cpu")
 
 
 def test_images_go_where_the_model_is():
