@@ -138,4 +138,10 @@ def _said(found: HardwareMask, tile: int | None) -> str:
             f"{found.cost:,.0f} simulated cycles of attention, {kept} Simulate it with --min-kept "
             f"{WHOLE_COLUMNS}, under which keys that all queries keep are global."
         )
-    return f"{found.cost:,.0f} entries in tiles of {tile} queries, {kept}"
+    import numpy as np
+
+    from ..masks import AttentionMask
+    from ..sparsify.hardware_masks import tile_area
+
+    dense = tile_area(tile)(AttentionMask(tuple(np.ones_like(k) for k in found.mask.keep)))
+    return f"{found.cost:,.0f} of {dense:,.0f} entries in tiles of {tile} queries, {kept}"

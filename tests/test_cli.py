@@ -104,8 +104,12 @@ def test_masks_within_entries_of_tiles(photos, tmp_path):
     done = run(*small, "--tile-entries", "17000", "--tile", "16")
     assert done.exit_code == 0, done.output
     said = " ".join(done.output.split())
-    assert "entries in tiles of 16 queries" in said
-    assert 0.9 * 17000 <= int(re.search(r"([\d,]+) entries", said)[1].replace(",", "")) <= 17000
+    assert "of 19,584 entries in tiles of 16 queries" in said
+    assert (
+        0.9 * 17000
+        <= int(re.search(r"([\d,]+) of [\d,]+ entries", said)[1].replace(",", ""))
+        <= 17000
+    )
     bad = {
         "--tile must be one of 16, 32, 64, got 24": ("--tile-entries", "6000", "--tile", "24"),
         "goes with --sparsity or --theta": ("--tile-entries", "6000", "--granularity", "32x1"),
