@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -86,12 +87,14 @@ def input_statistics(pretrained: str | os.PathLike[str]) -> Statistics | None:
         config = _package("timm", pretrained).get_pretrained_cfg(name)
         return None if config is None else (tuple(config.mean), tuple(config.std))
     if kind == "hf" and name:
-        processors = _package("transformers", pretrained).AutoImageProcessor
+        utils = _package("transformers", pretrained).utils
         try:
-            found = processors.from_pretrained(name)
-        except (OSError, ValueError):  # no processor beside these weights
+            path = utils.cached_file(name, "preprocessor_config.json")
+        except OSError:  # these weights come without
             return None
-        return tuple(found.image_mean), tuple(found.image_std)
+        settings = json.loads(Path(path).read_text())
+        if "image_mean" in settings and "image_std" in settings:
+            return tuple(settings["image_mean"]), tuple(settings["image_std"])
     return None
 
 

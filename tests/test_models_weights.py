@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import types
@@ -334,24 +335,27 @@ def test_weights_through_timm_and_hugging_face(monkeypatch):
             create("vit_tiny", pretrained=f"{kind}:other", **settings)
 
 
-def test_packages_say_what_their_weights_were_trained_with(monkeypatch):
+def test_packages_say_what_their_weights_were_trained_with(monkeypatch, tmp_path):
     half = (0.5, 0.5, 0.5)
     known = {"small": types.SimpleNamespace(mean=half, std=half)}
     monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(get_pretrained_cfg=known.get))
 
-    class Processor:
-        @staticmethod
-        def from_pretrained(name):
-            if name != "small":
-                raise OSError("no such file")
-            return types.SimpleNamespace(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    stored = tmp_path / "preprocessor_config.json"
+    stored.write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
 
-    hub = types.SimpleNamespace(AutoImageProcessor=Processor)
+    def cached_file(name, file):
+        if name != "small":
+            raise OSError("no such file")
+        return str(tmp_path / file)
+
+    hub = types.SimpleNamespace(utils=types.SimpleNamespace(cached_file=cached_file))
     monkeypatch.setitem(sys.modules, "transformers", hub)
     for kind in ("timm", "hf"):
         assert input_statistics(f"{kind}:small") == (half, half)
         assert input_statistics(f"{kind}:other") is None
     assert input_statistics("weights.pth") is None
+    stored.write_text("{}")
+    assert input_statistics("hf:small") is None
     assert normalization_named("auto", "timm:small") == NORMALIZATIONS["inception"]
     assert normalization_named("auto", "weights.pth") == NORMALIZATIONS["imagenet"]
     assert normalization_named("clip", "timm:small") == NORMALIZATIONS["clip"]
