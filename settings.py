@@ -60,6 +60,10 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("image_size", "learn_crops", "judge_crops", "batch_size", "groups"):
             _at_least(name, getattr(self, name), 1)
+        if len(self.granularity) != 2 or min(self.granularity) < 1:
+            raise ValueError(
+                f"granularity is (queries, keys), each at least 1, got {self.granularity}"
+            )
         for name in ("codec_steps", "recovery_steps", "seed"):
             _at_least(name, getattr(self, name), 0)
         if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:

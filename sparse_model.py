@@ -72,7 +72,7 @@ class SparseModel:
 
     def _in_integers(self, judging: _Judging, photos: Photos) -> dict[str, Fidelity]:
         step = -(-len(photos) // BATCH)
-        some = judging.batches(photos.take(list(range(0, len(photos), step))))
+        some = self.central(photos.take(list(range(0, len(photos), step))))
         try:
             with self.attachments.attach_int8(self.model, some):
                 return {"as above, attention in int8": judging.row(self.model)}
@@ -85,9 +85,14 @@ class SparseModel:
         codecs, size = self.attachments.codecs, self.attachments.image_size
         if codecs is None:
             return ()
-        crops = batches(center_crops(photos, size), BATCH, self.normalization)
+        crops = self.central(photos)
         with replace(self.attachments, codecs=None).attach(self.model):
             return codec_errors(self.model, codecs, crops, size)
+
+    def central(self, photos: Photos) -> list[Tensor]:
+        """Batches of their central crops, as the model takes them."""
+        crops = center_crops(photos, self.attachments.image_size)
+        return list(batches(crops, BATCH, self.normalization))
 
     def save(
         self,
@@ -119,15 +124,11 @@ class _Judging:
     """Crops to judge on, with the dense model's tokens and their classes."""
 
     def __init__(self, found: SparseModel, dense: nn.Module, photos: Photos) -> None:
-        self.size, self.by = found.attachments.image_size, found.normalization
+        self.size = found.attachments.image_size
         classes = found.classes
         self.labels = None if classes is None else class_labels(photos, classes)[1]
-        self.crops = self.batches(photos)
+        self.crops = found.central(photos)
         self.dense = token_features(dense, self.crops)
-
-    def batches(self, photos: Photos) -> list[Tensor]:
-        """Their central crops."""
-        return list(batches(center_crops(photos, self.size), BATCH, self.by))
 
     def row(self, model: nn.Module) -> Fidelity:
         found = judge(model, self.dense, self.crops, image_size=self.size)

@@ -95,14 +95,15 @@ def masks(
             if cycles is None and tile_entries is None:
                 mask, said = learn_mask(network, photos, settings, progress), None
             else:
-                budget = {"cycles": cycles, "tile_entries": tile_entries, "tile": tile}
                 found = learn_mask_within(
                     network,
                     photos,
-                    settings=settings,
-                    hardware=machine,
-                    progress=progress,
-                    **budget,
+                    cycles,
+                    settings,
+                    machine,
+                    progress,
+                    tile_entries=tile_entries,
+                    tile=tile,
                 )
                 mask, said = found.mask, _said(found, None if tile_entries is None else tile)
         mask.save(out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -130,21 +129,17 @@ def load_network(model: str, source: str | None) -> tuple[Any, Any]:
     """The network, and its saliency decoder where the weights hold one."""
     import torch
 
-    from ..models import SaliencyDecoder, load_weights
-    from ..models.weights import classes_in, stored_weights
+    from ..models import SaliencyDecoder
+    from ..models.weights import load_pretrained
     from ..networks import create_to_run
 
     torch.manual_seed(0)  # the weights of 'random'
-    if source is None:
-        return create_to_run(model).eval(), None
-    stored = stored_weights(source)
-    classes = classes_in(stored, partial(create_to_run, model))
-    network = create_to_run(model, num_classes=classes).eval()
-    report = load_weights(network, stored, source)
-    if not any(name.startswith(("dec.", "decoder.")) for name in report.left_out):
+    network = create_to_run(model, source).eval()
+    left_out = () if source is None else network.load_report.left_out
+    if not any(name.startswith(("dec.", "decoder.")) for name in left_out):
         return network, None
     decoder = SaliencyDecoder().eval()
-    load_weights(decoder, stored, source)
+    load_pretrained(decoder, source)
     return network, decoder
 
 

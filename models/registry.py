@@ -40,7 +40,8 @@ def create(
     overrides   arguments of the family's class, such as ``num_classes`` or ``image_size``;
                 ``num_classes`` is that of the weights where it is not given
 
-    The name stays on the model as ``registered_name``. Raises ``ValueError`` for an
+    The name stays on the model as ``registered_name``, what `load_weights` did, if anything,
+    as ``load_report``. Raises ``ValueError`` for an
     unknown name, with the names near to it.
     """
     builder = _builders().get(name)
@@ -56,7 +57,7 @@ def create(
     model = builder(**overrides)
     model.registered_name = name
     if stored is not None:
-        load_weights(model, stored, str(pretrained))
+        model.load_report = load_weights(model, stored, str(pretrained))
     return model
 
 

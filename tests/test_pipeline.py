@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -214,10 +215,11 @@ def test_masks_alone_and_their_simulation():
         ("recovery_rate", -1.0),
         ("batch_size", 2.5),
         ("groups", 0),
+        ("granularity", (0, 1)),
     ],
 )
 def test_settings_check_themselves(field, value):
-    with pytest.raises(ValueError, match=f"{field}.*{value}"):
+    with pytest.raises(ValueError, match=f"{field}.*{re.escape(str(value))}"):
         Settings(**{field: value})
     with pytest.raises(ValueError, match=r"sparsity=None, theta=None"):
         Settings(sparsity=None)

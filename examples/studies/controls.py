@@ -29,7 +29,7 @@ from sievit.models import create
 from sievit.models.objectives import TokenLoss
 from sievit.sparsify import attach, average_attention, recover
 
-SPARSITIES = (0.9, 0.7, 0.5, 0.8, 0.95)
+SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 MASKS = ("learned", "random, uniform", "window, rows as learned")
 
 
