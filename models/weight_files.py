@@ -77,7 +77,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
-    with np.load(path, allow_pickle=False) as stored:
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
         return {name: torch.from_numpy(stored[name]) for name in stored.files}
 
 

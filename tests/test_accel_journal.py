@@ -48,7 +48,8 @@ def test_cut_at_every_byte_of_the_last_lines(tmp_path, recwarn):
             for record in RECORDS[whole:]:
                 journal.append(record)
         assert path.read_bytes() == text, cut
-    assert not recwarn.list
+    said = [w for w in recwarn if "r.jsonl" in str(w.message)]  # others may collect garbage here
+    assert not said, said[0].message
     assert [p.name for p in tmp_path.iterdir()] == ["r.jsonl"]
 
 

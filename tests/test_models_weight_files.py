@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import re
 
@@ -41,6 +42,7 @@ def test_an_onnx_graph_names_its_anonymous_weights(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".npz", ".onnx"])
 @pytest.mark.parametrize("content", [b"", b"not weights at all", b"PK\x03\x04 cut off"])
+@pytest.mark.filterwarnings("error::ResourceWarning")
 def test_a_corrupt_file_is_one_clear_error(tmp_path, suffix, content):
     if suffix == ".onnx":
         pytest.importorskip("onnx")
@@ -49,6 +51,8 @@ def test_a_corrupt_file_is_one_clear_error(tmp_path, suffix, content):
     with pytest.raises(ValueError, match=re.escape(str(path))) as error:
         read_tensors(path)
     assert "\n" not in str(error.value)
+    del error
+    gc.collect()  # a file left open is said now
 
 
 def test_a_truncated_file_is_one_clear_error(tmp_path):
