@@ -19,12 +19,13 @@ from .images import Images, Photos, photo_sets
 from .masks import AttentionMask
 from .models import prefix_tokens
 from .networks import attention_cycles
+from .progress import Progress, silent
 from .result import CodecSummary, CodesignResult
 from .settings import Settings
 from .sparsify import HardwareMask, codesign_masks, polarize, threshold
 from .sparsify.fidelity import Saliency
 from .sparsify.hardware_masks import block_orders, kept_mass, tile_area, tiles
-from .stages import Progress, Run
+from .stages import Run
 
 
 def codesign(
@@ -36,7 +37,7 @@ def codesign(
     sparsity: float | None = None,
     name: str | None = None,
     saliency: Saliency | None = None,
-    progress: Progress = lambda stage, share: None,
+    progress: Progress = silent,
 ) -> CodesignResult:
     """Sparsify ``model``'s attention and show what that keeps and what it costs.
 
@@ -91,7 +92,7 @@ def learn_mask(
     model: nn.Module,
     images: Images,
     settings: Settings = Settings(),
-    progress: Progress = lambda stage, share: None,
+    progress: Progress = silent,
 ) -> AttentionMask:
     """The mask alone, learned as `codesign` does; all photos are learned from."""
     photos = images if isinstance(images, Photos) else photo_sets(images)[0]
@@ -104,7 +105,7 @@ def learn_mask_within(
     cycles: float | None = None,
     settings: Settings = Settings(),
     hardware: Hardware = presets["vitcod"],
-    progress: Progress = lambda stage, share: None,
+    progress: Progress = silent,
     *,
     tile_entries: float | None = None,
     tile: int = 32,
@@ -137,7 +138,7 @@ def learn_masks(
     images: Images,
     sparsities: Sequence[float],
     settings: Settings = Settings(),
-    progress: Progress = lambda stage, share: None,
+    progress: Progress = silent,
 ) -> dict[float, AttentionMask]:
     """As `learn_mask`, at several sparsities: the attention is averaged once for all."""
     photos = images if isinstance(images, Photos) else photo_sets(images)[0]

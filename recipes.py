@@ -28,7 +28,8 @@ from .models.objectives import TokenLoss
 from .models.processes import agreed, rank, world_size
 from .models.recipe import Recipe
 from .models.training import Checkpointing, Trained
-from .sparse_model import Progress, SparseModel, class_labels
+from .progress import Progress, silent
+from .sparse_model import SparseModel, class_labels
 from .sparsify import GradualMask, attach, average_attention, finetune, threshold
 from .training_log import TrainingLog
 
@@ -105,7 +106,7 @@ def train_sparse(
     photos: Photos,
     settings: TrainSettings = TrainSettings(),
     folder: Path | None = None,
-    progress: Progress = lambda stage, share: None,
+    progress: Progress = silent,
     *,
     mask: AttentionMask | None = None,
 ) -> SparseModel:

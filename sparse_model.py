@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,11 +13,9 @@ from .ae import CodecErrors, codec_errors
 from .attachments import Attachments
 from .images import IMAGENET, Normalization, Photos, batches, center_crops
 from .models.training import Trained
+from .progress import Progress, silent
 from .result import save_weights, versions, write_json
 from .sparsify import Fidelity, accuracy, attach, judge, token_features
-
-Progress = Callable[[str, float], None]
-"""Called with (stage, share of the stage done)."""
 
 BATCH = 16
 """Crops in a batch for judging; also how many the scales of the machine's integers are from."""
@@ -41,7 +39,7 @@ class SparseModel:
         self,
         dense: nn.Module,
         photos: Photos,
-        progress: Progress = lambda stage, share: None,
+        progress: Progress = silent,
         learned_from: Photos | None = None,
     ) -> dict[str, Fidelity]:
         """Against ``dense`` on central crops of ``photos``: its mask untrained, and this.

@@ -35,6 +35,7 @@ from .masks import AttentionMask
 from .models import prefix_tokens, trace
 from .models.recipe import Recipe
 from .models.training import Trained
+from .progress import Progress
 from .settings import Settings, rate_for
 from .sparsify import (
     Fidelity,
@@ -54,8 +55,6 @@ SIMULATORS = ("systolic", "vitcod_plain", "vitcod_no_reorder", "vitcod_no_codec"
 INT8_CROPS = 16
 """Crops that the scales of the machine's integers are taken from."""
 
-Progress = Callable[[str, float], None]
-"""Called with (stage, share of the stage done)."""
 Tell = Callable[[float], None]
 
 

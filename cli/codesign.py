@@ -10,10 +10,13 @@ import typer
 from .options import (
     DEFAULT_MODEL,
     Granularity,
+    Groups,
     HardwareName,
     Images,
     ImageSize,
     JudgeImages,
+    LatentHeads,
+    LearnCrops,
     Limit,
     MinKept,
     Model,
@@ -51,10 +54,8 @@ def codesign(
     granularity: Granularity = "1x1",
     min_kept: MinKept = "50",
     codec: Annotated[bool, typer.Option(help="Compress Q and K over the heads.")] = True,
-    latent_heads: Annotated[
-        int | None, typer.Option(help="Heads after compression; default half, rounded up.")
-    ] = None,
-    groups: Annotated[int, typer.Option(help="Blocks of a block-diagonal codec.")] = 1,
+    latent_heads: LatentHeads = None,
+    groups: Groups = 1,
     turn: Annotated[bool, typer.Option(help="Turn the heads to agree before the codec.")] = True,
     steps: Annotated[int, typer.Option(help="Recovery steps; 0 for none.")] = 24,
     seconds: Annotated[
@@ -68,7 +69,7 @@ def codesign(
         bool, typer.Option(help="Judge the result in the machine's integers too.")
     ] = True,
     codec_steps: Annotated[int, typer.Option(help="Training steps of the codec.")] = 8,
-    learn_crops: Annotated[int, typer.Option(help="Crops for the averaged attention.")] = 64,
+    learn_crops: LearnCrops = 64,
     judge_crops: Annotated[int, typer.Option(help="Crops that fidelity is judged on.")] = 32,
     batch_size: Annotated[int, typer.Option(help="Crops in a batch.")] = 8,
     seed: Seed = 0,
@@ -87,7 +88,7 @@ def codesign(
         settings = Settings(
             image_size=image_size,
             normalization=normalization_named(normalization, source),
-            sparsity=0.9 if sparsity is None and theta is None else sparsity,
+            sparsity=Settings.sparsity if sparsity is None and theta is None else sparsity,
             theta=theta,
             granularity=block_shape(granularity),
             min_kept=count_or_share(min_kept),

@@ -17,6 +17,7 @@ from .options import (
     HardwareName,
     Images,
     JsonFile,
+    LearnCrops,
     Limit,
     MinKept,
     OwnImageSize,
@@ -38,7 +39,7 @@ from .terminal import OUT, check_writable, one_line_errors, progress_bars
 if TYPE_CHECKING:
     from ..accel import Exploration, Point
     from ..masks import AttentionMask
-    from ..pipeline import Progress
+    from ..progress import Progress
     from ..studies.variants import Codec, Variants
 
 
@@ -49,8 +50,8 @@ def explore(
     mask: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Mask file (.npz of ours, ViTCoD's .npy, attachments.safetensors of `sievit "
-            "train`); may be repeated."
+            help="Mask file (.npz of ours, ViTCoD's .npy, attachments.safetensors of "
+            "`sievit codesign` or `train`); may be repeated."
         ),
     ] = None,
     sparsity: Annotated[
@@ -69,7 +70,7 @@ def explore(
     ] = None,
     images: Images = None,
     limit: Limit = 512,
-    learn_crops: Annotated[int, typer.Option(help="Crops for the averaged attention.")] = 64,
+    learn_crops: LearnCrops = 64,
     seed: Annotated[int, typer.Option(help="Seed of crops and of masks made by chance.")] = 0,
     image_size: OwnImageSize = None,
     latent_heads: Annotated[str, typer.Option(help="Codecs: latent heads, as none,2,3.")] = "none",

@@ -13,6 +13,7 @@ from .options import (
     HardwareName,
     Images,
     ImageSize,
+    LearnCrops,
     Limit,
     Model,
     PixelNormalization,
@@ -58,7 +59,7 @@ def masks(
     ] = None,
     tile: Annotated[int, typer.Option(help="Queries of such a tile: 16, 32 or 64.")] = 32,
     hardware: HardwareName = "vitcod",
-    learn_crops: Annotated[int, typer.Option(help="Crops for the averaged attention.")] = 64,
+    learn_crops: LearnCrops = 64,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -81,7 +82,7 @@ def masks(
         settings = Settings(
             image_size=image_size,
             normalization=normalization_named(normalization, source),
-            sparsity=0.9 if sparsity is None and theta is None else sparsity,
+            sparsity=Settings.sparsity if sparsity is None and theta is None else sparsity,
             theta=theta,
             granularity=block_shape(granularity),
             learn_crops=learn_crops,
@@ -118,10 +119,10 @@ def _check(out: Path, tile: int, granularity: str, **given: float | None) -> Non
     from ..accel.kernels.plan import TILES
 
     options = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
-    named = [f"{name} {value:g}" for name, value in options.items() if value is not None]
+    named = {name: f"{name} {value:g}" for name, value in options.items() if value is not None}
     if len(named) > 1:
-        raise ValueError(f"give one of {', '.join(options)}; got {' and '.join(named)}")
-    if granularity != "1x1" and (given["cycles"] or given["tile_entries"]):
+        raise ValueError(f"give one of {', '.join(options)}; got {' and '.join(named.values())}")
+    if granularity != "1x1" and not {"--cycles", "--tile-entries"}.isdisjoint(named):
         raise ValueError(f"--granularity {granularity} goes with --sparsity or --theta")
     if tile not in TILES:
         raise ValueError(f"--tile must be one of {', '.join(map(str, TILES))}, got {tile}")

@@ -59,13 +59,17 @@ MaskFile = Annotated[
     typer.Option(
         "--mask",
         help="Mask file: .npz of ours, ViTCoD's .npy, or attachments.safetensors of `sievit "
-        "train`, with the codec and the image size in it.",
+        "codesign` or `train`, with the codec and the image size in it.",
     ),
 ]
 OwnImageSize = Annotated[
     int | None, typer.Option("--image-size", help="Default: the model's own; give the mask's.")
 ]
+LatentHeads = Annotated[
+    int | None, typer.Option(help="Heads after compression; default half, rounded up.")
+]
 Groups = Annotated[int, typer.Option(help="Blocks of a block-diagonal codec.")]
+LearnCrops = Annotated[int, typer.Option(help="Crops for the averaged attention.")]
 Batch = Annotated[int, typer.Option(min=1, help="Images a batch.")]
 Profile = Annotated[
     str,

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
+from ..progress import silent
+
 if TYPE_CHECKING:
-    from ..pipeline import Progress
+    from ..progress import Progress
 
 OUT = Console(soft_wrap=False)
 ERR = Console(stderr=True)
@@ -85,7 +87,7 @@ class _Probe(Exception):
 def progress_bars(quiet: bool) -> Iterator[Progress]:
     """A bar a stage with the time left, on standard error."""
     if quiet:
-        yield lambda stage, share: None
+        yield silent
         return
     from rich.progress import (
         BarColumn,

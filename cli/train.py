@@ -10,8 +10,11 @@ import typer
 
 from .options import (
     DEFAULT_MODEL,
+    Groups,
     ImageSize,
     JudgeImages,
+    LatentHeads,
+    LearnCrops,
     Limit,
     Model,
     PixelNormalization,
@@ -55,10 +58,8 @@ def train(
         Path | None,
         typer.Option(help="Mask file to train with, say of `sievit masks`; instead of sparsity."),
     ] = None,
-    latent_heads: Annotated[
-        int | None, typer.Option(help="Heads after compression; default half, rounded up.")
-    ] = None,
-    groups: Annotated[int, typer.Option(help="Blocks of a block-diagonal codec.")] = 1,
+    latent_heads: LatentHeads = None,
+    groups: Groups = 1,
     labels: Annotated[
         bool, typer.Option("--labels", help="Train on folders as classes, without a teacher.")
     ] = False,
@@ -85,7 +86,7 @@ def train(
     ] = False,
     image_size: ImageSize = 224,
     normalization: PixelNormalization = "auto",
-    learn_crops: Annotated[int, typer.Option(help="Crops for the averaged attention.")] = 128,
+    learn_crops: LearnCrops = 128,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     seed: Seed = 0,
@@ -107,7 +108,7 @@ def train(
         settings = TrainSettings(
             image_size=image_size,
             normalization=normalization_named(normalization, source),
-            sparsity=0.9 if sparsity is None else sparsity,
+            sparsity=TrainSettings.sparsity if sparsity is None else sparsity,
             mode=mode,
             latent_heads=latent_heads,
             groups=groups,

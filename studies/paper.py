@@ -9,7 +9,7 @@ made in `paper_rows`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..accel.roofline import Measured
 from ..ae import latent_heads_for
 from ..masks import PUBLISHED_MIN_KEPT, AttentionMask
 from ..models import create, prefix_tokens, trace
+from ..progress import Progress, silent
 from ..sparsify import synthetic_maps, threshold
 from ..workload import Attention, HeadCodec, Workload
 from .paper_rows import Case, Row, Run, rows
@@ -32,8 +33,6 @@ MIN_KEPT = PUBLISHED_MIN_KEPT / 197
 
 LADDER_MODEL, LADDER_SPARSITY = "deit_tiny", 0.95
 BY_CHANCE = "made by chance (sievit.sparsify.synthetic), of no trained model"
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def compare_with_paper(
     hardware: Hardware = presets["vitcod"],
     masks: str = BY_CHANCE,
     measure: bool = True,
-    progress: Progress = lambda stage, share: None,
+    progress: Progress = silent,
 ) -> PaperStudy:
     """The published figures beside those of ``cases`` on ``hardware``.
 

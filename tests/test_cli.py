@@ -112,7 +112,7 @@ def test_masks_within_entries_of_tiles(photos, tmp_path):
     )
     bad = {
         "--tile must be one of 16, 32, 64, got 24": ("--tile-entries", "6000", "--tile", "24"),
-        "goes with --sparsity or --theta": ("--tile-entries", "6000", "--granularity", "32x1"),
+        "goes with --sparsity or --theta": ("--tile-entries", "0", "--granularity", "32x1"),
         "is queries x keys, as 32x1, got '32'": ("--granularity", "32"),
     }
     for words, options in bad.items():

@@ -343,7 +343,8 @@ def test_the_command_in_two_processes(training, tmp_path):
     logs = [json.loads((out / "training.json").read_text()) for out in (one, two)]
     assert logs[1]["losses"]["joint"] == pytest.approx(logs[0]["losses"]["joint"], rel=0.01)
     masks = [Attachments.load(out / "attachments.safetensors").mask for out in (one, two)]
-    assert masks[0].shapes == masks[1].shapes
+    for one_layer, two_layer in zip(masks[0].keep, masks[1].keep, strict=True):
+        assert np.mean(one_layer == two_layer) > 0.99
     assert len(list((two / "joint").glob("log.csv"))) == 1
     done = in_processes(3, [*training, "--out", str(tmp_path / "three")])
     assert done.returncode != 0

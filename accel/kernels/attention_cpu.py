@@ -75,6 +75,18 @@ def _pack(source, stride, rows, length, target):
 
 
 @njit(inline="always")
+def _head(place, batch, head):
+    """Address of the first row of a head: see `_place`."""
+    return place[0] + batch * place[1] + head * place[2]
+
+
+@njit(inline="always")
+def _pack_head(k, v, batch, head, keys, key_dim, value_dim, k_base, v_base):
+    _pack(_head(k, batch, head), k[3], keys, key_dim, k_base)
+    _pack(_head(v, batch, head), v[3], keys, value_dim, v_base)
+
+
+@njit(inline="always")
 def _padded(count):
     return (count + LANES - 1) // LANES * LANES
 
@@ -129,6 +141,17 @@ def _exponentials(at, count):
     return top, np.float32(1.0) / row_sum(total)
 
 
+@njit(inline="always")
+def _score_slopes(weights, slopes, count, top, share, delta):
+    """Scores at ``weights`` become probabilities P, the dP at ``slopes`` P (dP - delta)."""
+    for t in range(0, count, LANES):
+        at = weights + _BYTES * t
+        chunk = scaled(exp_minus(load_row(at, LANES), top), share)
+        store_row(at, chunk)
+        at = slopes + _BYTES * t
+        store_row(at, times_minus(chunk, load_row(at, LANES), delta))
+
+
 def _forward(key_dim: int, value_dim: int) -> Callable:
     """The compiled forward for these lengths of a row."""
     source = _SOURCE
@@ -146,12 +169,11 @@ def _forward(key_dim: int, value_dim: int) -> Callable:
         packed = -1
         for item in range(items[0], items[1]):
             batch, head, begin, end = _task(item, heads, parts, queries)
-            q_base = q[0] + batch * q[1] + head * q[2]
+            q_base = _head(q, batch, head)
             if packed != item // parts:
                 packed = item // parts
-                _pack(k[0] + batch * k[1] + head * k[2], k[3], keys, key_dim, k_base)
-                _pack(v[0] + batch * v[1] + head * v[2], v[3], keys, value_dim, v_base)
-            out_base = out[0] + batch * out[1] + head * out[2]
+                _pack_head(k, v, batch, head, keys, key_dim, value_dim, k_base, v_base)
+            out_base = _head(out, batch, head)
             starts = indptr[head * queries :]
             block = begin
             while block < end:
@@ -191,25 +213,9 @@ def _backward(key_dim: int, value_dim: int) -> Callable:
     source = _SOURCE
 
     def backward(
-        items,
-        heads,
-        parts,
-        order,
-        indptr,
-        columns,
-        keys,
-        room,
-        q,
-        k,
-        v,
-        out,
-        grad,
-        dq,
-        dk,
-        dv,
-        sums,
-        scale,
-    ):
+        items, heads, parts, order, indptr, columns, keys, room,
+        q, k, v, out, grad, dq, dk, dv, sums, scale,
+    ):  # fmt: skip
         if source < 0:
             return
         queries = order.shape[1]
@@ -223,41 +229,38 @@ def _backward(key_dim: int, value_dim: int) -> Callable:
         packed = -1
         for item in range(items[0], items[1]):
             batch, head, begin, end = _task(item, heads, parts, queries)
-            q_base = q[0] + batch * q[1] + head * q[2]
+            q_base = _head(q, batch, head)
             if packed != item // parts:
                 packed = item // parts
-                _pack(k[0] + batch * k[1] + head * k[2], k[3], keys, key_dim, k_base)
-                _pack(v[0] + batch * v[1] + head * v[2], v[3], keys, value_dim, v_base)
-            out_base = out[0] + batch * out[1] + head * out[2]
-            grad_base = grad[0] + batch * grad[1] + head * grad[2]
-            dq_base = dq[0] + batch * dq[1] + head * dq[2]
-            dk_base = dk[0] + batch * dk[1] + head * dk[2]
-            dv_base = dv[0] + batch * dv[1] + head * dv[2]
+                _pack_head(k, v, batch, head, keys, key_dim, value_dim, k_base, v_base)
+            out_base = _head(out, batch, head)
+            grad_base = _head(grad, batch, head)
+            dq_base = _head(dq, batch, head)
+            dk_base = _head(dk, batch, head)
+            dv_base = _head(dv, batch, head)
             starts = indptr[head * queries :]
             block = begin
             while block < end:
                 stop = _block_end(block, end, starts, offsets, capacity)
                 for p in range(block, stop):
                     i, first = order[head, p], starts[p]
-                    count = starts[p + 1] - first
-                    place = _BYTES * offsets[p - block]
+                    count, place = starts[p + 1] - first, _BYTES * offsets[p - block]
                     query = scaled(load_row(q_base + i * q[3], key_dim), scale)
+                    # Both rows before both products: else the whole takes some 5 % longer.
                     slope = load_row(grad_base + i * grad[3], value_dim)
-                    _dots(
-                        query, k_base, k_pitch, columns, first, count, weights.ctypes.data + place
-                    )
-                    _dots(slope, v_base, v_pitch, columns, first, count, slopes.ctypes.data + place)
+                    at = weights.ctypes.data + place
+                    _dots(query, k_base, k_pitch, columns, first, count, at)
+                    at = slopes.ctypes.data + place
+                    _dots(slope, v_base, v_pitch, columns, first, count, at)
                 for p in range(block, stop):
                     i, place = order[head, p], _BYTES * offsets[p - block]
                     slope = load_row(grad_base + i * grad[3], value_dim)
                     delta = row_dot(slope, out_base + i * out[3])
                     top, share = sums[batch, head, i, 0], sums[batch, head, i, 1]
-                    for t in range(0, starts[p + 1] - starts[p], LANES):
-                        at = weights.ctypes.data + place + _BYTES * t
-                        chunk = scaled(exp_minus(load_row(at, LANES), top), share)
-                        store_row(at, chunk)
-                        at = slopes.ctypes.data + place + _BYTES * t
-                        store_row(at, times_minus(chunk, load_row(at, LANES), delta))
+                    _score_slopes(
+                        weights.ctypes.data + place, slopes.ctypes.data + place,
+                        starts[p + 1] - starts[p], top, share, delta,
+                    )  # fmt: skip
                 for p in range(block, stop):
                     i, first, place = order[head, p], starts[p], offsets[p - block]
                     query = scaled(load_row(q_base + i * q[3], key_dim), scale)
