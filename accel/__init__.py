@@ -10,19 +10,19 @@ it happens (`timeline`, `perfetto`), pictures (`plots`) -> many machines at once
 """
 
 from .arithmetic import Arithmetic, Quantized, quantize
-from .comparison import speedups
-from .configurations import grid
-from .energy import Area, Energy, EnergyProfile, area, energy, load_profile
-from .explore import explore
-from .functional import CodecWeights, FunctionalResult, arithmetic_of, simulate_attention
+from .explore.grid import grid
+from .explore.points import Exploration, Point
+from .explore.sweep import explore
 from .hardware import Hardware, presets
-from .integers import integer_attention
-from .perfetto import write_trace
-from .points import Exploration, Point
-from .profiles import PROFILES
-from .report import HeadCost, OpCost, Report, Traffic
+from .integer_attention import integer_attention
+from .report.energy import Area, Energy, EnergyProfile, area, energy, load_profile
+from .report.profiles import PROFILES
+from .report.report import HeadCost, OpCost, Report, Traffic
+from .report.speedups import speedups
 from .simulate import compare, simulate
-from .timeline import Timeline, record
+from .trace.perfetto import write_trace
+from .trace.timeline import Timeline, record
+from .vitcod.functional import CodecWeights, FunctionalResult, arithmetic_of, simulate_attention
 
 __all__ = [
     "PROFILES",

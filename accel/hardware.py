@@ -11,23 +11,23 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 
-from .ddr4 import DRAM_TIMINGS, checked_map
-from .dram import stream_efficiency
+from .dram.bandwidth import stream_efficiency
+from .dram.ddr4 import DRAM_TIMINGS, checked_map
 
 __all__ = ["ASSIGNMENTS", "DATAFLOWS", "DRAM_MODELS", "FILLS", "Hardware", "presets"]
 
 ASSIGNMENTS = ("balanced", "round_robin", "lockstep")
-"""How columns (rows) of the sparser part reach the lines; see `sievit.accel.assign`."""
+"""How columns (rows) of the sparser part reach the lines; see `sievit.accel.vitcod.assign`."""
 
 DATAFLOWS = ("os", "ws", "is")
-"""Dense products: output-, weight- or input-stationary; see `sievit.accel.dense`."""
+"""Dense products: output-, weight- or input-stationary; see `sievit.accel.products`."""
 
 FILLS = ("back_to_back", "per_tile")
 """Tiles of a dense product follow each other, or each pays the array's skew."""
 
 DRAM_MODELS = ("flat", "ddr4")
 """The full bandwidth at any address after a fixed latency; or banks, rows, queues and refresh
-(`sievit.accel.controller`), where the bandwidth is that of a whole number of channels."""
+(`sievit.accel.dram.controller`), where the bandwidth is that of a whole number of channels."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Hardware:
     @property
     def dram_stream_bytes_per_cycle(self) -> Fraction:
         """What one long stream of reads reaches: all of the bandwidth in the flat model, what
-        `sievit.accel.dram.stream_efficiency` measures in the other."""
+        `sievit.accel.dram.bandwidth.stream_efficiency` measures in the other."""
         if self.dram_model == "flat":
             return self.dram_bytes_per_cycle
         share = stream_efficiency(self.dram_timing, self.dram_map, self.dram_channels)

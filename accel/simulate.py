@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ..workload import Workload
 from .hardware import Hardware, presets
-from .report import Report
-from .simulators import SIMULATORS
+from .report.report import Report
+from .simulators.registry import SIMULATORS
 
 
 def simulate(

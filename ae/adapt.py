@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..models import AttentionHook, Handle, find_attention, intercept
-from ..models.feeding import images_for
+from ..models import AttentionCall, AttentionHook, Handle, find_attention, intercept
+from ..models.attention.observe import observe_attention
+from ..models.running import image_size_of
 from ..workload import HeadCodec
 from .closed_form import ExplainedVariance, HeadMoments, fit_closed_form
 from .codec import QKCodec, latent_heads_for
@@ -58,7 +59,7 @@ def attach_codec(
     they are trained through the model, but are not in its state dict. They move to the
     model's device.
     """
-    calls = find_attention(model, image_size or getattr(model, "image_size", None) or 224)
+    calls = find_attention(model, image_size_of(model, image_size))
     if len(calls) != len(codecs):
         raise ValueError(
             f"the model makes {len(calls)} calls of attention, got {len(codecs)} codecs"
@@ -89,22 +90,13 @@ def head_moments(
     model: nn.Module, batches: Iterable[Tensor]
 ) -> tuple[tuple[HeadMoments, HeadMoments], ...]:
     """Second moments between heads of Q and of K, one pair a layer, over all batches."""
-    was_training = model.training
-    model.eval()
     hooks: list[_Moments] = []
-    handle = None
-    try:
-        for batch in batches:
-            images = images_for(model, batch)
-            if handle is None:
-                calls = find_attention(model, images[:1])
-                hooks = [_Moments() for _ in calls]
-                handle = intercept(model, hooks, calls)
-            model(images)
-    finally:
-        if handle is not None:
-            handle.remove()
-        model.train(was_training)
+
+    def watch(calls: Sequence[AttentionCall]) -> Sequence[_Moments]:
+        hooks.extend(_Moments() for _ in calls)
+        return hooks
+
+    observe_attention(model, batches, watch)
     if not hooks:
         raise ValueError("a codec is fitted to images, got none")
     return tuple((hook.q, hook.k) for hook in hooks)

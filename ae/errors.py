@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import AttentionHook, find_attention, intercept
-from ..models.feeding import images_for
+from ..models.running import evaluating, image_size_of, images_for
 from .adapt import Pair, attach_codec
 from .codec import QKCodec
 from .train import relative_error
@@ -60,7 +60,7 @@ def codec_errors(
 
     One batch's attention maps are held at a time. Raises ValueError for no images.
     """
-    calls = find_attention(model, image_size or getattr(model, "image_size", None) or 224)
+    calls = find_attention(model, image_size_of(model, image_size))
     pairs: dict[int, tuple[float, float]] = {}
 
     def watch(layer: int, plain: Pair, coded: Pair) -> None:
@@ -68,9 +68,7 @@ def codec_errors(
         pairs[layer] = tuple(float(error) for error in errors)
 
     sums, images = torch.zeros(len(calls), 3, dtype=torch.float64), 0
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in batches:
             inputs = images_for(model, batch)
             plain, coded = [_Seen() for _ in calls], [_Seen() for _ in calls]
@@ -85,8 +83,6 @@ def codec_errors(
                 moved = (one.probabilities - other.probabilities).abs().sum(dim=-1).mean() / 2
                 sums[layer] += len(inputs) * torch.tensor([*pairs[layer], float(moved)])
             images += len(inputs)
-    finally:
-        model.train(was_training)
     if not images:
         raise ValueError("errors of codecs are measured on images, got none")
     return tuple(CodecErrors(*row) for row in (sums / images).tolist())

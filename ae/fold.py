@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import find_attention
+from ..models.running import image_size_of
 from .codec import QKCodec
 
 SEPARATE = (("query", "key"), ("q_proj", "k_proj"))
@@ -27,7 +28,7 @@ def fold(model: nn.Module, codecs: Sequence[QKCodec], image_size: int | None = N
     (Hugging Face), with a bias for the key where keys are shifted. Raises ValueError,
     naming the module, where it does not; then nothing was changed.
     """
-    calls = find_attention(model, image_size or getattr(model, "image_size", None) or 224)
+    calls = find_attention(model, image_size_of(model, image_size))
     if len(calls) != len(codecs):
         raise ValueError(
             f"the model makes {len(calls)} calls of attention, got {len(codecs)} codecs"

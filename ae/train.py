@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..models.distill import distill
-from ..models.feeding import Batches
-from ..models.recipe import Recipe
-from ..models.training import Checkpointing, Listener, Trained
+from ..models.training.distill import distill
+from ..models.training.feeding import Batches
+from ..models.training.loop import Checkpointing, Listener, Trained
+from ..models.training.recipe import Recipe
 from .adapt import Pair, attach_codec
 from .codec import QKCodec
 
@@ -72,7 +72,7 @@ def train_codec(
     published  the paper's reconstruction term instead of the relative error
     weight     of the reconstruction term; 1e-4 for the paper's, else 0.01
 
-    The rest, and errors, as in `sievit.models.training.train`.
+    The rest, and errors, as in `sievit.models.training.loop.train`.
     """
     reconstruction = Reconstruction(codecs, published, weight)
     with attach_codec(student, codecs, watcher=reconstruction.watch):

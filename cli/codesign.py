@@ -38,7 +38,7 @@ from .terminal import OUT, check_writable, one_line_errors, progress_bars
 
 if TYPE_CHECKING:
     from ..images import Photos
-    from ..settings import Settings
+    from ..pipeline.settings import Settings
 
 
 def codesign(
@@ -82,7 +82,7 @@ def codesign(
 ) -> None:
     """Sparsify a pretrained ViT, recover it, and simulate what it costs in silicon."""
     with one_line_errors(quiet):
-        from ..settings import Settings
+        from ..pipeline.settings import Settings
 
         source = weights_source(model, weights)
         settings = Settings(
@@ -128,7 +128,7 @@ def _run_codesign(
     plots: bool,
     quiet: bool,
 ) -> None:
-    from ..pipeline import codesign as run
+    from ..pipeline.codesign import codesign as run
     from .tables import codesign_tables
 
     check_writable(out)

@@ -38,9 +38,9 @@ from .terminal import OUT, check_writable, one_line_errors, progress_bars
 
 if TYPE_CHECKING:
     from ..accel import Exploration, Point
-    from ..masks import AttentionMask
     from ..progress import Progress
     from ..studies.variants import Codec, Variants
+    from ..workload import AttentionMask
 
 
 def explore(
@@ -194,7 +194,7 @@ def _machines(
 ) -> tuple[dict[str, Any], ...]:
     """Every combination of what options give, and the configurations of a file."""
     from ..accel import grid
-    from ..accel.configurations import load_configurations
+    from ..accel.explore.grid import load_configurations
 
     chosen = {name: values for name, values in given.items() if values}
     for text in fields:
@@ -216,7 +216,7 @@ def _variants(
 ) -> tuple[Variants, str]:
     """The model with each mask and codec, and a sentence on the masks."""
     from ..models import create, prefix_tokens
-    from ..networks import model_workload
+    from ..pipeline.networks import model_workload
     from ..studies.variants import BY_CHANCE, masks_by_chance, variants
 
     if varied.masks and varied.sparsities:
@@ -251,13 +251,15 @@ def _learned(
     image_size: int | None,
     progress: Progress,
 ) -> dict[float, AttentionMask]:
-    from ..pipeline import learn_masks
-    from ..settings import Settings
+    from ..pipeline.codesign import learn_masks
+    from ..pipeline.settings import Settings
 
     photos = load_photos(learning.images, None, learning.limit)
     source = weights_source(name, learning.weights)
     network, _ = load_network(name, source)
-    size = image_size or getattr(network, "image_size", None) or 224
+    from ..models.running import image_size_of
+
+    size = image_size_of(network, image_size)
     settings = Settings(
         image_size=size,
         normalization=normalization_named("auto", source),
@@ -301,18 +303,18 @@ def _finish(
     quiet: bool,
 ) -> None:
     """Tables, files and pictures; an error where nothing could be simulated."""
-    from ..accel.points import ATTENTION_OBJECTIVES, OBJECTIVES
+    from ..accel.explore.points import ATTENTION_OBJECTIVES, OBJECTIVES
     from .front_tables import exploration_tables
 
     objectives = found.given(ATTENTION_OBJECTIVES if attention else OBJECTIVES)
     written = []
     if json_out is not None:
-        from ..result import write_json
+        from ..pipeline.result import write_json
 
         write_json(_as_json(found, made, about, objectives), json_out)
         written.append(json_out)
     if plots is not None and found.done:
-        from ..accel.front_plots import plot_front, plot_sensitivity
+        from ..accel.explore.plots import plot_front, plot_sensitivity
 
         written += [plots / "front.png", plots / "sensitivity.png"]
         plot_front(found, written[-2], objectives, about)
@@ -329,8 +331,8 @@ def _finish(
 def _as_json(
     found: Exploration, made: Variants, about: str, objectives: Sequence[str]
 ) -> dict[str, Any]:
-    from ..accel.points import sensitivity
-    from ..result import versions
+    from ..accel.explore.points import sensitivity
+    from ..pipeline.result import versions
 
     effects = {name: sensitivity(found, name) for name in objectives}
     return {

@@ -9,9 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..accel.energy import PROFILES, area
-from ..accel.labels import axis_heading, axis_words, figure_shown, heading, shown
-from ..accel.points import OBJECTIVES, Effect, Exploration, Point, sensitivity, value_of
+from ..accel.explore.labels import axis_heading, axis_words, figure_shown, heading, shown
+from ..accel.explore.points import OBJECTIVES, Effect, Exploration, Point, sensitivity, value_of
+from ..accel.report.energy import PROFILES, area
 
 MOST_ROWS = 24
 """Of a front and of errors: the rest is counted, and is in the files."""

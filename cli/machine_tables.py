@@ -13,9 +13,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..accel.comparison import speedups
-from ..accel.energy import Area, Energy
-from ..accel.report import LEVELS, OpCost, Report
+from ..accel.report.energy import Area, Energy
+from ..accel.report.report import LEVELS, OpCost, Report
+from ..accel.report.speedups import speedups
 
 PRODUCTS = ("sddmm", "spmm")
 """Phases that have a column of their own; the rest of a layer's cycles are waits and extras."""

@@ -78,7 +78,7 @@ def simulate(
         from rich.console import Group
         from rich.text import Text
 
-        from ..networks import model_workload
+        from ..pipeline.networks import model_workload
         from .machine_tables import machine_tables, simulation_table
 
         names = simulators_named(simulator or ["vitcod"])
@@ -154,7 +154,7 @@ def compare(
             _check_targets(json_out, None, plots)
             run_paper(model, mask, image_size, hardware, seed, measure, json_out, plots, quiet)
             return
-        from ..networks import sparse_workload
+        from ..pipeline.networks import sparse_workload
 
         names = simulators_named(simulator or list(COMPARED))
         if against is not None:
@@ -259,7 +259,7 @@ def _write(
     """The files that were asked for; returns their paths."""
     written = []
     if json_out is not None:
-        from ..result import write_json
+        from ..pipeline.result import write_json
 
         write_json(figures, json_out)
         written.append(json_out)
@@ -269,8 +269,8 @@ def _write(
         write_trace(timelines.values(), trace)
         written.append(trace)
     if plots is not None:
-        from ..accel.simulators.vitcod import WITHOUT
-        from ..figures import draw_machines
+        from ..accel.vitcod.simulate import WITHOUT
+        from ..pipeline.pictures import draw_machines
 
         timed = {name: made for name, made in timelines.items() if name in WITHOUT}
         written += draw_machines(reports, timed, plots)

@@ -65,8 +65,8 @@ def masks(
 ) -> None:
     """Learn fixed attention masks from photos and save them."""
     with one_line_errors(quiet):
-        from ..pipeline import learn_mask, learn_mask_within
-        from ..settings import Settings
+        from ..pipeline.codesign import learn_mask, learn_mask_within
+        from ..pipeline.settings import Settings
         from .tables import mask_table
 
         _check(
@@ -134,7 +134,7 @@ def _said(found: HardwareMask, tile: int | None) -> str:
     """What the mask costs and keeps, and what to do with it."""
     kept = f"{found.mass:.1%} of the attention mass kept."
     if tile is None:
-        from ..networks import WHOLE_COLUMNS
+        from ..pipeline.networks import WHOLE_COLUMNS
 
         return (
             f"{found.cost:,.0f} simulated cycles of attention, {kept} Simulate it with --min-kept "
@@ -142,8 +142,8 @@ def _said(found: HardwareMask, tile: int | None) -> str:
         )
     import numpy as np
 
-    from ..masks import AttentionMask
-    from ..sparsify.hardware_masks import tile_area
+    from ..sparsify.budgeted_masks import tile_area
+    from ..workload import AttentionMask
 
     dense = tile_area(tile)(AttentionMask(tuple(np.ones_like(k) for k in found.mask.keep)))
     return f"{found.cost:,.0f} of {dense:,.0f} entries in tiles of {tile} queries, {kept}"

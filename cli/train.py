@@ -32,9 +32,9 @@ from .terminal import OUT, check_writable, one_line_errors, progress_bars
 if TYPE_CHECKING:
     from ..ae import CodecErrors
     from ..images import Photos
-    from ..masks import AttentionMask
-    from ..recipes import TrainSettings
-    from ..sparse_model import SparseModel
+    from ..pipeline.sparse_model import SparseModel
+    from ..pipeline.train import TrainSettings
+    from ..workload import AttentionMask
 
 
 def train(
@@ -98,7 +98,7 @@ def train(
     with torchrun and several processes share each batch.
     """
     with one_line_errors(quiet):
-        from ..recipes import TrainSettings
+        from ..pipeline.train import TrainSettings
 
         if mask is not None and sparsity is not None:
             raise ValueError(
@@ -144,8 +144,8 @@ def _run(
     quiet: bool,
 ) -> None:
     from ..images import photo_sets
-    from ..models.processes import joined, rank
-    from ..recipes import train_sparse
+    from ..models.training.processes import joined, rank
+    from ..pipeline.train import train_sparse
 
     learn, judged = photo_sets(photos)
     with joined(device):
@@ -189,7 +189,7 @@ def _report(found: SparseModel, rows: dict[str, Any], errors: Sequence[CodecErro
 def _device(name: str) -> Any:
     import torch
 
-    from ..models.processes import own_device
+    from ..models.training.processes import own_device
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

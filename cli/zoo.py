@@ -72,7 +72,7 @@ def zoo(
         else:
             result = _costs(patterns, size, counting, layers, plot, quiet)
         if json_out is not None:
-            from ..result import versions, write_json
+            from ..pipeline.result import versions, write_json
 
             write_json({**result, "versions": versions()}, json_out)
 
@@ -94,7 +94,7 @@ def _costs(
     plot: Path | None,
     quiet: bool,
 ) -> dict[str, Any]:
-    from ..models.plots import plot_costs, plot_layers
+    from ..models.costs.plots import plot_costs, plot_layers
     from .zoo_tables import cost_table, costs_table
 
     found = _matching(patterns)
@@ -133,10 +133,10 @@ def _profile(
     quiet: bool,
 ) -> dict[str, Any]:
     from ..models import complexity, create_for, trace
-    from ..models.dcn_traffic import sampling_traffic
-    from ..models.plots import plot_layers
-    from ..models.run_profile import profile_run
-    from ..networks import with_compiled_core
+    from ..models.costs.dcn_traffic import sampling_traffic
+    from ..models.costs.plots import plot_layers
+    from ..models.costs.run_profile import profile_run
+    from ..pipeline.networks import with_compiled_core
     from .zoo_tables import intensity_table, profile_table, traffic_table
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else PyTorch's profiler writes lines

@@ -7,9 +7,8 @@ import sys
 
 from sievit.accel import simulate
 from sievit.ae import latent_heads_for
-from sievit.masks import AttentionMask
 from sievit.models import create, trace
-from sievit.workload import HeadCodec
+from sievit.workload import AttentionMask, HeadCodec
 
 
 def main(mask_path: str | None = None, model: str = "deit_tiny") -> None:

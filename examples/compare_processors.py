@@ -6,10 +6,10 @@ python examples/compare_processors.py [MASK.npz or ViTCoD's MASK.npy] [MODEL]
 import sys
 
 from sievit.accel import simulate
-from sievit.masks import AttentionMask
 from sievit.models import create, trace
-from sievit.networks import sparse_workload
+from sievit.pipeline.networks import sparse_workload
 from sievit.studies.processors import beside, logs, modelled, timed_here
+from sievit.workload import AttentionMask
 
 HEADINGS = ("att. ms", "net. ms", "att. x", "net. x")
 

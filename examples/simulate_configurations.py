@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 
 from sievit.accel import presets, simulate
-from sievit.masks import AttentionMask
 from sievit.models import create, trace
+from sievit.workload import AttentionMask
 
 
 def local_mask(workload, width: int = 8, seed: int = 0) -> AttentionMask:

@@ -1,15 +1,15 @@
 """Vision models, their weights, where their attention is, and what they cost."""
 
-from .attention import AttentionCall, find_attention
-from .complexity import Complexity, complexity
-from .conv_layers import fuse
+from .attention.calls import AttentionCall, find_attention
+from .attention.intercept import AttentionHook, Handle, intercept
+from .costs.complexity import Complexity, complexity
+from .costs.trace import trace
+from .families.conv_layers import fuse
 from .features import features, prefix_tokens
-from .intercept import AttentionHook, Handle, intercept
 from .registry import create, create_for, names
 from .replace import replace_attention, replace_depthwise
 from .saliency import SaliencyDecoder
-from .trace import trace
-from .weights import LoadReport, load_weights
+from .weights.load import LoadReport, load_weights
 
 __all__ = [
     "AttentionCall",

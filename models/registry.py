@@ -49,7 +49,7 @@ def create(
         raise ValueError(unknown_name(name))
     stored = None
     if pretrained is not None:
-        from .weights import classes_in, load_weights, stored_weights
+        from .weights.load import classes_in, load_weights, stored_weights
 
         stored = stored_weights(pretrained)
         if "num_classes" not in overrides:
@@ -83,7 +83,7 @@ def create_for(name: str, image_size: int | tuple[int, int] | None = None) -> nn
 def _builders() -> dict[str, Callable[..., nn.Module]]:
     builders: dict[str, Callable[..., nn.Module]] = {}
     for family in FAMILIES:
-        models = import_module(f"{__package__}.{family}").MODELS
+        models = import_module(f"{__package__}.families.{family}").MODELS
         twice = builders.keys() & models.keys()
         assert not twice, f"{family} registers {sorted(twice)} a second time"
         builders |= models

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .dcn import Core, DCNv4, deform_core
+from .families.dcn import Core, DCNv4, deform_core
 from .features import prefix_tokens
 
 

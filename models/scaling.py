@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 from ..workload import Conv, Elementwise, Gemm, Workload
-from .efficientnet import CONFIGS as EFFICIENTNETS
-from .efficientnet import EfficientNet, EfficientNetConfig
-from .regnet import CONFIGS as REGNETS
-from .regnet import RegNet, RegNetConfig, compatible
-from .resnet import CONFIGS as RESNETS
-from .resnet import ResNet
-from .trace import trace
+from .costs.trace import trace
+from .families.efficientnet import CONFIGS as EFFICIENTNETS
+from .families.efficientnet import EfficientNet, EfficientNetConfig
+from .families.regnet import CONFIGS as REGNETS
+from .families.regnet import RegNet, RegNetConfig, compatible
+from .families.resnet import CONFIGS as RESNETS
+from .families.resnet import ResNet
 
 Config = RegNetConfig | EfficientNetConfig
 C = TypeVar("C", RegNetConfig, EfficientNetConfig)

@@ -10,12 +10,12 @@ chance for studies of machines (`synthetic`).
 """
 
 from .adapt import attach
+from .average import average_attention
+from .budgeted_masks import HardwareMask, codesign_masks
 from .controls import random_mask, window_mask
 from .fidelity import Fidelity, accuracy, fidelity, judge, token_features
 from .finetune import GradualMask, finetune, recover
-from .hardware_masks import HardwareMask, codesign_masks
 from .int8 import attach_int8, calibrate_int8
-from .probe import average_attention
 from .reorder import polarize
 from .similarity import head_similarity
 from .synthetic import synthetic_maps

@@ -1,7 +1,7 @@
 """Put a fixed mask into a model, and take it out again.
 
 The model's source, parameters and state-dict keys do not change: each call of softmax
-attention is intercepted (`sievit.models.intercept`) and pruned entries get no weight.
+attention is intercepted (`sievit.models.attention.intercept`) and pruned entries get no weight.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..accel.kernels import AttentionPlan, plan_layers, sparse_attention
 from ..models import AttentionCall, AttentionHook, Handle, find_attention, intercept
+from ..models.running import image_size_of
 from ..workload import AttentionMask
 
 BACKENDS = ("auto", "dense")
@@ -82,7 +83,7 @@ def attach(
 
 
 def _image_size(model: nn.Module) -> int:
-    size = getattr(model, "image_size", None) or 224
+    size = image_size_of(model)
     return size if isinstance(size, int) else size[0]
 
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models import vit
-from ..models.conv_layers import ConvBN
-from ..models.efficientvit import FFN, CascadedGroupAttention
-from ..models.layers import Mlp
+from ..models.families import vit
+from ..models.families.conv_layers import ConvBN
+from ..models.families.efficientvit import FFN, CascadedGroupAttention
+from ..models.families.layers import Mlp
 
 NEW_STD = 0.02
 """Deviation of the first weights of channels that join."""
@@ -46,7 +46,7 @@ class ChannelSet:
 
 
 class CutAttention(nn.Module):
-    """`sievit.models.vit.Attention` with key and value dimensions of its own.
+    """`sievit.models.families.vit.Attention` with key and value dimensions of its own.
 
     ``scale`` stays that of the attention it was cut from.
     """

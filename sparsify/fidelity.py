@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..models import features, prefix_tokens
 from ..models.features import as_logits
-from ..models.feeding import images_for
+from ..models.running import evaluating, images_for
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,9 @@ def token_features(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
 
     ``batches`` as in `average_attention`; each goes where the model is.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         found = (features(model, images_for(model, batch)) for batch in batches)
         return torch.cat([tokens.float().cpu() for tokens in found])
-    finally:
-        model.train(was_training)
 
 
 @torch.no_grad()
@@ -63,12 +59,8 @@ def accuracy(model: nn.Module, batches: Iterable[Tensor], labels: Sequence[int])
 
     ``labels``: class indices, an image each. Raises ValueError where images are more or less.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         logits = [as_logits(model(images_for(model, batch))).float().cpu() for batch in batches]
-    finally:
-        model.train(was_training)
     found = torch.cat(logits).argmax(dim=-1)
     if len(found) != len(labels):
         raise ValueError(f"{len(found)} images, but {len(labels)} labels")

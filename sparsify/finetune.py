@@ -15,12 +15,12 @@ import numpy as np
 from torch import nn
 
 from ..models import Handle
-from ..models.blocks import checkpoint_activations, transformer_blocks
-from ..models.distill import distill
-from ..models.feeding import Batches
-from ..models.objectives import Labelled, TokenDistillation, TokenLoss
-from ..models.recipe import Recipe
-from ..models.training import Checkpointing, Listener, Trained, train
+from ..models.training.blocks import checkpoint_activations, transformer_blocks
+from ..models.training.distill import distill
+from ..models.training.feeding import Batches
+from ..models.training.loop import Checkpointing, Listener, Trained, train
+from ..models.training.objectives import Labelled, TokenDistillation, TokenLoss
+from ..models.training.recipe import Recipe
 from ..workload import AttentionMask
 from .adapt import attach
 from .threshold import threshold
@@ -40,7 +40,7 @@ def recover(
     """Train the blocks of ``student``, mask and codec attached, to give ``teacher``'s tokens.
 
     The budget is ``steps`` or ``seconds``; other arguments and errors as in
-    `sievit.models.training.train`.
+    `sievit.models.training.loop.train`.
     """
     return distill(
         student,
@@ -84,7 +84,7 @@ def finetune(
     recompute   compute the inside of each block again in the backward pass, for memory
 
     The rest, and errors, as in `TokenDistillation`, `Labelled` and
-    `sievit.models.training.train`.
+    `sievit.models.training.loop.train`.
     """
     if gradual is not None and steps is None:
         raise ValueError("a gradual mask follows the steps; give steps, not seconds")

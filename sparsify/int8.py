@@ -1,4 +1,4 @@
-"""A real model with the simulated machine's integer attention (`sievit.accel.integers`).
+"""A real model with the simulated machine's integer attention (`sievit.accel.integer_attention`).
 
 Each call of softmax attention is computed in the machine's integers: Q, K and V rounded to
 int8 with a scale a head, 16-bit scores, fixed-point softmax, int8 output. All else stays in
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..accel.kernels import Arithmetic, Int8Attention, Int8Scales, RangeWatcher
 from ..models import AttentionCall, AttentionHook, Handle, find_attention, intercept
-from ..models.feeding import images_for
+from ..models.running import evaluating, image_size_of, images_for
 from ..workload import AttentionMask
 
 
@@ -34,14 +34,10 @@ def calibrate_int8(
     """
     calls = find_attention(model, image_size or _image_size(model))
     watchers = [RangeWatcher(keep) for keep in _keeps(mask, calls)]
-    was_training = model.training
-    model.eval()
-    try:
-        with intercept(model, [AttentionHook(kernel=w) for w in watchers], calls):
-            for batch in batches:
-                model(images_for(model, batch))
-    finally:
-        model.train(was_training)
+    hooks = [AttentionHook(kernel=w) for w in watchers]
+    with evaluating(model), intercept(model, hooks, calls):
+        for batch in batches:
+            model(images_for(model, batch))
     return tuple(watcher.scales(arithmetic) for watcher in watchers)
 
 
@@ -86,5 +82,5 @@ def _keeps(mask: AttentionMask | None, calls: Sequence[AttentionCall]) -> list[T
 
 
 def _image_size(model: nn.Module) -> int:
-    size = getattr(model, "image_size", None) or 224
+    size = image_size_of(model)
     return size if isinstance(size, int) else size[0]

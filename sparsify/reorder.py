@@ -1,6 +1,6 @@
 """Polarize a whole mask: every head split into a dense block and a sparse rest.
 
-The rule for one head is `sievit.masks.polarize_head`; ViTCoD, HPCA 2023, section IV-B.
+The rule for one head is `sievit.workload.masks.polarize_head`; ViTCoD, HPCA 2023, section IV-B.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..files import written_whole
 from ..models import AttentionCall, AttentionHook
-from .observe import observe_attention
+from ..models.attention.observe import observe_attention
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,10 @@ runs.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import trace
+from ..models.running import evaluating
 from .channels import ChannelSet, find_channels, gate_gradient, resize
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -46,6 +48,20 @@ class Importance:
         return -np.sort(-self.values[index], axis=1).mean(axis=0)
 
 
+@contextlib.contextmanager
+def _gradients_kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Every parameter wants a gradient inside; afterwards gradients and wishes are as before."""
+    held = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, grad, required in held:
+            parameter.requires_grad_(required)
+            parameter.grad = grad
+
+
 def taylor_importance(model: nn.Module, batches: Iterable[Any], loss: Loss) -> Importance:
     """Importance of every channel set of ``model`` over ``batches``.
 
@@ -56,12 +72,9 @@ def taylor_importance(model: nn.Module, batches: Iterable[Any], loss: Loss) -> I
     """
     channels = find_channels(model)
     totals = [np.zeros((c.heads, c.units)) for c in channels]
-    was_training = model.training
     parameters = list(model.parameters())
-    held = [(p, p.grad, p.requires_grad) for p in parameters]
-    model.eval().requires_grad_(True)
     done = 0
-    try:
+    with evaluating(model), _gradients_kept(parameters):
         for batch in batches:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
@@ -69,11 +82,6 @@ def taylor_importance(model: nn.Module, batches: Iterable[Any], loss: Loss) -> I
             for total, place in zip(totals, channels, strict=True):
                 total += gate_gradient(model, place).detach().double().square().cpu().numpy()
             done += 1
-    finally:
-        model.train(was_training)
-        for parameter, grad, required in held:
-            parameter.requires_grad_(required)
-            parameter.grad = grad
     if not done:
         raise ValueError("taylor_importance needs at least one batch, got none")
     if not all(np.isfinite(total).all() for total in totals):
@@ -127,7 +135,7 @@ def prune(
                 at or below it
     multiple    counts a head are rounded up to a multiple of this (or keep all); at least
                 one multiple stays
-    image_size  for which MACs are counted; default as in `sievit.models.trace`
+    image_size  for which MACs are counted; default as in `sievit.models.costs.trace`
 
     Raises ValueError where the target is not in (0, 1) or below what the least widths cost.
     """

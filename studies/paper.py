@@ -14,17 +14,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..accel import Hardware, Report, presets, simulate
-from ..accel.ladder import Ladder, climb
-from ..accel.published import MODELS, SPARSITIES
-from ..accel.roofline import Measured
+from ..accel.report.roofline import Measured
 from ..ae import latent_heads_for
-from ..masks import PUBLISHED_MIN_KEPT, AttentionMask
 from ..models import create, prefix_tokens, trace
+from ..models.running import image_size_of
 from ..progress import Progress, silent
 from ..sparsify import synthetic_maps, threshold
-from ..workload import Attention, HeadCodec, Workload
+from ..workload import PUBLISHED_MIN_KEPT, Attention, AttentionMask, HeadCodec, Workload
+from .ladder import Ladder, climb
 from .paper_rows import Case, Row, Run, rows
 from .processors import timed_here
+from .published import MODELS, SPARSITIES
 
 SIMULATORS = ("vitcod", "vitcod_no_codec", "vitcod_no_reorder", "sanger", "spatten")
 
@@ -84,7 +84,7 @@ def cases_by_chance(
 def case_of_mask(model: str, mask: AttentionMask, image_size: int | None = None) -> Case:
     """One model with the user's own mask. Raises ValueError where it does not fit."""
     made = create(model)
-    size = image_size or getattr(made, "image_size", None) or 224
+    size = image_size_of(made, image_size)
     return _case(model, trace(made, size), mask, mask.sparsity)
 
 
@@ -146,7 +146,7 @@ def _timed(cases: Sequence[Case], progress: Progress) -> Mapping[str, Measured]:
     for index, (name, case) in enumerate(first.items()):
         progress("timing this machine", index / len(first))
         model = create(name)
-        size = getattr(model, "image_size", None) or 224
+        size = image_size_of(model)
         (timed[name],) = timed_here(case.workload, model, image_size=size, kernels=("eager",))
     progress("timing this machine", 1.0)
     return timed

@@ -13,10 +13,10 @@ from statistics import fmean
 from typing import Any
 
 from ..accel import Hardware, Report, simulate
-from ..accel.energy import PROFILES, area, energy
-from ..accel.published import HEADLINES, Published
-from ..accel.roofline import DEVICES, MEASURED, Device, Measured, Modelled, roofline, speedup
+from ..accel.report.energy import PROFILES, area, energy
+from ..accel.report.roofline import DEVICES, MEASURED, Device, Measured, Modelled, roofline, speedup
 from ..workload import Attention, HeadCodec, Workload
+from .published import HEADLINES, Published
 
 PROFILE_NAMES = ("aladdin-28nm", "horowitz-28nm-lop")
 """The default of `energy`, and the lowest at the node of ViTCoD's chip."""

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..accel import Report
 from ..accel.kernels import MeasuredAttention, measure_attention
-from ..accel.roofline import DEVICES, MEASURED, Measured, Modelled, roofline, speedup
+from ..accel.report.roofline import DEVICES, MEASURED, Measured, Modelled, roofline, speedup
 from ..workload import Workload
 
 PASSES = 7

@@ -20,7 +20,7 @@ import torch
 from ..accel import Hardware, presets, simulate
 from ..files import written_whole
 from ..models import trace
-from ..models.run_profile import set_threads, timed
+from ..models.costs.run_profile import set_threads, timed
 from ..models.scaling import BASES, Config, Counts, LineFit, build, counts, fit_line, scale
 
 COUNTS = ("flops", "params", "activations")

@@ -10,9 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..masks import PUBLISHED_MIN_KEPT, AttentionMask, PolarizedMask, polarize_head
 from ..sparsify import synthetic_maps, threshold
-from ..workload import HeadCodec, Workload
+from ..workload import (
+    PUBLISHED_MIN_KEPT,
+    AttentionMask,
+    HeadCodec,
+    PolarizedMask,
+    Workload,
+    polarize_head,
+)
 
 BY_CHANCE = (
     "masks made by chance (seed {seed}), shaped like ViTCoD's published ones: good to compare "

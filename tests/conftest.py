@@ -66,7 +66,7 @@ def mask_file(tmp_path_factory) -> Path:
     """A sparse mask for DeiT-Tiny at 64 px."""
     import numpy as np
 
-    from sievit.masks import AttentionMask
+    from sievit.workload import AttentionMask
 
     keep = np.random.default_rng(0).random((12, 3, 17, 17)) < 0.15
     keep[:, :, 0] = keep[:, :, :, :3] = True

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from sievit.accel import controller
-from sievit.accel.ddr4 import DRAM_TIMINGS
-from sievit.accel.dram_state import new_dram
-from sievit.accel.machine import STALLS
-from sievit.accel.program import CODEC, INDEX, SDDMM, STORE, K, Q, V
+from sievit.accel.dram import controller
+from sievit.accel.dram.ddr4 import DRAM_TIMINGS
+from sievit.accel.dram.state import new_dram
+from sievit.accel.vitcod.program import CODEC, INDEX, SDDMM, STORE, K, Q, V
+from sievit.accel.vitcod.registers import STALLS
 
 
 class Twin:

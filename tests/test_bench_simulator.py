@@ -30,8 +30,7 @@ def test_long_masks_keep_five_percent(bench, side):
 
 def test_a_timed_row_and_its_line(bench):
     from sievit.accel import simulate
-    from sievit.masks import polarize_head
-    from sievit.workload import Attention, Workload
+    from sievit.workload import Attention, Workload, polarize_head
 
     mask = polarize_head(np.random.default_rng(0).random((16, 16)) < 0.4, 8)
     workload = Workload("tiny", (Attention("a", 1, 16, 16, 8, 8, masks=(mask,)),))

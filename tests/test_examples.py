@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sievit.masks import AttentionMask
+from sievit.workload import AttentionMask
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

@@ -10,13 +10,7 @@ kernels (`deform_cpu` on `deform_vectors`, `deform_gpu`, `deform_torch`) -> the 
 (`deform`).
 """
 
-from .attention import (
-    Choice,
-    SparseAttention,
-    choose_kernel,
-    reference_attention,
-    sparse_attention,
-)
+from .attention import Choice, SparseAttention, choose_kernel, reference_attention, sparse_attention
 from .deform import deform_conv, deform_core
 from .int8 import Arithmetic, Int8Attention, Int8Scales, RangeWatcher, int8_attention
 from .measure import MeasuredAttention, measure_attention

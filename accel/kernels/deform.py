@@ -44,7 +44,8 @@ def deform_core(
     offset_scale: float = 1.0,
     remove_center: bool = False,
 ) -> Tensor:
-    """The sampling operator of DCNv3 and DCNv4, in place of `sievit.models.dcn.deform_core`.
+    """The sampling operator of DCNv3 and DCNv4, in place of
+    `sievit.models.families.dcn.deform_core`.
 
     value   [batch, height, width, channels]
     offset  [batch, rows, columns, groups * K * 2]: by group, sample, (dx, dy), in pixels
@@ -90,7 +91,7 @@ def deform_conv(
     return _run(value, offset_mask, None, geometry)
 
 
-deform_core.merged = deform_conv  # where `sievit.models.dcn` looks for it
+deform_core.merged = deform_conv  # where `sievit.models.families.dcn` looks for it
 
 
 def _geometry(kernel, stride, padding, dilation, groups, offset_scale, remove_center) -> Geometry:

@@ -1,6 +1,6 @@
 """The simulated machine's integer attention in torch, for accuracy studies of real models.
 
-A second account of `sievit.accel.integers`, on batches and on any device: integers are
+A second account of `sievit.accel.integer_attention`, on batches and on any device: integers are
 carried in floating point, where they are exact (float32 for sums below 2^24 of numbers that
 TF32 holds, else float64),
 changes of scale are one product by multiplier / 2^shift and a rounding half to even, and a
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arithmetic import Arithmetic, scale_for
-from ..integers import LOG2_E, ScoreRules, score_shift_for
+from ..integer_attention import LOG2_E, ScoreRules, score_shift_for
 
 EXACT_SUM, EXACT_TF32 = 2**24, 2**11
 """Integers up to here are exact in float32, and in TF32, which a GPU may multiply in."""

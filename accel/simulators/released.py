@@ -15,7 +15,7 @@ import numpy as np
 
 from ...workload import PUBLISHED_MIN_KEPT, Attention, Workload
 from ..hardware import Hardware
-from ..report import OpCost, Report
+from ..report.report import OpCost, Report
 
 
 def simulate_released(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...workload import Attention, PolarizedMask, Workload
-from ..dense import array_cycles, op_cost
 from ..hardware import Hardware
-from ..report import OpCost, Report, Traffic
+from ..products import array_cycles, op_cost
+from ..report.report import OpCost, Report, Traffic
 
 MASK_BITS_PER_CYCLE = 64
 """Bits of the predicted mask that the packer reads in a cycle. Sanger's released hardware

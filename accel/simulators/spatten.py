@@ -22,9 +22,9 @@ import math
 from dataclasses import dataclass
 
 from ...workload import Attention, Workload
-from ..dense import op_cost
 from ..hardware import Hardware
-from ..report import OpCost, Report, Traffic
+from ..products import op_cost
+from ..report.report import OpCost, Report, Traffic
 from .sanger import pipelined, product_cycles
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...workload import Attention, Workload
-from ..dense import array_cycles, op_cost, operand_reads
 from ..hardware import Hardware
-from ..report import OpCost, Report, Traffic
+from ..products import array_cycles, op_cost, operand_reads
+from ..report.report import OpCost, Report, Traffic
 
 
 def simulate_systolic(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:

@@ -34,10 +34,10 @@ import torch.nn.functional as F
 
 from sievit.accel.kernels import AttentionPlan, choose_kernel, plan_attention, sparse_attention
 from sievit.accel.kernels.measure import device_name
-from sievit.masks import AttentionMask
-from sievit.result import versions, write_json
+from sievit.pipeline.result import versions, write_json
 from sievit.sparsify import synthetic_maps, threshold
 from sievit.sparsify.granularity import by_vectors
+from sievit.workload import AttentionMask
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data/vitcod-deit-tiny-masks/info_0.95.npy"
 DIM = 64

@@ -29,8 +29,8 @@ import torch
 
 from sievit.accel.kernels import deform_conv, deform_core
 from sievit.accel.kernels.measure import device_name
-from sievit.models import dcn
-from sievit.result import versions, write_json
+from sievit.models.families import dcn
+from sievit.pipeline.result import versions, write_json
 
 SAMPLES = 9
 SHAPES = ((56, 128, 4), (56, 128, 8), (28, 256, 16), (14, 512, 32), (7, 1024, 64), (14, 768, 48))

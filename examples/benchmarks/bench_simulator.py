@@ -54,9 +54,9 @@ QUOTED = {
 
 def deit_tiny(mask: str | None, codec=None):
     """DeiT-Tiny with ViTCoD's mask of a file, or one made by chance at 95 %."""
-    from sievit.masks import AttentionMask
     from sievit.models import create, trace
     from sievit.studies.variants import masks_by_chance
+    from sievit.workload import AttentionMask
 
     dense = replace(trace(create("deit_tiny"), 224), name="deit_tiny")
     made = masks_by_chance(dense, [SPARSE], 1)[SPARSE] if mask is None else AttentionMask.load(mask)
@@ -83,8 +83,7 @@ def network_case(mask: str | None, repeats: int) -> dict:
 def long_case(mask: str | None, repeats: int) -> dict:
     import numpy as np
 
-    from sievit.masks import polarize_head
-    from sievit.workload import Attention, Workload
+    from sievit.workload import Attention, Workload, polarize_head
 
     layers = []
     for layer in range(12):
@@ -170,7 +169,7 @@ CASES: dict[str, Callable[[str | None, int], dict]] = {
 def timed(workload, simulator: str, repeats: int) -> dict:
     """Simulate: compile on a small workload first, then count."""
     from sievit.accel import presets, simulate
-    from sievit.accel.explore import _compile
+    from sievit.accel.explore.sweep import _compile
 
     _compile()
     walls, processors = [], []
@@ -191,7 +190,7 @@ def timed(workload, simulator: str, repeats: int) -> dict:
 
 def forget() -> None:
     """Index lists and assignments of the run before: every run makes its own."""
-    from sievit.accel import mapping, pattern
+    from sievit.accel.vitcod import mapping, pattern
 
     pattern.PATTERNS.clear()
     mapping.WORK.clear()
@@ -325,7 +324,7 @@ def main() -> None:
 
 
 def write(rows: list[dict], given: argparse.Namespace, path: Path) -> None:
-    from sievit.result import versions, write_json
+    from sievit.pipeline.result import versions, write_json
 
     about = {
         "mask": "made by chance" if given.mask is None else Path(given.mask).name,

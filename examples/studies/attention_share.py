@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from sievit.files import written_whole
 from sievit.images import center_crops, load_folder, normalize
 from sievit.models import complexity
-from sievit.models.mixed import MixedViT, spread, width_at
-from sievit.models.run_profile import profile_run, relative_time, set_threads
-from sievit.result import versions, write_json
+from sievit.models.costs.run_profile import profile_run, relative_time, set_threads
+from sievit.models.families.mixed import MixedViT, spread, width_at
+from sievit.pipeline.result import versions, write_json
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 SPEEDUPS = (1.25, 1.5)

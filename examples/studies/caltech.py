@@ -24,18 +24,11 @@ from sklearn.preprocessing import StandardScaler
 
 from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import SaliencyDecoder, create
-from sievit.models.objectives import TokenLoss
-from sievit.models.recipe import Recipe
-from sievit.models.weights import load_pretrained
-from sievit.result import versions, write_json
-from sievit.sparsify import (
-    attach,
-    average_attention,
-    fidelity,
-    recover,
-    threshold,
-    token_features,
-)
+from sievit.models.training.objectives import TokenLoss
+from sievit.models.training.recipe import Recipe
+from sievit.models.weights.load import load_pretrained
+from sievit.pipeline.result import versions, write_json
+from sievit.sparsify import attach, average_attention, fidelity, recover, threshold, token_features
 
 PREFIX, JUDGED = 1, 128
 SPARSITIES, PROBED = (0.5, 0.7, 0.8, 0.9), (0.5, 0.7, 0.9)

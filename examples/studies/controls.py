@@ -26,7 +26,7 @@ from sievit.ae import attach_codec, fit_codecs, fold, head_moments
 from sievit.files import written_whole
 from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import create
-from sievit.models.objectives import TokenLoss
+from sievit.models.training.objectives import TokenLoss
 from sievit.sparsify import attach, average_attention, recover
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)

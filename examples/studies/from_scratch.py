@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sievit.ae import Reconstruction, attach_codec, fit_codecs, fold, head_moments
 from sievit.models import create
-from sievit.models.recipe import Recipe
+from sievit.models.training.recipe import Recipe
 from sievit.sparsify import attach, average_attention, finetune, threshold
 
 SEEDS = (0, 1, 2)

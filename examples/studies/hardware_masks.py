@@ -25,7 +25,7 @@ from rows import Rows
 from sievit.files import written_whole
 from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import create, trace
-from sievit.networks import WHOLE_COLUMNS, attention_cycles
+from sievit.pipeline.networks import WHOLE_COLUMNS, attention_cycles
 from sievit.sparsify import (
     attach,
     average_attention,
@@ -35,7 +35,7 @@ from sievit.sparsify import (
     threshold,
     token_features,
 )
-from sievit.sparsify.hardware_masks import HardwareMask, block_orders, kept_mass, tile_area, tiles
+from sievit.sparsify.budgeted_masks import HardwareMask, block_orders, kept_mass, tile_area, tiles
 from sievit.workload import AttentionMask
 
 SPARSITIES, RECOVERED = (0.7, 0.8, 0.9, 0.95), (0.9, 0.95)

@@ -16,7 +16,7 @@ import torch
 
 from sievit.images import batches, center_crops, load_folder
 from sievit.models import create
-from sievit.result import versions, write_json
+from sievit.pipeline.result import versions, write_json
 from sievit.sparsify.similarity import head_similarity, plot_similarity
 
 SIZE, BATCH = 224, 8

@@ -17,7 +17,7 @@ import torch
 from sievit.accel import Arithmetic
 from sievit.images import batches, random_crops, sample_photos
 from sievit.models import create
-from sievit.result import versions, write_json
+from sievit.pipeline.result import versions, write_json
 from sievit.sparsify import (
     attach,
     attach_int8,

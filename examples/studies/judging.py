@@ -15,7 +15,7 @@ from torch import nn
 
 from sievit.images import Photos, batches, center_crops
 from sievit.models import SaliencyDecoder, prefix_tokens
-from sievit.models.weights import load_pretrained
+from sievit.models.weights.load import load_pretrained
 from sievit.sparsify import fidelity, threshold, token_features
 from sievit.workload import AttentionMask
 

@@ -14,10 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from sievit.accel import presets
-from sievit.accel.stepped import step
-from sievit.masks import AttentionMask, polarize_head
-from sievit.result import versions, write_json
-from sievit.workload import Attention, HeadCodec
+from sievit.accel.vitcod.run import step
+from sievit.pipeline.result import versions, write_json
+from sievit.workload import Attention, AttentionMask, HeadCodec, polarize_head
 
 STEPPED = (1, 2, 4, 8, 1000)
 VITCOD = presets["vitcod"]

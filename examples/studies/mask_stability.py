@@ -20,9 +20,9 @@ from judging import BATCH, SIZE, Judge
 from rows import Rows
 
 from sievit.images import Photos, batches, center_crops, load_folder
-from sievit.masks import AttentionMask
 from sievit.models import create
 from sievit.sparsify import attach, average_attention, threshold
+from sievit.workload import AttentionMask
 
 COUNTS, DRAWS, SPARSITY = (1, 4, 16, 64, 128, 256, 400), 3, 0.9
 

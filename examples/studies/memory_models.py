@@ -15,10 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from sievit.accel import presets, simulate
-from sievit.accel.dram import stream_efficiency
-from sievit.masks import AttentionMask, polarize_head
-from sievit.result import versions, write_json
-from sievit.workload import Attention, HeadCodec, Workload
+from sievit.accel.dram.bandwidth import stream_efficiency
+from sievit.pipeline.result import versions, write_json
+from sievit.workload import Attention, AttentionMask, HeadCodec, Workload, polarize_head
 
 MAPS = ("groups_interleaved", "rows_interleaved", "ro-ch-ra-ba-bg-co")
 """The last is DRAMsim3's default: a channel holds 256 KB in a row before the next one does."""

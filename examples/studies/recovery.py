@@ -39,7 +39,7 @@ from sievit.ae import (
 from sievit.files import written_whole
 from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import create, trace
-from sievit.models.objectives import TokenLoss
+from sievit.models.training.objectives import TokenLoss
 from sievit.sparsify import attach, average_attention, polarize, recover, threshold
 from sievit.workload import Workload
 

@@ -21,10 +21,10 @@ from rows import Rows
 
 from sievit.images import batches, center_crops, endless_crops, load_folder, sample_photos
 from sievit.models import create
-from sievit.models.objectives import TokenLoss
-from sievit.models.recipe import Recipe
+from sievit.models.training.objectives import TokenLoss
+from sievit.models.training.recipe import Recipe
 from sievit.pipeline import codesign
-from sievit.settings import Settings
+from sievit.pipeline.settings import Settings
 from sievit.sparsify import attach, average_attention, judge, recover, threshold, token_features
 
 SIZE, BATCH = 224, 16

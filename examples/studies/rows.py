@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sievit.result import versions, write_json
+from sievit.pipeline.result import versions, write_json
 
 
 class Rows:

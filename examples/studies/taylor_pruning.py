@@ -25,7 +25,7 @@ from torch import nn
 
 from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import create, trace
-from sievit.result import versions, write_json
+from sievit.pipeline.result import versions, write_json
 from sievit.sparsify import recover, token_features
 from sievit.sparsify.taylor import prune, redistribute, taylor_importance
 

@@ -1,0 +1,326 @@
+"""The vocabulary of the compiled engine: its registers, and what a run leaves.
+
+Every register is an int64 field of a record, so that the compiled core (`memory`, `lines`,
+`engine`) reads like the machine: ``line.word``, ``channel.arrived``. Amounts of DRAM traffic
+are in 1/dram_denominator bytes ("units"), so that 153.6 bytes a cycle stay exact.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+from ..dram.ddr4 import DRAM_TIMINGS
+from ..dram.state import Dram, new_dram
+from ..hardware import Hardware
+from .mapping import Mapping
+from .program import CHANNELS, INDEX, K, Program, Q, V
+
+STALLS = (
+    "busy",
+    "bank",
+    "key_register",
+    "index_port",
+    "index_refill",
+    "dram",
+    "decoder",
+    "softmax",
+    "drain",
+    "barrier",
+    "imbalance",
+    "store",
+    "reconfigure",
+    "pipeline",
+)
+"""What a line does in a cycle: each line-cycle of a stage is counted under exactly one.
+
+bank           another line has the bank      key_register  its key is still being read
+index_port     its index is being read        index_refill  its index is not on chip yet
+dram, decoder  operand or key not there yet   softmax       the row's probabilities are not
+drain          last row still draining        barrier       lockstep: others are not done
+imbalance      no work left in this stage     store         no room for output rows
+reconfigure    the split changes              pipeline      the last results come through
+"""
+(BUSY, BANK, KEY_REGISTER, INDEX_PORT, INDEX_REFILL, DRAM, DECODER, SOFTMAX, DRAIN, BARRIER,
+ IMBALANCE, STORE_ROOM, RECONFIGURE, PIPELINE) = range(len(STALLS))  # fmt: skip
+
+PHASES = ("sddmm", "spmm", "load", "decode", "softmax", "store", "reconfigure")
+"""What a cycle is spent on: a product while any line works at it, else what most lines wait
+for (waits inside the lines count as the product); "store" also after the last stage."""
+P_LOAD, P_DECODE, P_SOFTMAX, P_STORE, P_RECONFIGURE = range(2, len(PHASES))
+
+COUNTS = (
+    "cycles",
+    "tail_cycles",  # after the last stage, until the channels are done
+    "dram_units",  # moved, in 1/denominator bytes
+    "dram_cycles",  # in which anything moved (DDR4: was asked for)
+    "dram_lines",  # DDR4: bursts, and those that found their row open and used before
+    "dram_row_hits",
+    "dram_activates",
+    "dram_refreshes",
+    "decoder_macs",
+    "decoder_cycles",  # in which it worked
+    "softmax_cycles",  # of one of the unit's three passes
+    "key_reads",  # words read from the K buffer
+    "key_words",  # words that lines took: more than reads where one read serves several
+    "query_reads",
+    "query_words",
+    "value_reads",
+    "value_words",
+    "index_reads",  # entries
+    "drained_words",
+    "forwarded",  # queries that the sparser engine found in the Q buffer when it asked
+    "waited",  # ... that were still on their way
+    "stores_done",
+)
+
+
+def _record(*fields: str) -> np.dtype:
+    return np.dtype([(field, np.int64) for field in fields])
+
+
+COUNT = _record(*COUNTS)
+
+MACHINE = _record(
+    "lines",
+    "index_entries",  # read from IdxBuf in a cycle
+    "entry_bytes",
+    "pipeline",
+    "softmax_lanes",
+    "softmax_latency",
+    "dram_numerator",  # units a cycle
+    "dram_denominator",  # units a byte
+    "dram_latency",
+    "ddr4",  # the DRAM is stepped command by command
+    "dram_clock_numerator",  # cycles of the memory in a cycle of the machine
+    "dram_clock_denominator",
+    "landing_latency",  # of what has been counted as landed: none in DDR4
+    "patience",  # cycles in which nothing moves that are no fault
+    "decode_cost",  # MACs a token of Q or K; 0: no codec
+    "decoder_rate",  # MACs a cycle
+    "codec_bytes",  # that must be there before anything is decoded
+)
+"""`Hardware` and `Mapping` as the integers that the core needs."""
+
+CHANNEL = _record(
+    "current",  # transfer in work
+    "last",  # behind the channel's transfers
+    "done",  # units of it
+    "capacity",  # units, of its buffer
+    "used",
+    "freed",  # next transfer (Q, K, V) whose room is to be freed
+    "port",  # units a cycle that its buffer takes
+    "port_left",
+    "staging",  # latent tokens that may wait for the decoder; -1: not decoded
+    "burst",  # DDR4: next line to be asked for, and to land
+    "landing",
+    "whole",  # DDR4: the transfer whose lines land
+    "asked",  # DDR4: tokens (bytes) whose lines are asked for
+    "held_up",  # DDR4: by the ports alone, in the last cycle
+    "landed",  # tokens (Q, K, V) or bytes that the DRAM has sent
+    "sent",  # ... at least its latency ago
+    "arrived",  # ... and decoded: the lines can use them
+)
+
+LINE = _record(
+    "piece",  # in work, and behind the line's last
+    "last_piece",
+    "round",  # of the piece
+    "vector",
+    "left",  # operands of it, the one in work included
+    "operand",  # denser: the one in work
+    "fetched",  # sparser: entries read from IdxBuf, and used up
+    "consumed",
+    "last_entry",
+    "word",  # of the operand
+    "row",  # SDDMM: of the score in work
+    "address",  # of the next word; -1: the operand is not known to be there
+    "bank",
+    "waiting",  # SDDMM: the query was asked for before it was there
+    "holds",  # SDDMM: the key register is valid
+    "preload",  # words in the second key register
+    "key_address",
+    "key_bank",
+    "draining",  # SpMM: words of the row before that still drain
+    "drain_bank",
+)
+
+BANK_PORT = _record("cycle", "address")
+"""The last read of a bank."""
+
+ROW = _record("scores", "left", "ready_at")
+"""Of a unit in flight: scores, those still missing, first cycle of the probabilities."""
+
+RUN = _record(
+    "cycle",
+    "stage",  # in work
+    "begun",  # its lines have started
+    "turn",  # lockstep round
+    "split",  # cycles of reconfiguration left
+    "flush",  # cycles until the last results are through
+    "slot",  # of the history
+    "credit",  # DDR4: units that may still be asked for
+    "index_reads",  # in this cycle
+    "on_chip",  # entries of the stage's index stream
+    "piece_done",  # by a line in this cycle, or a drain
+    "denser_end",  # cycle after the last piece of each engine in the stage
+    "sparser_end",
+    "moved",  # anything in the lines in this cycle
+    "wake_at",  # first cycle in which a row that a line waits for is ready
+    "arrived",  # anything in this cycle
+    "still",  # cycles since anything moved
+    "decoding",  # channel of the decoder's token, and MACs left of it
+    "decode_left",
+    "maximum_free",  # when each pass of the softmax unit is free
+    "sum_free",
+    "division_free",
+)
+"""The run's own registers."""
+
+NEVER = 2**62
+
+TAGS = 4096
+"""DDR4: lines of a DMA channel that may be on their way."""
+
+
+class State(NamedTuple):
+    """Everything that changes while the core runs."""
+
+    run: np.void  # RUN
+    channels: np.ndarray  # (6) CHANNEL
+    history: np.ndarray  # (6, latency + 1) CHANNEL.landed of the last cycles
+    lines: np.ndarray  # (lines) LINE
+    query_banks: np.ndarray  # BANK_PORT
+    key_banks: np.ndarray
+    value_banks: np.ndarray
+    output_banks: np.ndarray
+    rows: np.ndarray  # (2, rows) ROW of the two units in flight
+    counted: np.ndarray  # lines by what they did in this cycle
+    dram: Dram  # in the flat model an idle one
+    ask_times: np.ndarray  # (lines on their way) cycle in which each was asked for
+
+
+class Trace(NamedTuple):
+    """What a run leaves."""
+
+    stage_times: np.ndarray  # (stages, 2) first cycle, reconfiguration included, and end
+    stage_stalls: np.ndarray  # (stages, stalls) line-cycles
+    stage_phases: np.ndarray  # (stages + 1, phases) cycles; the last row: after all stages
+    stage_engines: np.ndarray  # (stages, 2) end of the denser, the sparser engine; 0: no work
+    transfer_times: np.ndarray  # (transfers, 2)
+    row_ready: np.ndarray  # (rows of all units) first cycle of the probabilities; 0: no score
+    landed_at: np.ndarray  # (3, tokens) end of the cycle that brought each token of Q, K, V
+    decoded_at: np.ndarray  # (2, tokens) end of decoding each token of Q and of K
+    counts: np.ndarray  # totals, see COUNTS
+
+    def count(self, name: str) -> int:
+        """A total by its name in COUNTS."""
+        return int(self.counts[COUNTS.index(name)])
+
+
+def machine_of(hardware: Hardware, mapping: Mapping) -> np.void:
+    """The MACHINE record of ``hardware`` running ``mapping``."""
+    rate, timing = hardware.dram_bytes_per_cycle, DRAM_TIMINGS[hardware.dram_timing]
+    ddr4, clock = hardware.dram_model == "ddr4", Fraction(timing.clock_hz, hardware.clock_hz)
+    machine = np.zeros(1, MACHINE)
+    machine[0] = (
+        hardware.lines,
+        hardware.index_entries_per_cycle,
+        mapping.entry_bytes,
+        hardware.pipeline_cycles,
+        hardware.softmax_lanes,
+        hardware.softmax_latency_cycles,
+        rate.numerator,
+        rate.denominator,
+        hardware.dram_latency_cycles,
+        ddr4,
+        clock.numerator,
+        clock.denominator,
+        0 if ddr4 else hardware.dram_latency_cycles,
+        hardware.dram_latency_cycles + 8 + ddr4 * int(2 * timing.refi / clock),
+        mapping.decode_macs,
+        mapping.decoder_rate,
+        mapping.codec_bytes if mapping.decode_macs else 0,
+    )
+    return machine[0]
+
+
+def initial_state(program: Program, hardware: Hardware, mapping: Mapping) -> State:
+    """Empty buffers, nothing begun."""
+    run = np.zeros(1, RUN)
+    run["decoding"] = K
+    run["split"] = program.stages["reconfigure"][0]
+    rows = max(int(np.diff(program.unit_row).max()), 1)
+    latency = hardware.dram_latency_cycles if hardware.dram_model == "flat" else 0
+    dram = _dram(hardware)
+    return State(
+        run[0],
+        _channels(program, hardware, mapping),
+        np.zeros((CHANNELS, latency + 1), np.int64),
+        np.zeros(hardware.lines, LINE),
+        *(
+            np.full(count, -1, np.int64).repeat(2).view(BANK_PORT)
+            for count in (
+                hardware.q_banks,
+                hardware.k_banks,
+                hardware.v_banks,
+                hardware.output_banks,
+            )
+        ),
+        np.zeros((2, rows), ROW),
+        np.zeros(len(STALLS), np.int64),
+        dram,
+        np.zeros(len(dram.done), np.int64),
+    )
+
+
+def _dram(hardware: Hardware) -> Dram:
+    if hardware.dram_model == "flat":
+        return _IDLE
+    timing = DRAM_TIMINGS[hardware.dram_timing]
+    return new_dram(timing, hardware.dram_map, hardware.dram_channels, CHANNELS * TAGS)
+
+
+_IDLE = new_dram(DRAM_TIMINGS["ddr4_2400"], "groups_interleaved", 1, 0)
+"""Stands in the state of a flat memory; never stepped."""
+
+
+def _channels(program: Program, hardware: Hardware, mapping: Mapping) -> np.ndarray:
+    channels = np.zeros(CHANNELS, CHANNEL)
+    channels["current"] = channels["freed"] = channels["whole"] = program.channel_first[:-1]
+    channels["burst"] = channels["landing"] = program.channel_burst[:-1]
+    channels["last"] = program.channel_first[1:]
+    unit, word = hardware.dram_bytes_per_cycle.denominator, hardware.word_bytes
+    sizes = {
+        Q: (hardware.q_buffer_bytes, hardware.q_banks),
+        K: (hardware.k_buffer_bytes, hardware.k_banks),
+        V: (hardware.v_buffer_bytes, hardware.v_banks),
+    }
+    channels["capacity"] = channels["port"] = NEVER
+    for channel, (size, banks) in sizes.items():
+        channels[channel]["capacity"] = size * unit
+        channels[channel]["port"] = banks * word * unit
+    channels[INDEX]["capacity"] = hardware.index_buffer_bytes * unit
+    channels["staging"] = -1
+    if mapping.decode_macs:
+        channels["staging"][[Q, K]] = mapping.staging_tokens
+    return channels
+
+
+def empty_trace(program: Program, mapping: Mapping) -> Trace:
+    """All zero."""
+    stages = len(program.stages)
+    tokens = max(map(program.tokens, (Q, K, V)))
+    return Trace(
+        np.zeros((stages, 2), np.int64),
+        np.zeros((stages, len(STALLS)), np.int64),
+        np.zeros((stages + 1, len(PHASES)), np.int64),
+        np.zeros((stages, 2), np.int64),
+        np.zeros((len(program.transfers), 2), np.int64),
+        np.zeros(len(program.row_scores), np.int64),
+        np.zeros((3, tokens), np.int64),
+        np.zeros((2, tokens if mapping.decode_macs else 0), np.int64),
+        np.zeros(len(COUNTS), np.int64),
+    )

@@ -1,0 +1,167 @@
+"""Where modules and names of earlier versions are now: one table, for one version.
+
+A moved module stands in `sys.modules` under its old name; what is taken from it comes from its
+new place, with a DeprecationWarning that names it. Nothing is imported before that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MODULES = {
+    "sievit.accel.assign": "sievit.accel.vitcod.assign",
+    "sievit.accel.carried": "sievit.accel.vitcod.executor",
+    "sievit.accel.comparison": "sievit.accel.report.speedups",
+    "sievit.accel.compiled": "sievit.accel.jit",
+    "sievit.accel.configurations": "sievit.accel.explore.grid",
+    "sievit.accel.controller": "sievit.accel.dram.controller",
+    "sievit.accel.ddr4": "sievit.accel.dram.ddr4",
+    "sievit.accel.dense": "sievit.accel.products",
+    "sievit.accel.digest": "sievit.accel.explore.fingerprint",
+    "sievit.accel.dma": "sievit.accel.vitcod.dma_ddr4",
+    "sievit.accel.dram_state": "sievit.accel.dram.state",
+    "sievit.accel.energy": "sievit.accel.report.energy",
+    "sievit.accel.engine": "sievit.accel.vitcod.engine",
+    "sievit.accel.estimate": "sievit.accel.vitcod.estimate",
+    "sievit.accel.front_plots": "sievit.accel.explore.plots",
+    "sievit.accel.functional": "sievit.accel.vitcod.functional",
+    "sievit.accel.integers": "sievit.accel.integer_attention",
+    "sievit.accel.journal": "sievit.accel.explore.results_file",
+    "sievit.accel.labels": "sievit.accel.explore.labels",
+    "sievit.accel.ladder": "sievit.studies.ladder",
+    "sievit.accel.layout": "sievit.accel.dram.address",
+    "sievit.accel.lines": "sievit.accel.vitcod.mac_lines",
+    "sievit.accel.machine": "sievit.accel.vitcod.registers",
+    "sievit.accel.mapping": "sievit.accel.vitcod.mapping",
+    "sievit.accel.memory": "sievit.accel.vitcod.dma_flat",
+    "sievit.accel.pareto": "sievit.accel.explore.pareto",
+    "sievit.accel.pattern": "sievit.accel.vitcod.pattern",
+    "sievit.accel.perfetto": "sievit.accel.trace.perfetto",
+    "sievit.accel.plots": "sievit.accel.trace.plots",
+    "sievit.accel.points": "sievit.accel.explore.points",
+    "sievit.accel.profiles": "sievit.accel.report.profiles",
+    "sievit.accel.program": "sievit.accel.vitcod.program",
+    "sievit.accel.published": "sievit.studies.published",
+    "sievit.accel.remembered": "sievit.accel.cache",
+    "sievit.accel.roofline": "sievit.accel.report.roofline",
+    "sievit.accel.simulators.vitcod": "sievit.accel.vitcod.simulate",
+    "sievit.accel.stepped": "sievit.accel.vitcod.run",
+    "sievit.accel.timeline": "sievit.accel.trace.timeline",
+    "sievit.accel.workers": "sievit.accel.explore.processes",
+    "sievit.attachments": "sievit.pipeline.attachments",
+    "sievit.figures": "sievit.pipeline.pictures",
+    "sievit.masks": "sievit.workload.masks",
+    "sievit.models.accesses": "sievit.models.costs.accesses",
+    "sievit.models.aten_costs": "sievit.models.costs.aten_costs",
+    "sievit.models.attention_forms": "sievit.models.attention.forms",
+    "sievit.models.blocks": "sievit.models.training.blocks",
+    "sievit.models.checkpoints": "sievit.models.training.checkpoints",
+    "sievit.models.complexity": "sievit.models.costs.complexity",
+    "sievit.models.conv_layers": "sievit.models.families.conv_layers",
+    "sievit.models.convnext": "sievit.models.families.convnext",
+    "sievit.models.dcn": "sievit.models.families.dcn",
+    "sievit.models.dcn_traffic": "sievit.models.costs.dcn_traffic",
+    "sievit.models.distill": "sievit.models.training.distill",
+    "sievit.models.efficientnet": "sievit.models.families.efficientnet",
+    "sievit.models.efficientvit": "sievit.models.families.efficientvit",
+    "sievit.models.feeding": "sievit.models.training.feeding",
+    "sievit.models.intercept": "sievit.models.attention.intercept",
+    "sievit.models.internimage": "sievit.models.families.internimage",
+    "sievit.models.internimage_scaling": "sievit.models.families.internimage_scaling",
+    "sievit.models.layers": "sievit.models.families.layers",
+    "sievit.models.levit": "sievit.models.families.levit",
+    "sievit.models.mixed": "sievit.models.families.mixed",
+    "sievit.models.objectives": "sievit.models.training.objectives",
+    "sievit.models.parameter_use": "sievit.models.costs.parameter_use",
+    "sievit.models.plots": "sievit.models.costs.plots",
+    "sievit.models.processes": "sievit.models.training.processes",
+    "sievit.models.products": "sievit.models.attention.products",
+    "sievit.models.recipe": "sievit.models.training.recipe",
+    "sievit.models.regnet": "sievit.models.families.regnet",
+    "sievit.models.resnet": "sievit.models.families.resnet",
+    "sievit.models.run_profile": "sievit.models.costs.run_profile",
+    "sievit.models.shadow": "sievit.models.attention.shadow",
+    "sievit.models.timm_names": "sievit.models.weights.timm_names",
+    "sievit.models.trace": "sievit.models.costs.trace",
+    "sievit.models.vit": "sievit.models.families.vit",
+    "sievit.models.vit_names": "sievit.models.families.vit_names",
+    "sievit.models.weight_files": "sievit.models.weights.weight_files",
+    "sievit.networks": "sievit.pipeline.networks",
+    "sievit.ops": "sievit.workload.ops",
+    "sievit.recipes": "sievit.pipeline.train",
+    "sievit.result": "sievit.pipeline.result",
+    "sievit.settings": "sievit.pipeline.settings",
+    "sievit.sparse_model": "sievit.pipeline.sparse_model",
+    "sievit.sparsify.hardware_masks": "sievit.sparsify.budgeted_masks",
+    "sievit.sparsify.observe": "sievit.models.attention.observe",
+    "sievit.sparsify.probe": "sievit.sparsify.average",
+    "sievit.stages": "sievit.pipeline.stages",
+    "sievit.training_log": "sievit.pipeline.training_log",
+}
+"""Old module -> new module."""
+
+PACKAGES = {
+    "sievit.accel.dram": "sievit.accel.dram.bandwidth",
+    "sievit.accel.explore": "sievit.accel.explore.sweep",
+    "sievit.accel.report": "sievit.accel.report.report",
+    "sievit.models.attention": "sievit.models.attention.calls",
+    "sievit.models.training": "sievit.models.training.loop",
+    "sievit.models.weights": "sievit.models.weights.load",
+    "sievit.pipeline": "sievit.pipeline.codesign",
+}
+"""Modules whose name a package has now -> the module of it that has their names."""
+
+NAMES: dict[str, dict[str, str]] = {}
+"""Module or package of today -> {old name: new name}."""
+
+
+def forward_modules() -> None:
+    """Let every moved module be imported under its old name."""
+    for old, new in MODULES.items():
+        sys.modules.setdefault(old, _Moved(old, new))
+
+
+def old_names(module: str) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a module or package that had other names: warns and forwards."""
+
+    def find(name: str) -> Any:
+        renamed = NAMES.get(module, {})
+        place = module if name in renamed else PACKAGES.get(module)
+        if name.startswith("__") or place is None:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return _taken(f"{module}.{name}", place, name)
+
+    return find
+
+
+class _Moved(ModuleType):
+    """A module of an earlier version."""
+
+    def __init__(self, old: str, new: str) -> None:
+        super().__init__(old, f"Moved to `{new}`.")
+        self.__spec__ = ModuleSpec(old, None, origin=new)
+        self._new = new
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return _taken(f"{self.__name__}.{name}", self._new, name)
+
+
+def _taken(old: str, module: str, name: str) -> Any:
+    """``name``, or what it is called today, of ``module``, with a warning about ``old``."""
+    today = NAMES.get(module, {}).get(name, name)
+    try:
+        found = getattr(importlib.import_module(module), today)
+    except AttributeError:
+        raise AttributeError(f"{old} is neither here nor in {module}") from None
+    if name != "__all__":
+        message = f"{old} has moved to {module}.{today}; the old name goes with the next version"
+        warnings.warn(message, DeprecationWarning, stacklevel=3)
+    return found

@@ -1,0 +1,127 @@
+"""Masks and codecs of a model, saved beside its weights in one safetensors file.
+
+The base model's state dict stays as it is; this file holds what `attach` and
+`attach_codec` put around it, with the settings that made it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..accel.kernels import Arithmetic
+from ..ae import QKCodec, attach_codec
+from ..files import written_whole
+from ..sparsify import attach, attach_int8, calibrate_int8
+from ..workload import AttentionMask, HeadCodec
+
+FORMAT = "sievit attachments 1"
+
+
+@dataclass(frozen=True, eq=False)
+class Attachments:
+    """A mask, codecs (one a layer) or both, for one model at one ``image_size``.
+
+    ``settings`` is plain data (numbers, strings, lists, dicts), kept as it is.
+    """
+
+    image_size: int
+    mask: AttentionMask | None = None
+    codecs: nn.ModuleList | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def attach(self, model: nn.Module, backend: str = "auto") -> ExitStack:
+        """Put them into ``model``; closing what is returned takes them out again.
+
+        Raises ValueError where layers, heads or tokens do not fit.
+        """
+        with ExitStack() as stack:
+            if self.mask is not None:
+                stack.enter_context(attach(model, self.mask, backend, self.image_size))
+            if self.codecs is not None:
+                stack.enter_context(attach_codec(model, self.codecs, self.image_size))
+            return stack.pop_all()
+
+    def attach_int8(
+        self, model: nn.Module, batches: Iterable[Tensor], arithmetic: Arithmetic = Arithmetic()
+    ) -> ExitStack:
+        """As `attach`, the attention in the integers of the simulated machine, whose scales
+        are taken from what ``batches`` of images reach.
+
+        Raises ValueError where `attach` does, and where the model writes its softmax out.
+        """
+        with ExitStack() as stack:
+            if self.codecs is not None:
+                stack.enter_context(attach_codec(model, self.codecs, self.image_size))
+            scales = calibrate_int8(model, batches, self.mask, arithmetic, self.image_size)
+            stack.enter_context(attach_int8(model, self.mask, scales, arithmetic, self.image_size))
+            return stack.pop_all()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a ``.safetensors`` file, whole or not at all."""
+        from safetensors.torch import save_file
+
+        if Path(path).suffix != ".safetensors":
+            raise ValueError(f"attachments are saved as .safetensors, got {str(path)!r}")
+        tensors: dict[str, Tensor] = {}
+        about: dict[str, Any] = {"image_size": self.image_size, "settings": dict(self.settings)}
+        if self.mask is not None:
+            about["mask"] = [list(shape) for shape in self.mask.shapes]
+            for layer, keep in enumerate(self.mask.keep):
+                tensors[f"mask.{layer}.bits"] = torch.from_numpy(np.packbits(keep, axis=None))
+        if self.codecs is not None:
+            about["codecs"] = [asdict(codec.shape) for codec in self.codecs]
+            for name, value in self.codecs.state_dict().items():
+                tensors[f"codecs.{name}"] = value.detach().cpu().contiguous()
+        with written_whole(path) as temporary:
+            save_file(tensors, temporary, {"format": FORMAT, "about": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Attachments:
+        """Read a file of `save`. Raises ValueError where it is none or damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, FileNotFoundError, IsADirectoryError) as error:
+            raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"{path}: holds no masks and codecs; its format is {metadata.get('format')!r}, "
+                f"expected {FORMAT!r}"
+            )
+        about = json.loads(metadata["about"])
+        mask = _mask(about["mask"], tensors) if "mask" in about else None
+        codecs = _codecs(about["codecs"], tensors) if "codecs" in about else None
+        return cls(about["image_size"], mask, codecs, about["settings"])
+
+
+def _mask(shapes: list[list[int]], tensors: dict[str, Tensor]) -> AttentionMask:
+    layers = []
+    for layer, shape in enumerate(shapes):
+        bits = np.unpackbits(tensors[f"mask.{layer}.bits"].numpy(), count=int(np.prod(shape)))
+        layers.append(bits.astype(bool).reshape(shape))
+    return AttentionMask(tuple(layers))
+
+
+def _codecs(shapes: list[dict[str, int]], tensors: dict[str, Tensor]) -> nn.ModuleList:
+    codecs = nn.ModuleList(QKCodec(HeadCodec(**shape)) for shape in shapes)
+    prefix = "codecs."
+    state = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+    for name in list(state):
+        layer, _, key = name.partition(".")
+        if key in ("turn", "key_shift"):  # buffers that a codec has only where it is turned
+            setattr(codecs[int(layer)], key, state.pop(name))
+    codecs.load_state_dict(state, strict=False)
+    return codecs

@@ -1,0 +1,164 @@
+"""The main job: a pretrained ViT in, masks, codecs, fidelity and simulated silicon out.
+
+`codesign` walks the path of ViTCoD (HPCA 2023) in order: average the attention, learn
+the mask, polarize it, fit the codec, recover, simulate. With `studies` it is the only
+place that sees models and machines together. Nothing is printed or written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..accel import Hardware, presets
+from ..ae import CodecErrors, FittedCodecs
+from ..images import Images, Photos, photo_sets
+from ..models import prefix_tokens
+from ..progress import Progress, silent
+from ..sparsify import HardwareMask, codesign_masks, polarize, threshold
+from ..sparsify.budgeted_masks import block_orders, kept_mass, tile_area, tiles
+from ..sparsify.fidelity import Saliency
+from ..workload import AttentionMask
+from .networks import attention_cycles
+from .result import CodecSummary, CodesignResult
+from .settings import Settings
+from .stages import Run
+
+
+def codesign(
+    model: nn.Module,
+    images: Images = None,
+    hardware: Hardware = presets["vitcod"],
+    settings: Settings = Settings(),
+    *,
+    sparsity: float | None = None,
+    name: str | None = None,
+    saliency: Saliency | None = None,
+    progress: Progress = silent,
+) -> CodesignResult:
+    """Sparsify ``model``'s attention and show what that keeps and what it costs.
+
+    model      any vision transformer whose attention `sievit.models.find_attention` finds
+               and whose tokens `sievit.models.features` gives; it is not changed
+    images     photos (every fourth is held out to judge on), or (to learn from, to judge
+               on); None takes scikit-image's eight
+    hardware   the simulated machine
+    sparsity   shorthand for ``settings.sparsity``
+    saliency   a decoder (patch tokens, image size) -> map, for saliency overlap
+
+    The same model, photos, settings and thread count give the same result, wall times
+    apart. Raises ValueError for settings that cannot be met.
+    """
+    if sparsity is not None:
+        settings = replace(settings, sparsity=sparsity, theta=None)
+    torch.manual_seed(settings.seed)
+    run = Run(model, photo_sets(images), settings, saliency, progress)
+    maps, mask = run.learn_mask()
+    codecs, plain = run.fit_codecs() if settings.codec else (None, None)
+    run.judge_masks(mask)
+    if settings.codec and settings.turn:
+        run.judge_unturned(plain)
+    student, codec_log, recovery_log = run.train(mask, codecs)
+    if settings.int8:
+        run.judge_integers(student, mask, codecs, hardware)
+    polarized = polarize(mask, settings.min_kept)
+    shapes = codecs.shapes if codecs else [None] * len(polarized)
+    dense = run.traced(name)
+    sparse = dense.with_polarized(polarized, shapes)
+    return CodesignResult(
+        settings=settings,
+        learned_from=run.learn.names,
+        judged_on=run.judged.names,
+        mask=mask,
+        polarized=polarized,
+        kept_mass=kept_mass(maps, mask),
+        codecs=codecs.codecs if codecs else None,
+        codec_summary=_summary(codecs, plain, run.codec_errors),
+        fidelity=run.fidelity,
+        codec_log=codec_log,
+        recovery_log=recovery_log,
+        student=student,
+        workload=sparse,
+        reports=run.simulate(sparse, hardware),
+        measured=run.measure(dense) if settings.measure else (),
+        stage_seconds=run.seconds,
+    )
+
+
+def learn_mask(
+    model: nn.Module,
+    images: Images,
+    settings: Settings = Settings(),
+    progress: Progress = silent,
+) -> AttentionMask:
+    """The mask alone, learned as `codesign` does; all photos are learned from."""
+    photos = images if isinstance(images, Photos) else photo_sets(images)[0]
+    return Run(model, (photos, photos), settings, None, progress).learn_mask()[1]
+
+
+def learn_mask_within(
+    model: nn.Module,
+    images: Images,
+    cycles: float | None = None,
+    settings: Settings = Settings(),
+    hardware: Hardware = presets["vitcod"],
+    progress: Progress = silent,
+    *,
+    tile_entries: float | None = None,
+    tile: int = 32,
+) -> HardwareMask:
+    """The mask that keeps most attention within a budget: give one of
+
+    cycles        of simulated attention on ``hardware``. The mask's global keys are kept by
+                  every query: simulate it with `WHOLE_COLUMNS`
+    tile_entries  that a GPU kernel computes which gathers keys for ``tile`` queries at once,
+                  neighbours in the token grid where that is square
+    """
+    if (cycles is None) == (tile_entries is None):
+        raise ValueError(
+            f"give either cycles or tile_entries, got cycles={cycles}, tile_entries={tile_entries}"
+        )
+    photos = images if isinstance(images, Photos) else photo_sets(images)[0]
+    run = Run(model, (photos, photos), settings, None, progress)
+    maps, prefix = run.average(), prefix_tokens(model)
+    with run.stage("choosing entries by what they cost"):
+        if cycles is not None:
+            cost = attention_cycles(run.traced(None), hardware)
+            return codesign_masks(maps, cost, cycles, prefix_tokens=prefix)
+        orders = block_orders([layer.shape[1] for layer in maps], tile, prefix)
+        solver = tiles(tile, orders, prefix)
+        return codesign_masks(maps, tile_area(tile), tile_entries, solver, prefix_tokens=prefix)
+
+
+def learn_masks(
+    model: nn.Module,
+    images: Images,
+    sparsities: Sequence[float],
+    settings: Settings = Settings(),
+    progress: Progress = silent,
+) -> dict[float, AttentionMask]:
+    """As `learn_mask`, at several sparsities: the attention is averaged once for all."""
+    photos = images if isinstance(images, Photos) else photo_sets(images)[0]
+    maps = Run(model, (photos, photos), settings, None, progress).average()
+    prefix = prefix_tokens(model)
+    block = settings.granularity
+    return {
+        s: threshold(maps, sparsity=s, prefix_tokens=prefix, granularity=block) for s in sparsities
+    }
+
+
+def _summary(
+    codecs: FittedCodecs | None, plain: FittedCodecs | None, errors: tuple[CodecErrors, ...]
+) -> CodecSummary | None:
+    if codecs is None:
+        return None
+    return CodecSummary(
+        shapes=codecs.shapes,
+        explained=codecs.explained,
+        explained_without_turn=plain.explained,
+        parameters=sum(p.numel() for p in codecs.codecs.parameters()),
+        errors=errors,
+    )

@@ -1,0 +1,97 @@
+"""Everything that decides the figures of a co-design run, besides model and photos."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..images import IMAGENET, Normalization
+from ..models.training.recipe import Recipe
+from ..workload import PUBLISHED_MIN_KEPT
+
+FEW_PHOTOS = 100
+"""Below this many, photos are too few to judge a model by."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of `sievit.pipeline.codesign.codesign`; checks itself.
+
+    image_size         side of the crops, pixels
+    normalization      of the pixels, as the model was trained with
+    sparsity, theta    of the mask rule "information": exactly one of them
+    granularity        (queries, keys) of a block that is kept or pruned as one
+    min_kept           a key is global when more queries keep it (ViTCoD: 50)
+    codec              compress Q and K over the heads
+    latent_heads       heads after compression; None is half, rounded up (ViTCoD)
+    groups             blocks of a block-diagonal codec
+    turn               make the free change of basis before the codec is fitted
+    learn_crops        crops for the averaged attention and the codec's closed form
+    judge_crops        crops that fidelity is judged on
+    codec_steps        training steps of the codec; 0 keeps the closed form
+    recovery_steps     training steps of the recovery; 0 for none
+    recovery_seconds   replaces the steps; how many fit then depends on the machine
+    recovery_rate      learning rate; None is `rate_for` the number of photos
+    batch_size         crops in a batch, for training, judging and measuring
+    int8               judge the recovered model in the machine's integers too
+    measure            time dense attention on this machine
+    """
+
+    image_size: int = 224
+    normalization: Normalization = IMAGENET
+    sparsity: float | None = 0.9
+    theta: float | None = None
+    granularity: tuple[int, int] = (1, 1)
+    min_kept: int | float = PUBLISHED_MIN_KEPT
+    codec: bool = True
+    latent_heads: int | None = None
+    groups: int = 1
+    turn: bool = True
+    learn_crops: int = 64
+    judge_crops: int = 32
+    codec_steps: int = 8
+    recovery_steps: int = 24
+    recovery_seconds: float | None = None
+    recovery_rate: float | None = None
+    batch_size: int = 8
+    seed: int = 0
+    int8: bool = True
+    measure: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "learn_crops", "judge_crops", "batch_size", "groups"):
+            _at_least(name, getattr(self, name), 1)
+        if len(self.granularity) != 2 or min(self.granularity) < 1:
+            raise ValueError(
+                f"granularity is (queries, keys), each at least 1, got {self.granularity}"
+            )
+        for name in ("codec_steps", "recovery_steps", "seed"):
+            _at_least(name, getattr(self, name), 0)
+        if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
+            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        if self.theta is not None and not 0.0 < self.theta <= 1.0:
+            raise ValueError(f"theta must be in (0, 1], got {self.theta}")
+        if (self.sparsity is None) == (self.theta is None):
+            raise ValueError(
+                f"give either sparsity or theta, got sparsity={self.sparsity}, theta={self.theta}"
+            )
+        if self.recovery_seconds is not None and self.recovery_seconds <= 0:
+            raise ValueError(f"recovery_seconds must be above 0, got {self.recovery_seconds}")
+        if self.recovery_rate is not None and self.recovery_rate <= 0:
+            raise ValueError(f"recovery_rate must be above 0, got {self.recovery_rate}")
+
+
+def rate_for(photos: int) -> float:
+    """A learning rate for a recovery on so many photos; on many, the recipe's own.
+
+    A handful is soon learned by heart. Learned from four of the sample photos and judged on
+    a fifth, twice, by final tokens alone (`TokenLoss` of training), 24 steps at
+    1e-5 gain .030 and .070 patch cosine, at 2e-5 .051 and .100; but on the three photos that
+    judge a co-design run 2e-5 loses .008 and 1e-5 gains: the lower rate was kept with that in
+    view.
+    """
+    return Recipe.learning_rate if photos >= FEW_PHOTOS else 1e-5
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")

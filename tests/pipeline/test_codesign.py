@@ -1,0 +1,236 @@
+"""The whole path on a small network, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from sievit.accel import presets
+from sievit.images import Photos
+from sievit.models import create, features
+from sievit.pipeline import Attachments
+from sievit.pipeline.codesign import codesign, learn_mask
+from sievit.pipeline.networks import simulate_model
+from sievit.pipeline.settings import Settings
+from sievit.pipeline.stages import SIMULATORS
+from sievit.sparsify import attach
+from sievit.workload import HeadCodec
+
+SMALL = Settings(
+    image_size=32,
+    sparsity=0.6,
+    min_kept=8,
+    learn_crops=6,
+    judge_crops=4,
+    codec_steps=2,
+    recovery_steps=2,
+    batch_size=3,
+)
+
+
+def network():
+    torch.manual_seed(0)
+    return create(
+        "vit_tiny", image_size=32, patch_size=8, dim=32, depth=2, heads=4, num_classes=0
+    ).eval()
+
+
+def photos(count: int = 6) -> Photos:
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 256, (count, 6, 8, 3), dtype=np.uint8)
+    smooth = [np.asarray(Image.fromarray(c).resize((48, 40), 2)) for c in coarse]
+    return Photos(tuple(f"photo {i}" for i in range(count)), tuple(smooth))
+
+
+@pytest.fixture(scope="module")
+def result():
+    return codesign(network(), photos(), settings=SMALL, name="small")
+
+
+def test_integers_are_those_of_the_hardware_or_left_out_with_the_reason(result):
+    assert "as above, attention in int8" in result.fidelity
+    wide = replace(presets["vitcod"], operand_bytes=2)
+    settings = replace(SMALL, codec=False, recovery_steps=1, measure=False)
+    with pytest.warns(UserWarning, match=r"not judged in integers: .* more than 32 bits hold"):
+        judged = codesign(network(), photos(), settings=settings, hardware=wide).fidelity
+    assert not any("attention in int" in name for name in judged)
+
+
+def test_the_path_is_complete(result):
+    assert list(result.fidelity) == [
+        "random mask, rows as learned",
+        "random mask, uniform",
+        "learned mask",
+        "codec alone, heads not turned",
+        "codec alone",
+        "learned mask + codec",
+        "learned mask + codec, recovered",
+        "as above, attention in int8",
+    ]
+    assert list(result.reports) == list(SIMULATORS)
+    assert result.recovery_log.steps == result.codec_log.steps == 2
+    assert result.judged_on == ("photo 3",)
+    assert not set(result.judged_on) & set(result.learned_from)
+    assert result.mask.sparsity == pytest.approx(0.6, abs=0.02)
+    assert [op.codec for op in result.workload.attention] == [HeadCodec(4, 2)] * 2
+    for layer, heads in zip(result.mask.keep, result.polarized, strict=True):
+        assert np.array_equal(np.stack([head.dense() for head in heads]), layer)
+    assert {row.batch for row in result.measured} == {1, 3}
+
+
+def test_integers_cost_little_and_errors_of_the_codec_are_told(result):
+    recovered, integers = list(result.fidelity.values())[-2:]
+    assert integers.patch_cosine == pytest.approx(recovered.patch_cosine, abs=0.02)
+    assert integers != recovered
+    errors = result.to_dict()["codec"]["errors"]
+    assert len(errors) == 2
+    assert all(0 < row[name] < 1 for row in errors for name in ("q", "k", "attention"))
+
+
+class _WritesItOut(torch.nn.Module):
+    """One block whose softmax is written out, as LeViT's is."""
+
+    def __init__(self):
+        super().__init__()
+        self.image_size = 32
+        self.embed = torch.nn.Conv2d(3, 32, 8, 8)
+        self.qkv = torch.nn.Linear(32, 96)
+
+    def forward_features(self, images):
+        tokens = self.embed(images).flatten(2).mT
+        q, k, v = self.qkv(tokens).view(len(images), -1, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        mixed = (q @ k.mT * 8**-0.5).softmax(-1) @ v
+        return tokens + mixed.transpose(1, 2).flatten(2)
+
+    forward = forward_features
+
+
+def test_what_cannot_be_judged_in_integers_is_said_and_left_out():
+    settings = replace(SMALL, codec=False, recovery_steps=0, measure=False, sparsity=0.4)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="not judged in integers: .*softmax"):
+        result = codesign(_WritesItOut(), photos(), settings=settings)
+    assert list(result.fidelity)[-1] == "learned mask"
+    without = codesign(network(), photos(), settings=replace(settings, int8=False))
+    assert list(without.fidelity)[-1] == "learned mask"
+
+
+def test_a_report_is_json_with_what_made_it(result):
+    report = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert report["settings"]["sparsity"] == 0.6
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["threads"] == torch.get_num_threads()
+    assert report["mask"]["sparsity"] == result.mask.sparsity
+    assert report["simulation"]["vitcod"]["attention"]["cycles"] > 0
+    assert report["simulation"]["vitcod"]["hardware"]["lines"] == 64
+    assert report["simulation"]["vitcod"]["energy"]["profile"] == "aladdin-28nm"
+    assert report["simulation"]["vitcod"]["area"]["total_mm2"] > 0
+    assert report["photos"]["note"] == (
+        "judged on 4 crops of 1 photos (photo 3), too few to judge a model by"
+    )
+
+
+def test_the_same_run_gives_the_same_figures(result):
+    model = network()
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    images = torch.randn(2, 3, 32, 32)
+    dense = features(model, images)
+    again = codesign(model, photos(), settings=SMALL, name="small")
+    first, second = result.to_dict(), again.to_dict()
+    del first["measured"], second["measured"]
+    assert first == second
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    assert torch.equal(features(model, images), dense)
+
+
+def test_files_load_back_to_the_same_model(result, tmp_path):
+    paths = result.save(tmp_path / "new" / "out")
+    names = {p.name for p in paths}
+    assert names >= {"report.json", "attachments.safetensors", "model.safetensors"}
+    assert sorted(p.name for p in paths[0].parent.iterdir()) == sorted(names)
+    assert all(p.stat().st_size > 0 for p in paths)
+    for path in paths:
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                assert min(picture.size) > 300
+    loaded = Attachments.load(paths[0])
+    assert loaded.mask == result.mask
+    model = network()
+    model.load_state_dict(load_file(tmp_path / "new" / "out" / "model.safetensors"))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, result.student.state_dict()[name])
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), loaded.attach(model):
+        assert torch.equal(features(model, images), features(result.student, images))
+
+
+def test_without_codec_and_recovery():
+    settings = replace(
+        SMALL, codec=False, recovery_steps=0, measure=False, sparsity=None, theta=0.8
+    )
+    result = codesign(network(), (photos(3), photos(2)), settings=settings)
+    assert result.codecs is None
+    assert result.to_dict()["codec"] is None
+    assert "learned mask + codec" not in result.fidelity
+    assert result.recovery_log is None
+    assert result.measured == ()
+    with torch.no_grad(), attach(network(), result.mask, image_size=32):
+        pass
+
+
+def test_recovery_without_codec_is_named_so():
+    settings = replace(SMALL, codec=False, recovery_steps=1, measure=False)
+    result = codesign(network(), photos(), settings=settings, sparsity=0.5)
+    assert list(result.fidelity)[-2] == "learned mask, recovered"
+    assert result.settings.sparsity == 0.5
+
+
+def test_masks_alone_and_their_simulation():
+    mask = learn_mask(network(), photos(), SMALL)
+    assert mask.shapes == ((4, 17, 17),) * 2
+    with pytest.raises(ValueError, match="deit_tiny has 12 attention layers, the mask has 2"):
+        simulate_model("deit_tiny", mask, image_size=64)
+    reports = simulate_model("deit_tiny", image_size=64, simulators=("systolic",), batch=2)
+    assert reports["systolic"].batch == 2
+    with pytest.raises(ValueError, match="simulator must be one of"):
+        simulate_model("deit_tiny", image_size=64, simulators=("abacus",))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sparsity", 1.0),
+        ("sparsity", -0.5),
+        ("theta", 0.5),
+        ("learn_crops", 0),
+        ("recovery_steps", -1),
+        ("recovery_seconds", 0.0),
+        ("recovery_rate", -1.0),
+        ("batch_size", 2.5),
+        ("groups", 0),
+        ("granularity", (0, 1)),
+    ],
+)
+def test_settings_check_themselves(field, value):
+    with pytest.raises(ValueError, match=f"{field}.*{re.escape(str(value))}"):
+        Settings(**{field: value})
+    with pytest.raises(ValueError, match=r"sparsity=None, theta=None"):
+        Settings(sparsity=None)
+
+
+def test_one_photo_is_not_enough():
+    with pytest.raises(ValueError, match="at least 2 photos"):
+        codesign(network(), photos(1), settings=SMALL)
+
+
+def test_a_machine_too_small_says_what_is_short():
+    tiny = replace(presets["vitcod"], q_buffer_bytes=4)
+    with pytest.raises(ValueError, match="q_buffer_bytes is 4"):
+        codesign(network(), photos(), tiny, replace(SMALL, measure=False, recovery_steps=0))

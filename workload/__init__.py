@@ -1,0 +1,27 @@
+"""The waist of sievit: a network for one image as a list of plain operations, and the masks
+and codecs that are put into it.
+
+Models become a `Workload` (`sievit.models.trace`), and every machine reads it. Numpy only:
+neither a model nor a machine is known here. Read `masks`, `ops`, `network`.
+"""
+
+from .masks import PUBLISHED_MIN_KEPT, AttentionMask, PolarizedMask, polarize_head
+from .network import Workload
+from .ops import Attention, Conv, Deform, Elementwise, Gemm, HeadCodec, Op, Unknown, Unused
+
+__all__ = [
+    "PUBLISHED_MIN_KEPT",
+    "Attention",
+    "AttentionMask",
+    "Conv",
+    "Deform",
+    "Elementwise",
+    "Gemm",
+    "HeadCodec",
+    "Op",
+    "PolarizedMask",
+    "Unknown",
+    "Unused",
+    "Workload",
+    "polarize_head",
+]

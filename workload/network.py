@@ -1,0 +1,121 @@
+"""The waist of sievit: a network for one image as a list of plain operations.
+
+Models become a `Workload` (`sievit.models.costs.trace`), masks and codecs are put into it, and
+every machine reads it. Numpy only: neither a model nor a machine is known here. All
+sizes are elements; bytes = elements x the width that the machine gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .masks import PUBLISHED_MIN_KEPT, AttentionMask, PolarizedMask, polarize_head
+from .ops import Attention, Conv, Deform, Elementwise, Gemm, HeadCodec, Op, Unknown, Unused
+
+__all__ = [
+    "PUBLISHED_MIN_KEPT",
+    "Attention",
+    "AttentionMask",
+    "Conv",
+    "Deform",
+    "Elementwise",
+    "Gemm",
+    "HeadCodec",
+    "Op",
+    "PolarizedMask",
+    "Unknown",
+    "Unused",
+    "Workload",
+    "polarize_head",
+]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A network for one image: its name and its operations in order, each after the one
+    before. A batch of B images repeats the operations B times and reads weights once."""
+
+    name: str
+    ops: tuple[Op, ...]
+
+    @property
+    def attention(self) -> tuple[Attention, ...]:
+        """The attention operations, in call order: entry l is "layer l" of a mask."""
+        return tuple(op for op in self.ops if isinstance(op, Attention))
+
+    @property
+    def unknown(self) -> tuple[Unknown, ...]:
+        """Operations whose cost is not known and not in the totals."""
+        return tuple(op for op in self.ops if isinstance(op, Unknown))
+
+    @property
+    def macs(self) -> int:
+        return sum(op.macs for op in self.ops)
+
+    @property
+    def params(self) -> int:
+        return sum(op.params for op in self.ops)
+
+    @property
+    def activations(self) -> int:
+        return sum(op.activations for op in self.ops)
+
+    def with_attention(
+        self,
+        mask: AttentionMask | None = None,
+        codec: HeadCodec | Sequence[HeadCodec | None] | None = None,
+        min_kept: int | float = PUBLISHED_MIN_KEPT,
+    ) -> Workload:
+        """This network with ``mask`` polarized into its attention and with ``codec``.
+
+        None leaves that part dense (uncompressed). A sequence gives each layer its own
+        codec. Raises ValueError when layers, heads or tokens do not fit.
+        """
+        calls = self.attention
+        codecs = _per_layer(codec, len(calls))
+        masks: list[tuple[PolarizedMask, ...] | None] = [None] * len(calls)
+        if mask is not None:
+            expected = tuple((op.heads, op.queries, op.keys) for op in calls)
+            if mask.shapes != expected:
+                raise ValueError(_misfit(self.name, expected, mask.shapes))
+            masks = [tuple(polarize_head(h, min_kept) for h in layer) for layer in mask.keep]
+        return self.with_polarized(masks, codecs)
+
+    def with_polarized(
+        self,
+        masks: Sequence[tuple[PolarizedMask, ...] | None],
+        codecs: Sequence[HeadCodec | None],
+    ) -> Workload:
+        """As `with_attention`, from heads that are already polarized, [layer][head]."""
+        calls = self.attention
+        if len(masks) != len(calls) or len(codecs) != len(calls):
+            raise ValueError(
+                f"{self.name} has {len(calls)} attention layers, got {len(masks)} layers of "
+                f"masks and {len(codecs)} codecs"
+            )
+        changed = iter(
+            replace(op, masks=m, codec=c) for op, m, c in zip(calls, masks, codecs, strict=True)
+        )
+        ops = tuple(next(changed) if isinstance(op, Attention) else op for op in self.ops)
+        return replace(self, ops=ops)
+
+
+def _per_layer(
+    codec: HeadCodec | Sequence[HeadCodec | None] | None, layers: int
+) -> Sequence[HeadCodec | None]:
+    if codec is None or isinstance(codec, HeadCodec):
+        return [codec] * layers
+    return codec
+
+
+def _misfit(
+    name: str, expected: tuple[tuple[int, int, int], ...], got: tuple[tuple[int, int, int], ...]
+) -> str:
+    if len(expected) != len(got):
+        return f"{name} has {len(expected)} attention layers, the mask has {len(got)}"
+    layer = next(i for i, (e, g) in enumerate(zip(expected, got, strict=True)) if e != g)
+    return (
+        f"layer {layer} of {name} is (heads, queries, keys) = {expected[layer]}, "
+        f"the mask's is {got[layer]}"
+    )
