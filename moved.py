@@ -117,7 +117,20 @@ PACKAGES = {
 }
 """Modules whose name a package has now -> the module of it that has their names."""
 
-NAMES: dict[str, dict[str, str]] = {}
+NAMES: dict[str, dict[str, str]] = {
+    "sievit.accel": {"Point": "DesignPoint"},
+    "sievit.accel.cache": {"Remembered": "LruCache"},
+    "sievit.accel.explore.fingerprint": {
+        "code_digest": "code_fingerprint",
+        "digest": "fingerprint",
+    },
+    "sievit.accel.explore.points": {"Point": "DesignPoint"},
+    "sievit.accel.vitcod.executor": {"CarriedRun": "ProgramExecutor"},
+    "sievit.accel.vitcod.run": {"Stepped": "AttentionRun", "step": "run_attention"},
+    "sievit.sparsify": {"codesign_masks": "budgeted_masks", "judge": "evaluate"},
+    "sievit.sparsify.budgeted_masks": {"codesign_masks": "budgeted_masks"},
+    "sievit.sparsify.fidelity": {"judge": "evaluate"},
+}
 """Module or package of today -> {old name: new name}."""
 
 

@@ -9,9 +9,10 @@ it happens (`timeline`, `perfetto`), pictures (`plots`) -> many machines at once
 (`integers`), and the same by the engine's schedule (`carried`, `functional`).
 """
 
+from ..moved import old_names
 from .arithmetic import Arithmetic, Quantized, quantize
 from .explore.grid import grid
-from .explore.points import Exploration, Point
+from .explore.points import DesignPoint, Exploration
 from .explore.sweep import explore
 from .hardware import Hardware, presets
 from .integer_attention import integer_attention
@@ -29,6 +30,7 @@ __all__ = [
     "Area",
     "Arithmetic",
     "CodecWeights",
+    "DesignPoint",
     "Energy",
     "EnergyProfile",
     "Exploration",
@@ -36,7 +38,6 @@ __all__ = [
     "Hardware",
     "HeadCost",
     "OpCost",
-    "Point",
     "Quantized",
     "Report",
     "Timeline",
@@ -57,3 +58,5 @@ __all__ = [
     "speedups",
     "write_trace",
 ]
+
+__getattr__ = old_names(__name__)

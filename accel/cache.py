@@ -11,7 +11,7 @@ from typing import TypeVar
 Made = TypeVar("Made")
 
 
-class Remembered:
+class LruCache:
     """The most recently used results, ``limit_bytes`` of them at most; safe between threads.
 
     A key must name everything that the result depends on. A result above a quarter of the

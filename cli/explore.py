@@ -37,7 +37,7 @@ from .options import (
 from .terminal import OUT, check_writable, one_line_errors, progress_bars
 
 if TYPE_CHECKING:
-    from ..accel import Exploration, Point
+    from ..accel import DesignPoint, Exploration
     from ..progress import Progress
     from ..studies.variants import Codec, Variants
     from ..workload import AttentionMask
@@ -279,7 +279,7 @@ def _explored(
 ) -> Exploration:
     from ..accel import explore as run
 
-    def tell(point: Point, done: int, total: int) -> None:
+    def tell(point: DesignPoint, done: int, total: int) -> None:
         progress("exploring", done / total)
 
     progress("exploring", 0.0)

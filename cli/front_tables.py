@@ -10,7 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ..accel.explore.labels import axis_heading, axis_words, figure_shown, heading, shown
-from ..accel.explore.points import OBJECTIVES, Effect, Exploration, Point, sensitivity, value_of
+from ..accel.explore.points import (
+    OBJECTIVES,
+    DesignPoint,
+    Effect,
+    Exploration,
+    sensitivity,
+    value_of,
+)
 from ..accel.report.energy import PROFILES, area
 
 MOST_ROWS = 24
@@ -90,15 +97,15 @@ def _notes(found: Exploration, refused: Mapping[str, str]) -> list[str]:
     return lines
 
 
-def _errors(found: Exploration) -> dict[str, list[Point]]:
+def _errors(found: Exploration) -> dict[str, list[DesignPoint]]:
     """Failed points by their error, the first ones."""
-    groups: dict[str, list[Point]] = {}
+    groups: dict[str, list[DesignPoint]] = {}
     for point in found.failed:
         groups.setdefault(str(point.error), []).append(point)
     return dict(list(groups.items())[:MOST_ROWS])
 
 
-def _words(group: Sequence[Point]) -> str:
+def _words(group: Sequence[DesignPoint]) -> str:
     """What the points of a group share, and how many they are."""
     first, *others = group
     shared = [

@@ -155,7 +155,7 @@ def _run(
             found = train_sparse(network, learn, settings, out, progress, mask=mask)
             if not first:
                 return
-            rows = found.judge(network, judged, progress, learned_from=learn)
+            rows = found.evaluate(network, judged, progress, learned_from=learn)
             errors = found.codec_errors(judged)
         paths = found.save(out, rows, errors)
     if not quiet:

@@ -7,7 +7,7 @@ import sys
 
 from sievit.images import batches, center_crops, load_folder, sample_photos
 from sievit.models import create
-from sievit.sparsify import attach, average_attention, judge, polarize, threshold, token_features
+from sievit.sparsify import attach, average_attention, evaluate, polarize, threshold, token_features
 
 
 def main(folder: str | None = None, size: int = 224) -> None:
@@ -27,7 +27,7 @@ def main(folder: str | None = None, size: int = 224) -> None:
         cosines = []
         for mask in (learned, chance):
             with attach(model, mask, image_size=size):  # leaving the block restores the model
-                cosines.append(judge(model, dense, batches(photos, 8)).patch_cosine)
+                cosines.append(evaluate(model, dense, batches(photos, 8)).patch_cosine)
         heads = [head for layer in polarize(learned) for head in layer]
         print(
             f"{sparsity:.0%} pruned: patch cosine {cosines[0]:.3f} (random mask {cosines[1]:.3f}), "

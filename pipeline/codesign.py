@@ -18,7 +18,7 @@ from ..ae import CodecErrors, FittedCodecs
 from ..images import Images, Photos, photo_sets
 from ..models import prefix_tokens
 from ..progress import Progress, silent
-from ..sparsify import HardwareMask, codesign_masks, polarize, threshold
+from ..sparsify import HardwareMask, budgeted_masks, polarize, threshold
 from ..sparsify.budgeted_masks import block_orders, kept_mass, tile_area, tiles
 from ..sparsify.fidelity import Saliency
 from ..workload import AttentionMask
@@ -127,10 +127,10 @@ def learn_mask_within(
     with run.stage("choosing entries by what they cost"):
         if cycles is not None:
             cost = attention_cycles(run.traced(None), hardware)
-            return codesign_masks(maps, cost, cycles, prefix_tokens=prefix)
+            return budgeted_masks(maps, cost, cycles, prefix_tokens=prefix)
         orders = block_orders([layer.shape[1] for layer in maps], tile, prefix)
         solver = tiles(tile, orders, prefix)
-        return codesign_masks(maps, tile_area(tile), tile_entries, solver, prefix_tokens=prefix)
+        return budgeted_masks(maps, tile_area(tile), tile_entries, solver, prefix_tokens=prefix)
 
 
 def learn_masks(

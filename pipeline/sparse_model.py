@@ -13,7 +13,7 @@ from ..ae import CodecErrors, codec_errors
 from ..images import IMAGENET, Normalization, Photos, batches, center_crops
 from ..models.training.loop import Trained
 from ..progress import Progress, silent
-from ..sparsify import Fidelity, accuracy, attach, judge, token_features
+from ..sparsify import Fidelity, accuracy, attach, evaluate, token_features
 from .attachments import Attachments
 from .result import save_weights, versions, write_json
 
@@ -35,7 +35,7 @@ class SparseModel:
     classes: tuple[str, ...] | None = None
     normalization: Normalization = IMAGENET
 
-    def judge(
+    def evaluate(
         self,
         dense: nn.Module,
         photos: Photos,
@@ -129,7 +129,7 @@ class _Judging:
         self.dense = token_features(dense, self.crops)
 
     def row(self, model: nn.Module) -> Fidelity:
-        found = judge(model, self.dense, self.crops, image_size=self.size)
+        found = evaluate(model, self.dense, self.crops, image_size=self.size)
         if self.labels is None:
             return found
         return replace(found, accuracy=accuracy(model, self.crops, self.labels))

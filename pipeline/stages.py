@@ -38,7 +38,7 @@ from ..sparsify import (
     Fidelity,
     attach,
     average_attention,
-    judge,
+    evaluate,
     random_mask,
     recover,
     threshold,
@@ -126,10 +126,10 @@ class Run:
             fitted = fit_codecs(moments, latent, groups, progress=lambda n: tell(n / layers))
         return fitted, plain
 
-    def judge(self, changed: nn.Module) -> Fidelity:
+    def evaluate(self, changed: nn.Module) -> Fidelity:
         """Fidelity of ``changed`` as it stands, against the dense model."""
         crops = self.batches(self.judge_crops)
-        return judge(changed, self.dense, crops, self.saliency, self.settings.image_size)
+        return evaluate(changed, self.dense, crops, self.saliency, self.settings.image_size)
 
     def judge_masks(self, mask: AttentionMask) -> None:
         """The learned mask beside both random controls of equal sparsity."""
@@ -144,7 +144,7 @@ class Run:
             self.dense = token_features(self.model, crops)
             for index, (name, variant) in enumerate(variants.items()):
                 with attach(self.model, variant, image_size=self.settings.image_size):
-                    self.fidelity[name] = self.judge(self.model)
+                    self.fidelity[name] = self.evaluate(self.model)
                 tell((index + 1) / len(variants))
 
     def judge_unturned(self, plain: FittedCodecs) -> None:
@@ -154,7 +154,7 @@ class Run:
             self.stage("judging the codec without turn"),
             attach_codec(self.model, plain.codecs, size),
         ):
-            self.fidelity["codec alone, heads not turned"] = self.judge(self.model)
+            self.fidelity["codec alone, heads not turned"] = self.evaluate(self.model)
 
     def train(
         self, mask: AttentionMask, codecs: FittedCodecs | None
@@ -185,7 +185,7 @@ class Run:
                     listener=lambda step, rate, terms, share: tell(share),
                 )
             with self.stage("judging the recovered model"):
-                self.fidelity[f"learned mask{suffix}, recovered"] = self.judge(student)
+                self.fidelity[f"learned mask{suffix}, recovered"] = self.evaluate(student)
         return student, codec_log, recovery_log
 
     def _put_codec(
@@ -200,7 +200,7 @@ class Run:
         with self.stage("judging the codec"):
             _fold_where_possible(student, codecs, size)
             with attach_codec(student, codecs.codecs, size):
-                self.fidelity["codec alone"] = self.judge(student)
+                self.fidelity["codec alone"] = self.evaluate(student)
         attach(student, mask, image_size=size)
         if steps:
             with self.stage("training the codec") as tell:
@@ -216,7 +216,7 @@ class Run:
             some = self.batches(self.judge_crops[: self.settings.batch_size])
             self.codec_errors = codec_errors(student, codecs.codecs, some, size)
             attach_codec(student, codecs.codecs, size)
-            self.fidelity["learned mask + codec"] = self.judge(student)
+            self.fidelity["learned mask + codec"] = self.evaluate(student)
         return log
 
     def judge_integers(
@@ -238,7 +238,7 @@ class Run:
                 widths = arithmetic_of(hardware)
                 with attached.attach_int8(bare, some, widths):
                     name = f"as above, attention in int{widths.operand_bits}"
-                    self.fidelity[name] = self.judge(bare)
+                    self.fidelity[name] = self.evaluate(bare)
             except ValueError as error:
                 warnings.warn(f"not judged in integers: {error}", stacklevel=2)
 

@@ -115,7 +115,7 @@ def train_sparse(
     photos    to train on; with ``settings.labels`` their first folder is their class
     folder    for checkpoints and logs, a folder a stage; what is there is resumed
     mask      to train with, in place of one learned from ``photos``, say of
-              `sievit.sparsify.codesign_masks`; ``settings.sparsity`` is then the mask's
+              `sievit.sparsify.budgeted_masks`; ``settings.sparsity`` is then the mask's
 
     With several processes (`torchrun`) each takes its share of every batch. Raises
     ValueError for photos without classes where labels are wanted, more processes than

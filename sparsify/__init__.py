@@ -1,4 +1,4 @@
-"""Fixed attention masks: learn, polarize, attach, judge and recover.
+"""Fixed attention masks: learn, polarize, attach, evaluate and recover.
 
 Floor plan: average attention (`probe`) -> masks (`threshold`, `controls`,
 `hardware_masks`) -> dense block
@@ -9,11 +9,12 @@ head similarity (`similarity`) and Taylor pruning of channels (`taylor`); and ma
 chance for studies of machines (`synthetic`).
 """
 
+from ..moved import old_names
 from .adapt import attach
 from .average import average_attention
-from .budgeted_masks import HardwareMask, codesign_masks
+from .budgeted_masks import HardwareMask, budgeted_masks
 from .controls import random_mask, window_mask
-from .fidelity import Fidelity, accuracy, fidelity, judge, token_features
+from .fidelity import Fidelity, accuracy, evaluate, fidelity, token_features
 from .finetune import GradualMask, finetune, recover
 from .int8 import attach_int8, calibrate_int8
 from .reorder import polarize
@@ -30,12 +31,12 @@ __all__ = [
     "attach",
     "attach_int8",
     "average_attention",
+    "budgeted_masks",
     "calibrate_int8",
-    "codesign_masks",
+    "evaluate",
     "fidelity",
     "finetune",
     "head_similarity",
-    "judge",
     "polarize",
     "prune",
     "random_mask",
@@ -47,3 +48,5 @@ __all__ = [
     "token_features",
     "window_mask",
 ]
+
+__getattr__ = old_names(__name__)

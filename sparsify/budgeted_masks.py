@@ -51,7 +51,7 @@ class HardwareMask:
     price: float
 
 
-def codesign_masks(
+def budgeted_masks(
     maps: Maps,
     cost: Cost,
     budget: float,

@@ -109,7 +109,7 @@ def _saliency_iou(dense: Tensor, changed: Tensor, saliency: Saliency, image_size
     return float(torch.cat(scores).mean())
 
 
-def judge(
+def evaluate(
     model: nn.Module,
     dense: Tensor,
     batches: Sequence[Tensor] | Iterable[Tensor],

@@ -15,14 +15,14 @@ import numpy as np
 from ...workload import PolarizedMask
 
 
-def digest(content: Any) -> str:
+def fingerprint(content: Any) -> str:
     """32 hex digits that equal content shares: numbers, words, sequences and mappings of
     them, dataclasses with their type's name, polarized masks by their own digest."""
     return hashlib.blake2b(repr(_plain(content)).encode(), digest_size=16).hexdigest()
 
 
 @functools.cache
-def code_digest() -> str:
+def code_fingerprint() -> str:
     """Of every source file of this package that a simulated figure depends on: `simulate`,
     `energy` and all that they import."""
     package = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...files import written_whole
 from .labels import axis_words, heading, scale, shown
-from .points import OBJECTIVES, Exploration, Point, sensitivity, value_of
+from .points import OBJECTIVES, DesignPoint, Exploration, sensitivity, value_of
 
 GRAY, BLUE = "#a0aec0", "#2b6cb0"
 PLACES = ((-12, 4), (6, 4), (6, -12), (-12, -12))
@@ -97,7 +97,7 @@ def _effect(panel: Any, effects: Sequence[Any], shift: float, name: str, colour:
                    capsize=2, label=heading(name).replace("\n", " "))  # fmt: skip
 
 
-def _best_words(found: Exploration, best: dict[str, Point]) -> str:
+def _best_words(found: Exploration, best: dict[str, DesignPoint]) -> str:
     """One line for each numbered point: what it is best in, and its values."""
     axes, lines = found.axes(), []
     for number, point in enumerate(_distinct(best), 1):
@@ -110,12 +110,12 @@ def _best_words(found: Exploration, best: dict[str, Point]) -> str:
     return "\n".join(lines)
 
 
-def _distinct(best: dict[str, Point]) -> list[Point]:
+def _distinct(best: dict[str, DesignPoint]) -> list[DesignPoint]:
     """Each point once, in the order of the objectives."""
     return list({id(point): point for point in best.values()}.values())
 
 
-def _values(points: Sequence[Point], name: str) -> list[float]:
+def _values(points: Sequence[DesignPoint], name: str) -> list[float]:
     return [point.cost(name) * scale(name) for point in points]
 
 

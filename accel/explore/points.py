@@ -23,7 +23,7 @@ ATTENTION_OBJECTIVES = ("attention_seconds", "attention_energy_pj", "area_mm2")
 
 
 @dataclass(frozen=True)
-class Point:
+class DesignPoint:
     """One workload on one machine: its ``figures``, or the ``error`` that it ended in.
 
     labels    what distinguishes it: the workload's labels, the hardware fields changed
@@ -65,20 +65,20 @@ class Exploration:
     reused  points whose result was in the file already
     """
 
-    points: tuple[Point, ...]
+    points: tuple[DesignPoint, ...]
     reused: int = 0
 
     @property
-    def done(self) -> tuple[Point, ...]:
+    def done(self) -> tuple[DesignPoint, ...]:
         """The points that have figures."""
         return tuple(point for point in self.points if point.error is None)
 
     @property
-    def failed(self) -> tuple[Point, ...]:
+    def failed(self) -> tuple[DesignPoint, ...]:
         """The points that ended in an error."""
         return tuple(point for point in self.points if point.error is not None)
 
-    def front(self, objectives: Iterable[str] = OBJECTIVES) -> tuple[Point, ...]:
+    def front(self, objectives: Iterable[str] = OBJECTIVES) -> tuple[DesignPoint, ...]:
         """The points that no other beats in all ``objectives`` (names of figures, less is
         better), the best in the first objective first. Raises ValueError for a figure that
         a point does not have."""
@@ -149,12 +149,12 @@ def _effects(groups: Iterable[Mapping[Any, float]], values: list[Any]) -> tuple[
     return tuple(made)
 
 
-def value_of(point: Point, name: str) -> Any:
+def value_of(point: DesignPoint, name: str) -> Any:
     """A label's value; for a point that does not have it, that of its machine."""
     return point.labels.get(name, getattr(point.hardware, name, None))
 
 
-def _first(point: Point, joined: tuple[str, ...]) -> Any:
+def _first(point: DesignPoint, joined: tuple[str, ...]) -> Any:
     return value_of(point, joined[0])
 
 

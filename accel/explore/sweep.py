@@ -24,16 +24,16 @@ from ..hardware import Hardware, presets
 from ..report.energy import PROFILES, EnergyProfile, area, energy
 from ..simulate import simulate
 from ..simulators.registry import SIMULATORS
-from .fingerprint import code_digest, digest
+from .fingerprint import code_fingerprint, fingerprint
 from .grid import Changes, configured
-from .points import Exploration, Point
+from .points import DesignPoint, Exploration
 from .processes import WorkerDied, run_in_processes
 from .results_file import Journal
 
 CHUNK_SCORES = 1_000_000
 """Attention scores that a task computes, about: half a second of simulation."""
 
-Progress = Callable[[Point, int, int], None]
+Progress = Callable[[DesignPoint, int, int], None]
 """Called with (point, points done, all points), in the order in which they end."""
 
 
@@ -83,7 +83,7 @@ def explore(
 
 
 def _warn_of_other_code(known: Mapping[str, Mapping[str, Any]], results: Any) -> None:
-    others = sum(record["code"] != code_digest() for record in known.values())
+    others = sum(record["code"] != code_fingerprint() for record in known.values())
     if others:
         warnings.warn(
             f"{others} of {len(known)} results in {results} come from another version of this "
@@ -158,31 +158,36 @@ class _Plan:
         labels: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self.settings = settings
-        self._asked: list[Point] = []
+        self._asked: list[DesignPoint] = []
         self._missing: dict[str, _Request] = {}
         self._places: dict[str, list[int]] = {}
         self._finished = 0
         machines = [_machine(base, entry) for entry in hardware]
-        about = (settings.simulator, settings.batch, digest(settings.profile), code_digest())
+        about = (
+            settings.simulator,
+            settings.batch,
+            fingerprint(settings.profile),
+            code_fingerprint(),
+        )
         for name, workload in workloads.items():
-            depends = (*about, digest(workload.ops))
+            depends = (*about, fingerprint(workload.ops))
             for changes, machine, error in machines:
                 varied = {**labels.get(name, {}), **changes}
-                point = Point(
+                point = DesignPoint(
                     name, varied, machine, *settings[:2], settings.profile.name, {}, error
                 )
                 self._ask(point, workload, depends)
 
-    def _ask(self, point: Point, workload: Workload, depends: tuple[Any, ...]) -> None:
+    def _ask(self, point: DesignPoint, workload: Workload, depends: tuple[Any, ...]) -> None:
         self._asked.append(point)
         if point.hardware is not None:
-            key = digest((depends, replace(point.hardware, name="")))
+            key = fingerprint((depends, replace(point.hardware, name="")))
             request = _Request(key, point.workload, workload, point.hardware)
             self._missing.setdefault(key, request)
             self._places.setdefault(key, []).append(len(self._asked) - 1)
 
     @property
-    def points(self) -> tuple[Point, ...]:
+    def points(self) -> tuple[DesignPoint, ...]:
         return tuple(self._asked)
 
     def take(self, known: Mapping[str, Mapping[str, Any]], progress: Progress) -> int:
@@ -205,7 +210,7 @@ class _Plan:
             self._asked[place] = point
             self._tell(point, progress)
 
-    def _tell(self, point: Point, progress: Progress) -> None:
+    def _tell(self, point: DesignPoint, progress: Progress) -> None:
         self._finished += 1
         progress(point, self._finished, len(self._asked))
 
@@ -256,7 +261,7 @@ def _record(request: _Request, outcome: _Outcome, settings: _Settings) -> dict[s
         "simulator": settings.simulator,
         "batch": settings.batch,
         "profile": settings.profile.name,
-        "code": code_digest(),
+        "code": code_fingerprint(),
         **outcome._asdict(),
     }
 

@@ -23,7 +23,7 @@ from ..report.report import OpCost, Report
 from ..simulate import simulate
 from ..vitcod.assign import DENSE_ROUND
 from ..vitcod.program import INDEX, SDDMM, STORE, K, Q
-from ..vitcod.run import Stepped, named_stalls
+from ..vitcod.run import AttentionRun, named_stalls
 from ..vitcod.simulate import CHANNELS, WITHOUT, operations
 
 DENSER, SPARSER, OPERATIONS = "denser lines", "sparser lines", "operations"
@@ -177,14 +177,14 @@ def _whole(op: OpCost) -> Iterator[Slice]:
             yield Slice(name, op.name, 0, cycles, cycles)
 
 
-def _stepped(run: Stepped) -> Iterator[Slice]:
+def _stepped(run: AttentionRun) -> Iterator[Slice]:
     """A stepped call: stages, transfers, decoding, softmax."""
     yield from _stages(run)
     yield from _softmax(run)
     yield from _transfers(run)
 
 
-def _stages(run: Stepped) -> Iterator[Slice]:
+def _stages(run: AttentionRun) -> Iterator[Slice]:
     """One slice for each engine that has work in a stage, up to its last piece."""
     program, trace = run.program, run.trace
     pieces = program.pieces
@@ -205,7 +205,7 @@ def _stages(run: Stepped) -> Iterator[Slice]:
                 yield Slice(track, names[number], start, end, int(operands) * words, waits)
 
 
-def _three_longest(run: Stepped, stage: int) -> dict[str, int]:
+def _three_longest(run: AttentionRun, stage: int) -> dict[str, int]:
     """What the lines of a stage waited for longest, in line-cycles, both engines."""
     table = np.zeros((2, run.trace.stage_stalls.shape[1]), dtype=np.int64)
     table[run.program.stages["kind"][stage]] = run.trace.stage_stalls[stage]
@@ -214,7 +214,7 @@ def _three_longest(run: Stepped, stage: int) -> dict[str, int]:
     return {f"line-cycles waiting for {name}": waits[name] for name in longest}
 
 
-def _unit_names(run: Stepped) -> list[str]:
+def _unit_names(run: AttentionRun) -> list[str]:
     tiles = len(run.mapping.query_tiles) > 1
     many = run.instances > 1
     return [
@@ -225,7 +225,7 @@ def _unit_names(run: Stepped) -> list[str]:
     ]
 
 
-def _stage_names(run: Stepped) -> list[str]:
+def _stage_names(run: AttentionRun) -> list[str]:
     units = _unit_names(run)
     kinds = {SDDMM: "SDDMM"}
     return [
@@ -234,7 +234,7 @@ def _stage_names(run: Stepped) -> list[str]:
     ]
 
 
-def _softmax(run: Stepped) -> Iterator[Slice]:
+def _softmax(run: AttentionRun) -> Iterator[Slice]:
     """The division pass, one slice a unit: rows go through it one after the other."""
     program, lanes = run.program, run.hardware.softmax_lanes
     took = -(-program.row_scores // lanes)
@@ -248,7 +248,7 @@ def _softmax(run: Stepped) -> Iterator[Slice]:
             yield Slice("softmax", name, start, end, int(busy.sum()), {"rows": int(real.sum())})
 
 
-def _transfers(run: Stepped) -> Iterator[Slice]:
+def _transfers(run: AttentionRun) -> Iterator[Slice]:
     """Transfers of each channel, and what the decoder makes of those of Q and K."""
     program, times, units = run.program, run.trace.transfer_times, _unit_names(run)
     stage_units = program.stages["unit"]
@@ -266,7 +266,7 @@ def _transfers(run: Stepped) -> Iterator[Slice]:
                 yield _decoding(run, channel, number, tensor, name)
 
 
-def _decoding(run: Stepped, channel: int, number: int, tensor: str, name: str) -> Slice:
+def _decoding(run: AttentionRun, channel: int, number: int, tensor: str, name: str) -> Slice:
     """The tokens of one transfer in the decoder."""
     ends = run.trace.decoded_at[channel, _tokens(run.program.transfers[number])]
     one = -(-run.mapping.decode_macs // run.mapping.decoder_rate)

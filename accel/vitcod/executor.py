@@ -43,7 +43,7 @@ class _Unit:
         self.tiles = [0, 0]  # key tiles begun, by kind of stage
 
 
-class CarriedRun:
+class ProgramExecutor:
     """One program carried out on data."""
 
     def __init__(

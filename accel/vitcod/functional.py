@@ -16,8 +16,8 @@ from ..arithmetic import Arithmetic, HeadMap, Quantized, quantize, quantize_head
 from ..hardware import Hardware, presets
 from ..integer_attention import checked_rules, fixed_bias, score_shift_for
 from ..report.report import OpCost
-from .executor import CarriedRun
-from .run import step
+from .executor import ProgramExecutor
+from .run import run_attention
 from .simulate import cost_of
 
 __all__ = ["CodecWeights", "FunctionalResult", "coded_operands", "simulate_attention"]
@@ -122,11 +122,11 @@ def simulate_attention(
         score_shift = score_shift_for(largest, arithmetic)
     rules = checked_rules(*operands, v, softmax_scale, output_scale, arithmetic, score_shift)
     images = _images(v.values)
-    stepped = step(op, hardware, len(images))
+    stepped = run_attention(op, hardware, len(images))
     added = None if bias is None else fixed_bias(bias, rules)
     memory = (_images(sides[0].stored.values), _images(sides[1].stored.values), images)
     decoders = (sides[0].decoder, sides[1].decoder)
-    run = CarriedRun(stepped.mapping, stepped.program, memory, decoders, rules, added)
+    run = ProgramExecutor(stepped.mapping, stepped.program, memory, decoders, rules, added)
     made = run.all_stages().reshape(*v.values.shape[:-2], op.queries, op.value_dim)
     scale = op.key_dim**-0.5 if softmax_scale is None else softmax_scale
     reference = float_attention(*(plain or given[:2]), given[2], masks, scale, bias)

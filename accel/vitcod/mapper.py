@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from ...workload import Attention
-from ..cache import Remembered
+from ..cache import LruCache
 from ..dram.ddr4 import LINE_BYTES
 from ..hardware import Hardware
 from .estimate import WorkOfTiles, ranked
@@ -21,7 +21,7 @@ TILE_PARTS = (1, 2, 3)
 """Tiles of queries that are tried for each one that the buffers ask for."""
 
 
-WORK = Remembered(64 * 1024**2)
+WORK = LruCache(64 * 1024**2)
 """What tiles ask for, by the patterns of a call and the lines."""
 
 

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from ...workload import Attention, PolarizedMask
-from ..cache import Remembered
+from ..cache import LruCache
 from ..hardware import Hardware
 from ..jit import cached
 from .assign import Assignment, assign
@@ -20,7 +20,7 @@ from .assign import Assignment, assign
 SDDMM, SPMM = 0, 1
 """Kinds of stage: the two products."""
 
-PATTERNS = Remembered(64 * 1024**2)
+PATTERNS = LruCache(64 * 1024**2)
 """By the digest of the mask."""
 
 
@@ -108,7 +108,7 @@ def _tile(indptr, indices, first, last, low, high, shift):
     return pointer, kept[:count]
 
 
-ASSIGNMENTS = Remembered(256 * 1024**2)
+ASSIGNMENTS = LruCache(256 * 1024**2)
 """By pattern, tile, product, lines and policy: what an assignment depends on."""
 
 

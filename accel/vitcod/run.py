@@ -1,7 +1,7 @@
 """One attention call stepped by the compiled engine, and what each head took of it.
 
 A stage belongs to one head, so the heads' cycles, with those after the last stage, sum to
-the call's. `simulators.vitcod` makes costs of a `Stepped`, `timeline` slices.
+the call's. `simulators.vitcod` makes costs of a `AttentionRun`, `timeline` slices.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _WORDS = tuple(zip(*(WAITS.get(name, (name, name)) for name in STALLS), strict=T
 
 
 @dataclass(frozen=True, eq=False)
-class Stepped:
+class AttentionRun:
     """A run of the engine: what was run, and what it left. ``instances``: windows x images."""
 
     op: Attention
@@ -92,7 +92,7 @@ def named_phases(row: np.ndarray) -> dict[str, int]:
     return {name: cycles for name, cycles in zip(PHASES, row.tolist(), strict=True) if cycles}
 
 
-def step(op: Attention, hardware: Hardware, batch: int = 1) -> Stepped:
+def run_attention(op: Attention, hardware: Hardware, batch: int = 1) -> AttentionRun:
     """Map, build and run one attention call, all its windows and images.
 
     Of ``hardware.mappings_stepped`` mappings, the first by the closed forms, the fastest.
@@ -105,13 +105,13 @@ def step(op: Attention, hardware: Hardware, batch: int = 1) -> Stepped:
     return _run(op, hardware, two.mapping, instances)
 
 
-def _run(op: Attention, hardware: Hardware, mapping: Mapping, instances: int) -> Stepped:
+def _run(op: Attention, hardware: Hardware, mapping: Mapping, instances: int) -> AttentionRun:
     program, counts = build(op, hardware, mapping, instances)
     trace = engine.run(program, hardware, mapping)
-    return Stepped(op, hardware, mapping, instances, program, counts, trace)
+    return AttentionRun(op, hardware, mapping, instances, program, counts, trace)
 
 
-def head_costs(run: Stepped) -> tuple[HeadCost, ...]:
+def head_costs(run: AttentionRun) -> tuple[HeadCost, ...]:
     """Each head's share of the call, all windows and images."""
     op, trace, heads = run.op, run.trace, run.stage_heads
     stalls = np.zeros((op.heads, 2, len(STALLS)), dtype=np.int64)
@@ -135,7 +135,7 @@ def head_costs(run: Stepped) -> tuple[HeadCost, ...]:
     )
 
 
-def _head_dram_bytes(run: Stepped) -> np.ndarray:
+def _head_dram_bytes(run: AttentionRun) -> np.ndarray:
     """Bytes by head; what a group of heads shares is split evenly, the codec's weights over
     all heads (first heads take what does not divide)."""
     program, heads = run.program, run.op.heads

@@ -16,7 +16,7 @@ from ..report.report import OpCost, Report, Traffic
 from .mapping import Mapping, codec_side_bytes
 from .program import CODEC, INDEX, STORE, Counts, K, Program, Q, V
 from .registers import COUNTS
-from .run import Stepped, head_costs, step
+from .run import AttentionRun, head_costs, run_attention
 
 CHANNELS = {Q: "Q", K: "K", V: "V", INDEX: "index", CODEC: "codec weights", STORE: "output"}
 
@@ -80,9 +80,9 @@ def _report(name: str, workload: Workload, hardware: Hardware, batch: int) -> Re
 
 def operations(
     name: str, workload: Workload, hardware: Hardware, batch: int
-) -> Iterator[tuple[OpCost, Stepped | None]]:
+) -> Iterator[tuple[OpCost, AttentionRun | None]]:
     """The operations of variant ``name`` in order, attention with the run behind its cost."""
-    repeated: dict[Attention, tuple[OpCost, Stepped]] = {}
+    repeated: dict[Attention, tuple[OpCost, AttentionRun]] = {}
     plain: dict[tuple, OpCost | None] = {}  # layers repeat: each product is charged once
     ops = _changed(workload, **WITHOUT[name]).ops
     encoders = encoded_products(ops)
@@ -91,7 +91,7 @@ def operations(
             key = replace(op, name="")
             made = repeated.get(key) if op.masks is None else None
             if made is None:
-                run = step(op, hardware, batch)
+                run = run_attention(op, hardware, batch)
                 made = cost_of(run, batch), run
             if op.masks is None:  # equal dense layers take equal time
                 repeated[key] = made
@@ -198,10 +198,10 @@ def _projection_cost(op: Gemm | Conv, encoded: _Encoded, hardware: Hardware, bat
 
 def attention_cost(op: Attention, hardware: Hardware, batch: int = 1) -> OpCost:
     """One attention call, all its windows and images, stepped cycle by cycle."""
-    return cost_of(step(op, hardware, batch), batch)
+    return cost_of(run_attention(op, hardware, batch), batch)
 
 
-def cost_of(run: Stepped, batch: int) -> OpCost:
+def cost_of(run: AttentionRun, batch: int) -> OpCost:
     """The cost of a call that was stepped for ``batch`` images."""
     op, hardware, mapping, counts = run.op, run.hardware, run.mapping, run.counts
     got = dict(zip(COUNTS, (int(x) for x in run.trace.counts), strict=True))

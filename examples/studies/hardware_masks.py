@@ -29,8 +29,8 @@ from sievit.pipeline.networks import WHOLE_COLUMNS, attention_cycles
 from sievit.sparsify import (
     attach,
     average_attention,
-    codesign_masks,
-    judge,
+    budgeted_masks,
+    evaluate,
     recover,
     threshold,
     token_features,
@@ -89,7 +89,7 @@ class Study:
 
     def within(self, kind: str, budget: float, fairness: float) -> HardwareMask:
         cost, solver = self.costs[kind], self.solvers[kind]
-        return codesign_masks(self.maps, cost, budget, solver, fairness=fairness)
+        return budgeted_masks(self.maps, cost, budget, solver, fairness=fairness)
 
     def best_within(self, name: str, kind: str, budget: float) -> float:
         """The fairness whose mask keeps most on photos held out for that."""
@@ -106,7 +106,7 @@ class Study:
     def judged(self, mask: AttentionMask) -> dict:
         with attach(self.model, mask, image_size=SIZE):
             return {"sparsity": mask.sparsity} | {
-                name: asdict(judge(self.model, self.dense[name], crops))
+                name: asdict(evaluate(self.model, self.dense[name], crops))
                 for name, crops in self.crops.items()
             }
 
@@ -115,7 +115,7 @@ class Study:
         attach(student, mask, image_size=SIZE)
         stream = endless_crops(self.learn, SIZE, 8, seed=1)
         recover(student, self.model, stream, steps=self.steps)
-        test = asdict(judge(student, self.dense["test"], self.crops["test"]))
+        test = asdict(evaluate(student, self.dense["test"], self.crops["test"]))
         return {"steps": self.steps, "sparsity": mask.sparsity, "test": test}
 
 

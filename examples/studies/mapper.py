@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sievit.accel import presets
-from sievit.accel.vitcod.run import step
+from sievit.accel.vitcod.run import run_attention
 from sievit.pipeline.result import versions, write_json
 from sievit.workload import Attention, AttentionMask, HeadCodec, polarize_head
 
@@ -39,9 +39,9 @@ def main(mask: str, out: str) -> None:
             row = {"machine": name, "codec": codec is not None, "stepped": {}}
             for count in STEPPED:
                 hardware = replace(VITCOD, mappings_stepped=count, **fields)
-                step(calls[0], hardware)  # compiles where needed
+                run_attention(calls[0], hardware)  # compiles where needed
                 begin = time.process_time()
-                cycles = sum(step(call, hardware).cycles for call in calls)
+                cycles = sum(run_attention(call, hardware).cycles for call in calls)
                 seconds = time.process_time() - begin
                 name_of = "all" if count == STEPPED[-1] else str(count)
                 row["stepped"][name_of] = {"cycles": cycles, "cpu_seconds": round(seconds, 3)}

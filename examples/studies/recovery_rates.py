@@ -25,7 +25,7 @@ from sievit.models.training.objectives import TokenLoss
 from sievit.models.training.recipe import Recipe
 from sievit.pipeline import codesign
 from sievit.pipeline.settings import Settings
-from sievit.sparsify import attach, average_attention, judge, recover, threshold, token_features
+from sievit.sparsify import attach, average_attention, evaluate, recover, threshold, token_features
 
 SIZE, BATCH = 224, 16
 LOSSES = {
@@ -55,7 +55,7 @@ def many_photos(model: torch.nn.Module, folder: Path, steps: int, out: Rows) -> 
         student = copy.deepcopy(model)
         attach(student, threshold(maps, sparsity=sparsity), image_size=SIZE)
         if f"{sparsity:.0%}, untuned" not in out:
-            out.add(f"{sparsity:.0%}, untuned", asdict(judge(student, dense, held_crops)))
+            out.add(f"{sparsity:.0%}, untuned", asdict(evaluate(student, dense, held_crops)))
         key = f"{sparsity:.0%}, {name}, rate {rate:g}"
         if key in out:
             continue
@@ -63,7 +63,7 @@ def many_photos(model: torch.nn.Module, folder: Path, steps: int, out: Rows) -> 
         stream = endless_crops(learn, SIZE, 8, seed=1)
         log = recover(student, model, stream, steps=steps, loss=LOSSES[name], recipe=recipe)
         row = {"steps": steps, "first_loss": log.losses[0], "rate": rate}
-        out.add(key, row | asdict(judge(student, dense, held_crops)))
+        out.add(key, row | asdict(evaluate(student, dense, held_crops)))
 
 
 def few_photos(model: torch.nn.Module, steps: int, out: Rows) -> None:

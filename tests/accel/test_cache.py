@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sievit.accel import Hardware, presets, simulate
-from sievit.accel.cache import Remembered
+from sievit.accel.cache import LruCache
 from sievit.accel.vitcod import mapping, pattern
 from sievit.workload import Attention, AttentionMask, Workload, polarize_head
 
@@ -97,7 +97,7 @@ def test_digest_names_the_content():
 
 
 def test_oldest_goes_first_and_large_results_are_not_kept():
-    kept = Remembered(100)
+    kept = LruCache(100)
     for key in "abcd":
         kept.get(key, lambda key=key: key, lambda made: 25)
     assert kept.get("a", lambda: "new", lambda made: 25) == "a"

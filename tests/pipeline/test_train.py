@@ -174,7 +174,7 @@ def test_labelled_training_reports_accuracy_and_the_machines_integers(tmp_path):
     found = train_sparse(model, learn, replace(SMALL, labels=True, mode="joint"))
     assert found.classes == ("a", "b")
     judged = photos(5).take([4, 3, 1])  # a, b, b
-    rows = found.judge(model, judged, learned_from=learn)
+    rows = found.evaluate(model, judged, learned_from=learn)
     names = ["dense", "mask, untrained", "mask + codec, trained", "as above, attention in int8"]
     assert list(rows) == names
     assert rows["dense"].patch_cosine == pytest.approx(1.0)
@@ -197,7 +197,7 @@ def test_labelled_training_reports_accuracy_and_the_machines_integers(tmp_path):
     assert saved["classes"] == ["a", "b"]
     strange = Photos(("c/1.png",), photos(1).arrays)
     with pytest.raises(ValueError, match=r"'c/1.png' is of none of the classes a, b"):
-        found.judge(model, strange)
+        found.evaluate(model, strange)
 
 
 @pytest.mark.parametrize("mode", ["mask", "joint"])
@@ -219,7 +219,7 @@ def test_images_are_normalised_everywhere_or_nowhere(mode):
     for stage, log in both[0].logs.items():
         assert both[1].logs[stage].losses == pytest.approx(log.losses, rel=0.05)
     rows = [
-        found.judge(model, photos(3), learned_from=photos(3))
+        found.evaluate(model, photos(3), learned_from=photos(3))
         for found, model in zip(both, (plain, moved), strict=True)
     ]
     assert list(rows[0]) == list(rows[1])

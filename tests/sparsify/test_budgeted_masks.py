@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sievit.accel.kernels import plan_attention
-from sievit.sparsify import codesign_masks, polarize, threshold
+from sievit.sparsify import budgeted_masks, polarize, threshold
 from sievit.sparsify.budgeted_masks import (
     accelerator,
     block_orders,
@@ -86,7 +86,7 @@ def test_the_budget_is_kept_and_no_row_is_empty(seed, heads, shape, prefix, shar
 
     whole = heads * shape[0] * shape[1]
     try:
-        found = codesign_masks(maps, cost, share * whole, prefix_tokens=prefix)
+        found = budgeted_masks(maps, cost, share * whole, prefix_tokens=prefix)
     except ValueError as error:
         if "always kept alone cost" not in str(error):
             raise
@@ -107,7 +107,7 @@ def test_more_mass_than_the_plain_rule_at_equal_cost():
 
     for sparsity in (0.6, 0.8, 0.9):
         plain = threshold(maps, sparsity=sparsity)
-        found = codesign_masks(maps, cost, cost(plain))
+        found = budgeted_masks(maps, cost, cost(plain))
         assert found.cost <= cost(plain)
         assert found.mass > kept_mass(maps, plain)
 
@@ -127,7 +127,7 @@ def test_more_fairness_leaves_no_row_behind():
 
     least, mass = [], []
     for fairness in (0.0, 0.5, 1.0, 2.0, 4.0):
-        found = codesign_masks(
+        found = budgeted_masks(
             maps, cost, budget, alone, fairness=fairness, prefix_tokens=0, tolerance=0.001
         )
         rows = np.where(found.mask.keep[0], maps[0], 0).sum(-1)
@@ -146,7 +146,7 @@ def test_every_row_keeps_what_is_worth_its_price(fairness):
     def cost(mask):
         return float(sum(layer.sum() for layer in mask.keep))
 
-    found = codesign_masks(
+    found = budgeted_masks(
         maps, cost, 0.15 * 2 * 50 * 60, alone, fairness=fairness, prefix_tokens=0
     )
     mass = np.sort(maps[0], axis=-1)[..., ::-1].cumsum(-1)
@@ -164,7 +164,7 @@ def test_whole_columns_are_what_polarize_calls_global():
     def cost(mask):
         return sum(engine_cost(head, 1.25) for layer in mask.keep for head in layer)
 
-    found = codesign_masks(maps, cost, 0.6 * 2 * 40 * 40)
+    found = budgeted_masks(maps, cost, 0.6 * 2 * 40 * 40)
     for head, parts in zip(found.mask.keep[0], polarize(found.mask, 39)[0], strict=True):
         assert parts.num_global == (head.sum(axis=0) == 40).sum() > 2
 
@@ -175,9 +175,9 @@ def test_tile_masks_fill_their_tiles():
     assert [order.tolist() for order in orders] == [grid_order((8, 8), (4, 4)).tolist()]
     cost, solver = tile_area(16), tiles(16, orders, 1)
     budget = 0.4 * 2 * 65 * 65
-    found = codesign_masks(maps, cost, budget, solver)
+    found = budgeted_masks(maps, cost, budget, solver)
     plain = threshold(maps, sparsity=0.8)
-    tight = codesign_masks(maps, cost, cost(plain), solver)
+    tight = budgeted_masks(maps, cost, cost(plain), solver)
     assert found.cost <= budget
     assert tight.mass > kept_mass(maps, plain) + 0.03
     for head in tight.mask.keep[0]:  # CLS apart, the patches by fours of tiles
@@ -216,7 +216,7 @@ def test_grid_order_walks_blocks_of_the_grid():
 def test_bad_arguments_are_named(arguments, match):
     maps = [softmaxed(0, 1, 8, 8)]
     with pytest.raises(ValueError, match=match):
-        codesign_masks(maps, lambda mask: float(mask.keep[0].sum()), **arguments)
+        budgeted_masks(maps, lambda mask: float(mask.keep[0].sum()), **arguments)
     with pytest.raises(ValueError, match="at least 1 row"):
         tiles(0)
     with pytest.raises(ValueError, match="must be above 0"):

@@ -16,8 +16,8 @@ from sievit.models.weights.load import load_pretrained
 from sievit.sparsify import (
     attach,
     average_attention,
+    evaluate,
     fidelity,
-    judge,
     recover,
     threshold,
     token_features,
@@ -132,7 +132,7 @@ def test_masks_of_another_shape_are_named():
 def test_fidelity_of_the_model_itself_is_one():
     model, images = tiny(), photos(4)
     dense = token_features(model, images.split(2))
-    same = judge(model, dense, [images])
+    same = evaluate(model, dense, [images])
     assert same.images == 4
     assert same.patch_cosine == pytest.approx(1.0)
     assert same.cls_cosine == pytest.approx(1.0)
@@ -274,7 +274,7 @@ def test_half_of_a_real_vits_attention_can_go(golden):
     rows = {}
     for name, mask in (("learned", learned), ("random", chance)):
         with attach(model, mask, image_size=224):
-            rows[name] = judge(model, dense, batches(test, 16), decoder, 224)
+            rows[name] = evaluate(model, dense, batches(test, 16), decoder, 224)
     assert rows["learned"].patch_cosine >= 0.97
     assert rows["learned"].patch_cosine >= rows["random"].patch_cosine + 0.02
     assert rows["learned"].cls_cosine > rows["random"].cls_cosine

@@ -16,7 +16,7 @@ import pytest
 
 from sievit.accel import area, energy, presets, simulate
 from sievit.accel import explore as explore_face
-from sievit.accel.explore.fingerprint import code_digest, digest
+from sievit.accel.explore.fingerprint import code_fingerprint, fingerprint
 from sievit.accel.explore.grid import configured, grid, load_configurations
 from sievit.accel.explore.points import ATTENTION_OBJECTIVES, OBJECTIVES, sensitivity
 from sievit.accel.explore.sweep import _Chunk, _settings, _simulated, explore
@@ -146,7 +146,9 @@ def test_results_of_other_code_stay_and_are_not_used(tmp_path, monkeypatch):
     path = tmp_path / "r.jsonl"
     explore({"a": _workload()}, GRID[:2], results=path, base=SMALL, jobs=1)
     text = path.read_bytes()
-    monkeypatch.setattr(sys.modules["sievit.accel.explore.sweep"], "code_digest", lambda: "other")
+    monkeypatch.setattr(
+        sys.modules["sievit.accel.explore.sweep"], "code_fingerprint", lambda: "other"
+    )
     with pytest.warns(UserWarning, match="2 of 2 results.*another version"):
         found = explore({"a": _workload()}, GRID[:2], results=path, base=SMALL, jobs=1)
     assert found.reused == 0
@@ -382,19 +384,19 @@ def test_lists_of_configurations(tmp_path):
 
 
 def test_digests():
-    assert digest(_workload().ops) == digest(_workload("other name").ops)
+    assert fingerprint(_workload().ops) == fingerprint(_workload("other name").ops)
     seen = {
-        digest(_workload().ops),
-        digest(_workload(kept=0.4).ops),
-        digest(_workload(codec=HeadCodec(2, 1)).ops),
-        digest((*_workload().ops, Elementwise("n", "add", 3, 3))),
-        digest(_workload().ops[:3]),
-        digest(PROFILES["aladdin-28nm"]),
-        digest(PROFILES["horowitz-28nm"]),
+        fingerprint(_workload().ops),
+        fingerprint(_workload(kept=0.4).ops),
+        fingerprint(_workload(codec=HeadCodec(2, 1)).ops),
+        fingerprint((*_workload().ops, Elementwise("n", "add", 3, 3))),
+        fingerprint(_workload().ops[:3]),
+        fingerprint(PROFILES["aladdin-28nm"]),
+        fingerprint(PROFILES["horowitz-28nm"]),
     }
     assert len(seen) == 7
-    assert digest((np.int64(3), 2.0, None)) == digest([3, 2.0, None])
-    assert len(code_digest()) == 32
+    assert fingerprint((np.int64(3), 2.0, None)) == fingerprint([3, 2.0, None])
+    assert len(code_fingerprint()) == 32
     assert explore_face is explore
     with pytest.raises(TypeError, match="no digest of a object"):
-        digest(object())
+        fingerprint(object())

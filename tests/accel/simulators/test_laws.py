@@ -17,7 +17,7 @@ from sievit.accel.vitcod import engine
 from sievit.accel.vitcod.mapper import candidates, choose
 from sievit.accel.vitcod.program import CHANNELS, CODEC, INDEX, SDDMM, STORE, K, Q, V, build
 from sievit.accel.vitcod.registers import COUNTS, STALLS
-from sievit.accel.vitcod.run import step
+from sievit.accel.vitcod.run import run_attention
 from sievit.workload import Attention, AttentionMask, HeadCodec, polarize_head
 
 exhaustive = settings(derandomize=True, deadline=None, max_examples=80)
@@ -373,7 +373,7 @@ def test_a_larger_output_buffer_and_the_mapper(deit_masks, machine):
     assert after.sum() <= 1.01 * before.sum()
     assert (after <= 1.16 * before).all()
     layer = Attention("third", 3, 197, 197, 64, 64, masks=deit_masks[2])
-    assert step(layer, replace(larger, mappings_stepped=3)).cycles <= before[2]
+    assert run_attention(layer, replace(larger, mappings_stepped=3)).cycles <= before[2]
 
 
 @pytest.mark.parametrize("machine", ["vitcod", "vitcod_ddr4"])

@@ -15,7 +15,7 @@ from sievit.accel import Arithmetic, Quantized, integer_attention, quantize, sim
 from sievit.accel.arithmetic import FixedPoint, quantize_head_map
 from sievit.accel.hardware import ASSIGNMENTS, Hardware, presets
 from sievit.accel.integer_attention import checked_rules, integer_softmax
-from sievit.accel.vitcod.executor import CarriedRun
+from sievit.accel.vitcod.executor import ProgramExecutor
 from sievit.accel.vitcod.functional import CodecWeights, arithmetic_of, coded_operands
 from sievit.accel.vitcod.mapper import candidates, choose
 from sievit.accel.vitcod.program import build
@@ -274,7 +274,7 @@ def small_run(change):
     q, k, v = (quantize(x) for x in operands(rng, 1, 12, 12, 8, 8))
     rules = checked_rules(q, k, v, None, None, Arithmetic())
     memory = (q.values[None], k.values[None], v.values[None])
-    return CarriedRun(mapping, program, memory, (None, None), rules, None).all_stages()
+    return ProgramExecutor(mapping, program, memory, (None, None), rules, None).all_stages()
 
 
 def repeated_piece(program):

@@ -13,7 +13,7 @@ from sievit.accel.vitcod.mapper import candidates, choose
 from sievit.accel.vitcod.mapping import codec_side_bytes
 from sievit.accel.vitcod.pattern import Pattern
 from sievit.accel.vitcod.program import build
-from sievit.accel.vitcod.run import step
+from sievit.accel.vitcod.run import run_attention
 from sievit.accel.vitcod.simulate import attention_cost
 from sievit.workload import Attention, HeadCodec, polarize_head
 
@@ -195,14 +195,16 @@ def test_the_first_candidate_is_near_the_fastest(name):
     work = WorkOfTiles(op, made[0].patterns, VITCOD.lines)
     estimates = [estimate_cycles(mapping, work) for mapping in made]
     assert estimates[0] <= 1.01 * min(estimates)
-    fewer = [step(op, replace(VITCOD, mappings_stepped=count)).cycles for count in (1, 3, 99)]
+    fewer = [
+        run_attention(op, replace(VITCOD, mappings_stepped=count)).cycles for count in (1, 3, 99)
+    ]
     assert fewer[0] >= fewer[1] >= fewer[2] > 0
     assert fewer[0] <= 1.1 * fewer[2]
 
 
 def test_a_batch_takes_the_mapping_that_two_images_found_fastest():
     op, hardware = CALLS["DeiT-Tiny, codec"], replace(VITCOD, mappings_stepped=4)
-    two, five = step(op, hardware, 2), step(op, hardware, 5)
+    two, five = run_attention(op, hardware, 2), run_attention(op, hardware, 5)
     assert two.mapping.query_tile == five.mapping.query_tile
     assert two.instances == 2
     assert five.instances == 5

@@ -11,7 +11,7 @@ import pytest
 from sievit.accel import presets, simulate
 from sievit.accel.report.report import HeadCost, OpCost
 from sievit.accel.vitcod.registers import STALLS
-from sievit.accel.vitcod.run import WAITS, head_costs, step
+from sievit.accel.vitcod.run import WAITS, head_costs, run_attention
 from sievit.accel.vitcod.simulate import cost_of
 from sievit.workload import Attention, Gemm, HeadCodec, Workload, polarize_head
 
@@ -41,7 +41,7 @@ CALLS = {
 
 @pytest.mark.parametrize(("op", "batch"), CALLS.values(), ids=CALLS)
 def test_heads_sum_to_the_call(op, batch):
-    run = step(op, SMALL, batch)
+    run = run_attention(op, SMALL, batch)
     cost = cost_of(run, batch)
     heads = head_costs(run)
     assert cost.heads == heads
@@ -59,7 +59,7 @@ def test_heads_sum_to_the_call(op, batch):
 @pytest.mark.parametrize(("op", "batch"), CALLS.values(), ids=CALLS)
 def test_bytes_of_a_head_are_what_it_loads_and_stores(op, batch):
     """A twin, transfer by transfer."""
-    run = step(op, SMALL, batch)
+    run = run_attention(op, SMALL, batch)
     units, expected = list(run.mapping.units(run.instances)), [0.0] * op.heads
     for channel in range(6):
         first, last = run.program.channel_first[channel : channel + 2]
