@@ -1,7 +1,7 @@
 """One attention call stepped by the compiled engine, and what each head took of it.
 
 A stage belongs to one head, so the heads' cycles, with those after the last stage, sum to
-the call's. `simulators.vitcod` makes costs of a `AttentionRun`, `timeline` slices.
+the call's. `simulate` makes costs of an `AttentionRun`, `timeline` slices.
 """
 
 from __future__ import annotations
