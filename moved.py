@@ -38,7 +38,7 @@ MODULES = {
     "sievit.accel.layout": "sievit.accel.dram.address",
     "sievit.accel.lines": "sievit.accel.vitcod.mac_lines",
     "sievit.accel.machine": "sievit.accel.vitcod.registers",
-    "sievit.accel.mapping": "sievit.accel.vitcod.mapping",
+    "sievit.accel.mapping": "sievit.accel.vitcod.mapper",
     "sievit.accel.memory": "sievit.accel.vitcod.dma_flat",
     "sievit.accel.pareto": "sievit.accel.explore.pareto",
     "sievit.accel.pattern": "sievit.accel.vitcod.pattern",

@@ -190,10 +190,10 @@ def timed(workload, simulator: str, repeats: int) -> dict:
 
 def forget() -> None:
     """Index lists and assignments of the run before: every run makes its own."""
-    from sievit.accel.vitcod import mapping, pattern
+    from sievit.accel.vitcod import mapper, pattern
 
     pattern.PATTERNS.clear()
-    mapping.WORK.clear()
+    mapper.WORK.clear()
     pattern.ASSIGNMENTS.clear()
 
 

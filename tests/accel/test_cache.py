@@ -9,10 +9,10 @@ import pytest
 
 from sievit.accel import Hardware, presets, simulate
 from sievit.accel.cache import LruCache
-from sievit.accel.vitcod import mapping, pattern
+from sievit.accel.vitcod import mapper, pattern
 from sievit.workload import Attention, AttentionMask, Workload, polarize_head
 
-REMEMBERED = (pattern.ASSIGNMENTS, pattern.PATTERNS, mapping.WORK)
+REMEMBERED = (pattern.ASSIGNMENTS, pattern.PATTERNS, mapper.WORK)
 
 
 @pytest.fixture(autouse=True)

@@ -180,7 +180,7 @@ def test_names_are_found_by_pattern():
 def test_importing_models_loads_no_family():
     code = (
         "import sys, sievit.models; "
-        "print([m for m in sys.modules if m.startswith('sievit.models.') "
+        "print([m for m in sys.modules if m.startswith('sievit.models.families.') "
         "and m.split('.')[-1] in ('vit', 'levit', 'internimage', 'regnet')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
