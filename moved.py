@@ -127,11 +127,16 @@ NAMES: dict[str, dict[str, str]] = {
     "sievit.accel.explore.points": {"Point": "DesignPoint"},
     "sievit.accel.vitcod.executor": {"CarriedRun": "ProgramExecutor"},
     "sievit.accel.vitcod.run": {"Stepped": "AttentionRun", "step": "run_attention"},
+    "sievit.pipeline.result": {
+        "PACKAGES": "sievit.provenance.PACKAGES",
+        "versions": "sievit.provenance.versions",
+        "write_json": "sievit.files.write_json",
+    },
     "sievit.sparsify": {"codesign_masks": "budgeted_masks", "judge": "evaluate"},
     "sievit.sparsify.budgeted_masks": {"codesign_masks": "budgeted_masks"},
     "sievit.sparsify.fidelity": {"judge": "evaluate"},
 }
-"""Module or package of today -> {old name: new name}."""
+"""Module or package of today -> {old name: new name, with its module where that is another}."""
 
 
 def forward_modules() -> None:
@@ -169,7 +174,8 @@ class _Moved(ModuleType):
 
 def _taken(old: str, module: str, name: str) -> Any:
     """``name``, or what it is called today, of ``module``, with a warning about ``old``."""
-    today = NAMES.get(module, {}).get(name, name)
+    place, _, today = NAMES.get(module, {}).get(name, name).rpartition(".")
+    module = place or module
     try:
         found = getattr(importlib.import_module(module), today)
     except AttributeError:

@@ -309,7 +309,7 @@ def _finish(
     objectives = found.given(ATTENTION_OBJECTIVES if attention else OBJECTIVES)
     written = []
     if json_out is not None:
-        from ..pipeline.result import write_json
+        from ..files import write_json
 
         write_json(_as_json(found, made, about, objectives), json_out)
         written.append(json_out)
@@ -332,7 +332,7 @@ def _as_json(
     found: Exploration, made: Variants, about: str, objectives: Sequence[str]
 ) -> dict[str, Any]:
     from ..accel.explore.points import sensitivity
-    from ..pipeline.result import versions
+    from ..provenance import versions
 
     effects = {name: sensitivity(found, name) for name in objectives}
     return {

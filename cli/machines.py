@@ -259,7 +259,7 @@ def _write(
     """The files that were asked for; returns their paths."""
     written = []
     if json_out is not None:
-        from ..pipeline.result import write_json
+        from ..files import write_json
 
         write_json(figures, json_out)
         written.append(json_out)

@@ -28,7 +28,8 @@ def run_paper(
 ) -> None:
     """The study over the paper's six models with masks by chance, or over one model with
     the user's mask; tables to standard output, JSON and a picture where asked for."""
-    from ..pipeline.result import versions, write_json
+    from ..files import write_json
+    from ..provenance import versions
     from ..studies.paper import compare_with_paper
     from .paper_tables import paper_tables, plot_factors
 

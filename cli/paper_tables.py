@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..files import written_whole
+from ..figure import blank, save
 from ..studies.ladder import Ladder
 from ..studies.paper import PaperStudy
 from ..studies.paper_rows import Row
@@ -129,13 +129,10 @@ COLOURS = {
 def plot_factors(study: PaperStudy, path: str | os.PathLike[str]) -> None:
     """Published factors and ours as bars on a logarithmic axis; means over sparsities are
     left to the table."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     bars = list(_bars(study.rows))
-    figure = Figure(figsize=(9, 1.2 + 0.2 * len(bars)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(9, 1.2 + 0.2 * len(bars), dpi=120)
     axes = figure.subplots()
     for place, (_, value, kind) in enumerate(bars):
         if value is not None:
@@ -158,8 +155,7 @@ def plot_factors(study: PaperStudy, path: str | os.PathLike[str]) -> None:
     kinds = dict.fromkeys(kind for _, value, kind in bars if value is not None)
     legend = [Patch(color=COLOURS[kind], label=kind) for kind in kinds]
     axes.legend(handles=legend, loc="lower right", fontsize=8)
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    save(figure, path)
 
 
 def _bars(rows: tuple[Row, ...]) -> Iterator[tuple[str, float | None, str]]:

@@ -72,7 +72,8 @@ def zoo(
         else:
             result = _costs(patterns, size, counting, layers, plot, quiet)
         if json_out is not None:
-            from ..pipeline.result import versions, write_json
+            from ..files import write_json
+            from ..provenance import versions
 
             write_json({**result, "versions": versions()}, json_out)
 

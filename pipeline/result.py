@@ -6,26 +6,21 @@ with the same seed, steps and thread count.
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .. import __version__
+from .. import __version__, files, provenance
 from ..accel import Report, area, energy
 from ..accel.kernels import MeasuredAttention
-from ..accel.kernels.measure import device_name
 from ..ae import CodecErrors, ExplainedVariance, mean_errors
-from ..files import written_whole
 from ..models.training.loop import Trained
+from ..moved import old_names
 from ..sparsify import Fidelity
 from ..sparsify.reorder import Polarized
 from ..workload import AttentionMask, HeadCodec, Workload
@@ -33,7 +28,7 @@ from .attachments import Attachments
 from .pictures import draw
 from .settings import FEW_PHOTOS, Settings
 
-PACKAGES = ("torch", "numpy", "scipy", "numba", "safetensors", "pillow", "onnx", "scikit-image")
+__getattr__ = old_names(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,7 @@ class CodesignResult:
         """Ready for JSON: every figure, with the versions and settings that made it."""
         return {
             "sievit": __version__,
-            "versions": versions(),
+            "versions": provenance.versions(),
             "threads": torch.get_num_threads(),
             "model": self._model_dict(),
             "settings": asdict(self.settings),
@@ -191,33 +186,8 @@ class CodesignResult:
                 target,
             )
         paths.append(target / "report.json")
-        write_json(self.to_dict(), paths[-1])
+        files.write_json(self.to_dict(), paths[-1])
         return tuple(paths)
-
-
-def write_json(data: Any, path: str | os.PathLike[str]) -> None:
-    """Write ``data`` as JSON, whole or not at all; NaN is an error."""
-    text = json.dumps(data, indent=1, allow_nan=False)
-    with written_whole(path) as temporary:
-        temporary.write_text(text + "\n")
-
-
-def versions() -> dict[str, str | int]:
-    """Python, the platform, the processors and the packages that figures depend on."""
-    found: dict[str, str | int] = {
-        "python": platform.python_version(),
-        "platform": sys.platform,
-        "processor": device_name(torch.device("cpu")),
-        "cores": os.cpu_count() or 1,
-    }
-    if torch.cuda.is_available():
-        found["gpu"] = device_name(torch.device("cuda"))
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _log_dict(log: Trained | None) -> dict[str, Any] | None:
@@ -229,5 +199,5 @@ def save_weights(module: nn.Module, path: Path) -> None:
     from safetensors.torch import save_file
 
     state = {n: v.detach().cpu().clone().contiguous() for n, v in module.state_dict().items()}
-    with written_whole(path) as temporary:
+    with files.written_whole(path) as temporary:
         save_file(state, temporary)

@@ -10,12 +10,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..ae import CodecErrors, codec_errors
+from ..files import write_json
 from ..images import IMAGENET, Normalization, Photos, batches, center_crops
 from ..models.training.loop import Trained
 from ..progress import Progress, silent
+from ..provenance import versions
 from ..sparsify import Fidelity, accuracy, attach, evaluate, token_features
 from .attachments import Attachments
-from .result import save_weights, versions, write_json
+from .result import save_weights
 
 BATCH = 16
 """Crops in a batch for judging; also how many the scales of the machine's integers are from."""

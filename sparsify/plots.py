@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..files import written_whole
+from ..figure import blank, save
 from ..workload import AttentionMask, PolarizedMask
 from .fidelity import Fidelity
 
@@ -33,7 +33,7 @@ def plot_head(head: PolarizedMask, title: str, path: str | os.PathLike[str]) -> 
     for axes in (left, right):
         axes.set_xlabel("key")
         axes.set_ylabel("query")
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_sparsity(mask: AttentionMask, polarized, path: str | os.PathLike[str]) -> None:
@@ -42,7 +42,7 @@ def plot_sparsity(mask: AttentionMask, polarized, path: str | os.PathLike[str]) 
     _heat(left, mask.sparsity_by_head(), "sparsity", "{:.0%}", vmax=1.0)
     counts = tuple(np.array([float(h.num_global) for h in layer]) for layer in polarized)
     _heat(right, counts, "global keys", "{:.0f}", vmax=max(1.0, *(c.max() for c in counts)))
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_fidelity(
@@ -66,7 +66,7 @@ def plot_fidelity(
     axes.set_xlabel("mean cosine to the dense model\n(upper bar: patch tokens, lower: CLS token)")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _heat(axes, rows: Sequence[np.ndarray], label: str, text: str, vmax: float) -> None:
@@ -90,14 +90,5 @@ def _heat(axes, rows: Sequence[np.ndarray], label: str, text: str, vmax: float) 
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(*size)
     return figure, np.atleast_1d(figure.subplots(rows, columns))
-
-
-def _save(figure, path: str | os.PathLike[str]) -> None:
-    with written_whole(path) as temporary:
-        figure.savefig(temporary)

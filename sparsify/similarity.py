@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..files import written_whole
+from ..figure import blank, save
 from ..models import AttentionCall, AttentionHook
 from ..models.attention.observe import observe_attention
 
@@ -133,11 +133,7 @@ def plot_similarity(
     similarity: HeadSimilarity, path: str | os.PathLike[str], title: str = ""
 ) -> None:
     """Every head as a dot and the mean of each block as a line, over depth; a picture file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.6), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(6.4, 3.6)
     axes = figure.subplots()
     places = np.arange(len(similarity.blocks))
     for place, heads in zip(places, similarity.values, strict=True):
@@ -150,5 +146,4 @@ def plot_similarity(
     axes.set_title(title or f"{similarity.images} images", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    with written_whole(path) as temporary:
-        figure.savefig(temporary)
+    save(figure, path)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..accel import Hardware, presets, simulate
-from ..files import written_whole
+from ..figure import blank, save
 from ..models import trace
 from ..models.costs.run_profile import set_threads, timed
 from ..models.scaling import BASES, Config, Counts, LineFit, build, counts, fit_line, scale
@@ -196,11 +196,7 @@ COLOURS = ("#2b6cb0", "#dd6b20", "#38a169", "#d53f8c", "#718096", "#ecc94b")
 
 def plot_runtime(study: RuntimeStudy, path: str | os.PathLike[str]) -> None:
     """Every network as a dot: each count against each time, with its line and r; a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(10, 6, dpi=120)
     panels = figure.subplots(len(TIMES), len(COUNTS), sharey="row", sharex="col")
     fits = study.fits()
     for row, name in zip(panels, TIMES, strict=True):
@@ -210,8 +206,7 @@ def plot_runtime(study: RuntimeStudy, path: str | os.PathLike[str]) -> None:
     for panel, count in zip(panels[-1], COUNTS, strict=True):
         panel.set_xlabel(f"{count} (1e6)")
     panels[0, 0].legend(frameon=False, fontsize=8)
-    with written_whole(path) as temporary:
-        figure.savefig(temporary)
+    save(figure, path)
 
 
 def _scatter(panel: Any, study: RuntimeStudy, name: str, count: str, line: LineFit) -> None:

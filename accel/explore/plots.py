@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...files import written_whole
+from ...figure import blank, save
 from .labels import axis_words, heading, scale, shown
 from .points import OBJECTIVES, DesignPoint, Exploration, sensitivity, value_of
 
@@ -53,7 +53,7 @@ def plot_front(
         panel.set_ylabel(heading(name).replace("\n", " "))
         panel.legend(frameon=False, fontsize=8)
     _name(figure, title, _best_words(found, best))
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_sensitivity(
@@ -85,7 +85,7 @@ def plot_sensitivity(
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center",
                   ncols=4, frameon=False, fontsize=9)  # fmt: skip
     figure.suptitle("What each field does, all else equal (bars: least to most)", fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _effect(panel: Any, effects: Sequence[Any], shift: float, name: str, colour: str) -> None:
@@ -125,17 +125,8 @@ def _name(figure: Any, title: str, below: str) -> None:
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, np.ndarray]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(*size)
     axes = figure.subplots(rows, columns, squeeze=False)
     for panel in axes.flat:
         panel.spines[["top", "right"]].set_visible(False)
     return figure, axes
-
-
-def _save(figure: Any, path: str | os.PathLike[str]) -> None:
-    with written_whole(path) as temporary:
-        figure.savefig(temporary)

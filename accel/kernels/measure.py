@@ -10,7 +10,6 @@ machine and are never a test.
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...provenance import device_name
 from ...workload import Attention, Workload
 from .attention import sparse_attention
 from .plan import plan_attention
@@ -124,18 +124,6 @@ def measure_attention(
         )
         for name, spent in times.items()
     )
-
-
-def device_name(device: torch.device) -> str:
-    """The processor's name as the system gives it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1] for line in file if line.startswith("model name")]
-        return names[0].strip()
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
 
 
 Operands = list[tuple[Tensor, Tensor, Tensor]]

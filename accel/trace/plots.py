@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ...files import written_whole
+from ...figure import blank, save
 from ..hardware import Hardware
 from ..report.report import OpCost, Report
 from ..report.speedups import speedups
@@ -108,7 +108,7 @@ def plot_speedups(
     axes.set_xlabel(f"times faster than {against}, both simulated, batch {batch}")
     axes.set_title(f"{reports[against].workload}: speed-ups over {against}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_roofline(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> None:
@@ -140,7 +140,7 @@ def plot_roofline(reports: Mapping[str, Report], path: str | os.PathLike[str]) -
     axes.set_title(f"{title}\nsmall: a layer's attention, round: attention, square: network",
                    fontsize=10)  # fmt: skip
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _point(ops: Iterable[OpCost], hardware: Hardware) -> tuple[float, float] | None:
@@ -202,7 +202,7 @@ def plot_utilization(
     part = "attention layers, one after the other" if attention_only else "whole network"
     rows[-1].set_xlabel(f"microseconds ({part})", fontsize=8)
     rows[0].set_title(f"{report.workload} on {report.simulator}, batch {report.batch}", fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _track_groups(timeline: Timeline, attention_only: bool) -> dict[str, list[str]]:
@@ -272,7 +272,7 @@ def _stacked(
     axes.set_xlabel(label)
     axes.set_title(title, fontsize=10)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _with_others(colours: Mapping[str, str], parts: Iterable[str]) -> dict[str, str]:
@@ -288,18 +288,9 @@ def _colours(count: int) -> list[str]:
 
 def _figure(height: float, rows: int = 1) -> tuple[Any, Any]:
     """A figure with one axes, or with an array of them on one time axis."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.6, height), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(7.6, height)
     if rows > 1:
         return figure, figure.subplots(rows, 1, sharex=True)
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
-
-
-def _save(figure: Any, path: str | os.PathLike[str]) -> None:
-    with written_whole(path) as temporary:
-        figure.savefig(temporary)

@@ -33,8 +33,8 @@ import torch
 import torch.nn.functional as F
 
 from sievit.accel.kernels import AttentionPlan, choose_kernel, plan_attention, sparse_attention
-from sievit.accel.kernels.measure import device_name
-from sievit.pipeline.result import versions, write_json
+from sievit.files import write_json
+from sievit.provenance import device_name, versions
 from sievit.sparsify import synthetic_maps, threshold
 from sievit.sparsify.granularity import by_vectors
 from sievit.workload import AttentionMask

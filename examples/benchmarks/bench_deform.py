@@ -28,9 +28,9 @@ from pathlib import Path
 import torch
 
 from sievit.accel.kernels import deform_conv, deform_core
-from sievit.accel.kernels.measure import device_name
+from sievit.files import write_json
 from sievit.models.families import dcn
-from sievit.pipeline.result import versions, write_json
+from sievit.provenance import device_name, versions
 
 SAMPLES = 9
 SHAPES = ((56, 128, 4), (56, 128, 8), (28, 256, 16), (14, 512, 32), (7, 1024, 64), (14, 768, 48))

@@ -324,7 +324,8 @@ def main() -> None:
 
 
 def write(rows: list[dict], given: argparse.Namespace, path: Path) -> None:
-    from sievit.pipeline.result import versions, write_json
+    from sievit.files import write_json
+    from sievit.provenance import versions
 
     about = {
         "mask": "made by chance" if given.mask is None else Path(given.mask).name,

@@ -19,12 +19,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sievit.files import written_whole
+from sievit.figure import blank
+from sievit.figure import save as save_figure
+from sievit.files import write_json
 from sievit.images import center_crops, load_folder, normalize
 from sievit.models import complexity
 from sievit.models.costs.run_profile import profile_run, relative_time, set_threads
 from sievit.models.families.mixed import MixedViT, spread, width_at
-from sievit.pipeline.result import versions, write_json
+from sievit.provenance import versions
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 SPEEDUPS = (1.25, 1.5)
@@ -139,11 +141,7 @@ def accuracies(result: dict, data: Path, epochs: int, save) -> None:
 
 
 def plot(result: dict, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(9, 3.4, dpi=120)
     left, right = figure.subplots(1, 2)
     share = 100 * np.array(SHARES)
     for speedup, colour in zip(SPEEDUPS, ("#2b6cb0", "#dd6b20"), strict=True):
@@ -162,8 +160,7 @@ def plot(result: dict, path: Path) -> None:
     for panel in (left, right):
         panel.set_xlabel("attention layers, % of all layers")
         panel.spines[["top", "right"]].set_visible(False)
-    with written_whole(path) as temporary:
-        figure.savefig(temporary)
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -22,12 +22,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from sievit.files import write_json
 from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import SaliencyDecoder, create
 from sievit.models.training.objectives import TokenLoss
 from sievit.models.training.recipe import Recipe
 from sievit.models.weights.load import load_pretrained
-from sievit.pipeline.result import versions, write_json
+from sievit.provenance import versions
 from sievit.sparsify import attach, average_attention, fidelity, recover, threshold, token_features
 
 PREFIX, JUDGED = 1, 128

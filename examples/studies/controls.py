@@ -17,13 +17,12 @@ import itertools
 from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from judging import BATCH, SIZE, Judge, masks_at, spread
 from rows import Rows
 
 from sievit.ae import attach_codec, fit_codecs, fold, head_moments
-from sievit.files import written_whole
+from sievit.figure import blank, save
 from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import create
 from sievit.models.training.objectives import TokenLoss
@@ -69,7 +68,8 @@ def study(data: Path, steps: int, out: Rows) -> None:
 
 def draw(rows: dict[str, dict], path: Path) -> None:
     """Patch cosine against sparsity, a panel without codec and one with it."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    figure = blank(9, 3.6, dpi=150)
+    panels = figure.subplots(1, 2, sharey=True)
     for panel, codec in zip(panels, (False, True), strict=True):
         for kind, colour in zip(MASKS, ("#2b6cb0", "#718096", "#c05621"), strict=True):
             own = [r for r in rows.values() if (r["mask"], r["codec"]) == (kind, codec)]
@@ -89,8 +89,7 @@ def draw(rows: dict[str, dict], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("patch cosine to the dense model")
     panels[0].legend(frameon=False, fontsize=8)
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    save(figure, path)
 
 
 def main() -> None:

@@ -17,12 +17,11 @@ import copy
 from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from judging import BATCH, SIZE, spread
 from rows import Rows
 
-from sievit.files import written_whole
+from sievit.figure import blank, save
 from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import create, trace
 from sievit.pipeline.networks import WHOLE_COLUMNS, attention_cycles
@@ -133,7 +132,8 @@ def chosen(rows: dict, rule: str) -> list[dict]:
 
 def draw(rows: dict, path: Path) -> None:
     """Mass and patch cosine against what a mask costs, by both rules and in both costs."""
-    figure, panels = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
+    figure = blank(9, 6.4, dpi=150)
+    panels = figure.subplots(2, 2)
     units = ("simulated attention cycles, 1000", "entries in gathered tiles, 1000")
     for line, kind, unit in zip(panels, COSTS, units, strict=True):
         field = kind.replace(" ", "_")
@@ -149,8 +149,7 @@ def draw(rows: dict, path: Path) -> None:
             panel.set(xlabel=unit, ylabel=name)
             panel.grid(alpha=0.3)
             panel.spines[["top", "right"]].set_visible(False)
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    save(figure, path)
 
 
 def main() -> None:

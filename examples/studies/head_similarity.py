@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
+from sievit.files import write_json
 from sievit.images import batches, center_crops, load_folder
 from sievit.models import create
-from sievit.pipeline.result import versions, write_json
+from sievit.provenance import versions
 from sievit.sparsify.similarity import head_similarity, plot_similarity
 
 SIZE, BATCH = 224, 8

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from sievit.accel import Arithmetic
+from sievit.files import write_json
 from sievit.images import batches, random_crops, sample_photos
 from sievit.models import create
-from sievit.pipeline.result import versions, write_json
+from sievit.provenance import versions
 from sievit.sparsify import (
     attach,
     attach_int8,

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from sievit.accel import presets
 from sievit.accel.vitcod.run import run_attention
-from sievit.pipeline.result import versions, write_json
+from sievit.files import write_json
+from sievit.provenance import versions
 from sievit.workload import Attention, AttentionMask, HeadCodec, polarize_head
 
 STEPPED = (1, 2, 4, 8, 1000)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from sievit.accel import presets, simulate
 from sievit.accel.dram.bandwidth import stream_efficiency
-from sievit.pipeline.result import versions, write_json
+from sievit.files import write_json
+from sievit.provenance import versions
 from sievit.workload import Attention, AttentionMask, HeadCodec, Workload, polarize_head
 
 MAPS = ("groups_interleaved", "rows_interleaved", "ro-ch-ra-ba-bg-co")

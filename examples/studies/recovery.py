@@ -21,7 +21,6 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from judging import BATCH, SIZE, Judge, spread
@@ -36,7 +35,7 @@ from sievit.ae import (
     latent_heads_by_layer,
     train_codec,
 )
-from sievit.files import written_whole
+from sievit.figure import blank, save
 from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import create, trace
 from sievit.models.training.objectives import TokenLoss
@@ -138,7 +137,8 @@ KINDS = (  # of codecs, in keys and in the picture's legend; marker, colour
 def draw(rows: dict[str, dict], path: Path) -> None:
     """Latent heads against what stays (left) and against what is moved (right), at 90 %."""
     heads = 6
-    figure, (kept, moved) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure = blank(9, 3.4, dpi=150)
+    kept, moved = figure.subplots(1, 2)
     recovered = next(key.rpartition(", ")[2] for key in rows if key.endswith(" steps"))
     for budget, face in ((recovered, None), ("untuned", "none")):
         for kind, name, marker, colour in KINDS:
@@ -162,8 +162,7 @@ def draw(rows: dict[str, dict], path: Path) -> None:
         panel.invert_xaxis()
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    save(figure, path)
 
 
 def main() -> None:

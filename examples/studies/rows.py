@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from sievit.pipeline.result import versions, write_json
+from sievit.files import write_json
+from sievit.provenance import versions
 
 
 class Rows:

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
+from sievit.files import write_json
 from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import create, trace
-from sievit.pipeline.result import versions, write_json
+from sievit.provenance import versions
 from sievit.sparsify import recover, token_features
 from sievit.sparsify.taylor import prune, redistribute, taylor_importance
 

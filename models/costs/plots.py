@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
-from ...files import written_whole
+from ...figure import blank, save
 from .complexity import Complexity, LayerComplexity
 
 BLUE, ORANGE, GRAY = "#2b6cb0", "#dd6b20", "#a0aec0"
@@ -18,7 +17,7 @@ BLUE, ORANGE, GRAY = "#2b6cb0", "#dd6b20", "#a0aec0"
 
 def plot_costs(costs: Sequence[Complexity], path: str | os.PathLike[str]) -> None:
     """MACs, parameters, activations and bytes of several networks, on logarithmic axes."""
-    figure = _figure(11, 1.6 + 0.19 * len(costs))
+    figure = blank(11, 1.6 + 0.19 * len(costs), dpi=120)
     panels = figure.subplots(1, 4, sharey=True)
     totals = [cost.total for cost in costs]
     dots = (
@@ -41,13 +40,13 @@ def plot_costs(costs: Sequence[Complexity], path: str | os.PathLike[str]) -> Non
             panel.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
     panels[0].set_yticks(range(len(costs)), [cost.name for cost in costs])
     panels[0].invert_yaxis()
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_layers(cost: Complexity, path: str | os.PathLike[str]) -> None:
     """MACs, bytes and arithmetic intensity of one network, layer by layer in order."""
     layers = [layer for layer in cost.layers if layer.bytes_unlimited_cache]
-    figure = _figure(9, 6)
+    figure = blank(9, 6, dpi=120)
     panels = figure.subplots(3, 1, sharex=True)
     places = range(len(layers))
     panels[0].bar(places, [layer.macs / 1e6 for layer in layers], 1.0, color=_colours(layers))
@@ -63,7 +62,7 @@ def plot_layers(cost: Complexity, path: str | os.PathLike[str]) -> None:
     names = ["convolution, linear", "attention", "no products"]
     panels[0].legend(handles, names, frameon=False, fontsize=8, ncols=3)
     panels[0].set_title(f"{cost.name}: {cost.macs / 1e9:.2f}e9 MACs, one image", fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _colours(layers: Sequence[LayerComplexity]) -> list[str]:
@@ -73,17 +72,3 @@ def _colours(layers: Sequence[LayerComplexity]) -> list[str]:
 def _moved(layer: LayerComplexity) -> int:
     cached = layer.bytes_with_cache
     return layer.bytes_unlimited_cache if cached is None else cached
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: str | os.PathLike[str]) -> None:
-    with written_whole(path) as temporary:
-        figure.savefig(temporary)
