@@ -13,6 +13,21 @@ from golden_data import SHIPPED, WHOLE, locate
 # need the child to hear them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class TheCheckoutIsNoTestPackage:
+    """The root's `__init__.py` is the library's: collected as a package of tests it would be
+    imported once more, under the name of the folder, which need not be a name of Python."""
+
+    @staticmethod
+    def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Dir | None:
+        return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(TheCheckoutIsNoTestPackage)
+
 
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory) -> Callable[[str], Path]:
