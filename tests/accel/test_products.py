@@ -50,6 +50,11 @@ def test_published_closed_forms_on_random_shapes():
 # ---------------------------------------------------------------- the array, stepped
 
 
+def fed(stream, at):
+    """(tile, step, number) of what a stream feeds, number -1 before its begin and after its end."""
+    return (*stream[at], at) if 0 <= at < len(stream) else ((0, 0), 0, -1)
+
+
 def stepped(left, right, height, width, tiles):
     """An array of PEs stepped cycle by cycle; returns (cycles, product).
 
@@ -66,17 +71,14 @@ def stepped(left, right, height, width, tiles):
     while done < len(tiles) * k * height * width:
         row_in[:, 1:], col_in[1:] = row_in[:, :-1].copy(), col_in[:-1].copy()
         tags[:, 1:] = tags[:, :-1].copy()
-        for lane in range(max(height, width)):
-            at = cycle - lane
-            (top, left_col), step = stream[at] if 0 <= at < len(stream) else ((0, 0), 0)
-            live = 0 <= at < len(stream)
-            if lane < height:
-                inside = live and top + lane < m
-                row_in[lane, 0] = left[top + lane, step] if inside else 0
-                tags[lane, 0] = at if live else -1
-            if lane < width:
-                inside = live and left_col + lane < n
-                col_in[0, lane] = right[step, left_col + lane] if inside else 0
+        for lane in range(height):
+            (top, _), step, tags[lane, 0] = fed(stream, cycle - lane)
+            inside = tags[lane, 0] >= 0 and top + lane < m
+            row_in[lane, 0] = left[top + lane, step] if inside else 0
+        for lane in range(width):
+            (_, left_col), step, tag = fed(stream, cycle - lane)
+            inside = tag >= 0 and left_col + lane < n
+            col_in[0, lane] = right[step, left_col + lane] if inside else 0
         for i, j in np.argwhere(tags >= 0):
             (top, left_col), _ = stream[tags[i, j]]
             if top + i < m and left_col + j < n:

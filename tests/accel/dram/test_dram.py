@@ -135,26 +135,18 @@ def test_traces_of_other_kinds_within_2_percent(name):
 
 def least_gap(t, earlier, later):
     """Cycles that must lie between two commands (command, rank, group, bank), by JESD79-4."""
-    first, second = earlier[0], later[0]
+    first, second, columns = earlier[0], later[0], {READ, WRITE}
     same_rank = earlier[1] == later[1]
     same_group = same_rank and earlier[2] == later[2]
     same_bank = same_group and earlier[3] == later[3]
-    columns = (READ, WRITE)
     if first == REFRESH:
         return t.rfc if same_rank and second in (ACTIVATE, REFRESH) else 0
     if second == REFRESH:
         return t.rp if same_rank and first == PRECHARGE else 0
     if first == ACTIVATE and second == ACTIVATE:
         return t.ras + t.rp if same_bank else t.rrd_l if same_group else t.rrd_s * same_rank
-    if first in columns and second in columns:
-        if not same_rank:  # their data must not meet on the bus
-            lead = (t.cl if first == READ else t.cwl) - (t.cl if second == READ else t.cwl)
-            return lead + t.burst + t.rtrs * ((first, second) != (WRITE, WRITE))
-        if first == second:
-            return t.ccd_l if same_group else t.ccd_s
-        if first == READ:
-            return t.cl + t.burst + t.rtrs - t.cwl
-        return t.cwl + t.burst + (t.wtr_l if same_group else t.wtr_s)
+    if {first, second} <= columns:
+        return column_gap(t, first, second, same_rank, same_group)
     if not same_bank:
         return 0
     return {
@@ -165,6 +157,18 @@ def least_gap(t, earlier, later):
         (WRITE, PRECHARGE): t.cwl + t.burst + t.wr,
         (PRECHARGE, ACTIVATE): t.rp,
     }.get((first, second), 0)
+
+
+def column_gap(t, first, second, same_rank, same_group):
+    """Cycles between two reads or writes."""
+    if not same_rank:  # their data must not meet on the bus
+        lead = (t.cl if first == READ else t.cwl) - (t.cl if second == READ else t.cwl)
+        return lead + t.burst + t.rtrs * ((first, second) != (WRITE, WRITE))
+    if first == second:
+        return t.ccd_l if same_group else t.ccd_s
+    if first == READ:
+        return t.cl + t.burst + t.rtrs - t.cwl
+    return t.cwl + t.burst + (t.wtr_l if same_group else t.wtr_s)
 
 
 def allowed(t, history, now, command):
@@ -203,9 +207,18 @@ def assert_legal(t, log, lines):
             start = cycle + (t.cl if kind == READ else t.cwl)
             bursts.append((start, start + t.burst))
     assert len(bursts) == lines
+    assert_one_burst_at_once(bursts)
+    for times in refreshed.values():
+        assert_refreshed(t, times)
+
+
+def assert_one_burst_at_once(bursts):
     assert all(before[1] <= after[0] for before, after in pairwise(sorted(bursts)))
-    for times in refreshed.values():  # DDR4 lets a refresh wait for eight intervals
-        assert all(after - before <= 1.1 * t.refi for before, after in pairwise(times))
+
+
+def assert_refreshed(t, times):
+    """DDR4 lets a refresh wait for eight intervals."""
+    assert all(after - before <= 1.1 * t.refi for before, after in pairwise(times))
 
 
 LEGAL = {

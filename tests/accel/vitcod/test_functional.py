@@ -205,6 +205,14 @@ def random_codec(rng, shape: HeadCodec) -> CodecWeights:
     )
 
 
+def plain_attention(q, k, v, masks, codecs, arithmetic, **given):
+    """The same by the plain function: masks dense, latents decoded before."""
+    keep = None if masks is None else np.stack([mask.dense() for mask in masks])
+    if codecs:
+        q, k = (side.operands for side in coded_operands(q, k, codecs, arithmetic))
+    return integer_attention(q, k, v, keep, arithmetic=arithmetic, **given)
+
+
 @ALL
 @given(calls(), machines, st.sampled_from([None, 1, 2]), st.booleans())
 def test_the_schedule_gives_the_plain_result_bit_for_bit(call, hardware, images, biased):
@@ -221,14 +229,9 @@ def test_the_schedule_gives_the_plain_result_bit_for_bit(call, hardware, images,
     except ValueError as error:
         assert "does not fit the machine" in str(error)  # noqa: PT017
         assume(False)
-    keep = None if masks is None else np.stack([mask.dense() for mask in masks])
-    arithmetic = arithmetic_of(hardware)
-    sides = coded_operands(q, k, codecs, arithmetic) if codecs else None
-    decoded = (q, k) if sides is None else tuple(side.operands for side in sides)
     assert found.score_shift.shape == (sizes[0],)
-    plain = integer_attention(
-        *decoded, v, keep, bias=bias, score_shift=found.score_shift, arithmetic=arithmetic
-    )
+    plain = plain_attention(q, k, v, masks, codecs, arithmetic_of(hardware), bias=bias,
+                            score_shift=found.score_shift)  # fmt: skip
     assert np.array_equal(found.output.values, plain.values)
     assert np.array_equal(found.output.scale, plain.scale)
     assert found.cost.details["scores_computed"] >= found.cost.details["scores_kept"]
