@@ -15,6 +15,7 @@ import numpy as np
 from torch import nn
 
 from ..models import Handle
+from ..models.running import evaluating
 from ..models.training.blocks import checkpoint_activations, transformer_blocks
 from ..models.training.distill import distill
 from ..models.training.feeding import Batches
@@ -91,11 +92,12 @@ def finetune(
     if teacher is None:
         objective: nn.Module = Labelled(student, label_smoothing, extra)
     else:
-        objective = TokenDistillation(student, teacher.eval(), loss, extra)
+        objective = TokenDistillation(student, teacher, loss, extra)
     if parameters is None:
         own = student.parameters() if teacher is None else block_parameters(student)
         parameters = [*own, *(extra.parameters() if extra is not None else ())]
-    with _recomputed(student) if recompute else contextlib.nullcontext():
+    still = contextlib.nullcontext() if teacher is None else evaluating(teacher)
+    with still, _recomputed(student) if recompute else contextlib.nullcontext():
         return train(
             objective,
             batches,

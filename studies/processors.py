@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..accel import Report
 from ..accel.kernels import MeasuredAttention, measure_attention
 from ..accel.report.roofline import DEVICES, MEASURED, Measured, Modelled, roofline, speedup
+from ..models.running import evaluating
 from ..workload import Workload
 
 PASSES = 7
@@ -115,10 +116,10 @@ def _network_seconds(
     """Median forward pass of an image, or None where the kernel cannot be put inside."""
     if model is None or row.kernel not in NETWORK_BACKENDS:
         return None
-    model = model.eval().to(device)
+    model = model.to(device)
     images = torch.zeros(row.batch, 3, image_size, image_size, device=device)
     times = []
-    with NETWORK_BACKENDS[row.kernel]():
+    with evaluating(model), NETWORK_BACKENDS[row.kernel]():
         for turn in range(row.passes + 1):  # the first warms up
             begin = time.perf_counter()
             model(images)

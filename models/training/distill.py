@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
+from ..running import evaluating
 from .feeding import Batches
 from .loop import Checkpointing, Listener, Trained, train
 from .objectives import TokenDistillation, TokenLoss
@@ -42,9 +43,7 @@ def distill(
     The rest, and errors, as in `TokenDistillation` and `sievit.models.training.loop.train`.
     """
     objective = TokenDistillation(student, teacher, loss, extra)
-    was_training = teacher.training
-    teacher.eval()
-    try:
+    with evaluating(teacher):
         return train(
             objective,
             batches,
@@ -56,5 +55,3 @@ def distill(
             checkpointing=checkpointing,
             listener=listener,
         )
-    finally:
-        teacher.train(was_training)
