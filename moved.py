@@ -125,13 +125,20 @@ NAMES: dict[str, dict[str, str]] = {
         "digest": "fingerprint",
     },
     "sievit.accel.explore.points": {"Point": "DesignPoint"},
+    "sievit.accel.hardware": {
+        name: f"sievit.accel.schedule.{name}" for name in ("ASSIGNMENTS", "DATAFLOWS", "FILLS")
+    },
+    "sievit.accel.simulators.sanger": {
+        name: f"sievit.accel.simulators.overlap.{name}"
+        for name in ("kept_by_row", "pipelined", "product_cycles")
+    },
     "sievit.accel.vitcod.executor": {"CarriedRun": "ProgramExecutor"},
     "sievit.accel.vitcod.run": {"Stepped": "AttentionRun", "step": "run_attention"},
     "sievit.sparsify": {"codesign_masks": "budgeted_masks", "judge": "evaluate"},
     "sievit.sparsify.budgeted_masks": {"codesign_masks": "budgeted_masks"},
     "sievit.sparsify.fidelity": {"judge": "evaluate"},
 }
-"""Module or package of today -> {old name: new name}."""
+"""Module or package of today -> {old name: new name, with its module where that is another}."""
 
 
 def forward_modules() -> None:
@@ -169,7 +176,8 @@ class _Moved(ModuleType):
 
 def _taken(old: str, module: str, name: str) -> Any:
     """``name``, or what it is called today, of ``module``, with a warning about ``old``."""
-    today = NAMES.get(module, {}).get(name, name)
+    place, _, today = NAMES.get(module, {}).get(name, name).rpartition(".")
+    module = place or module
     try:
         found = getattr(importlib.import_module(module), today)
     except AttributeError:

@@ -12,7 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sievit.accel.dram.ddr4 import ADDRESS_MAPS
-from sievit.accel.hardware import ASSIGNMENTS, Hardware, presets
+from sievit.accel.hardware import Hardware, presets
+from sievit.accel.schedule import ASSIGNMENTS
 from sievit.accel.vitcod import engine
 from sievit.accel.vitcod.mapper import candidates, choose
 from sievit.accel.vitcod.program import CHANNELS, CODEC, INDEX, SDDMM, STORE, K, Q, V, build
@@ -72,8 +73,8 @@ machines = st.builds(
 def run(op, hardware, instances=1, mapping=None):
     """(mapping, program, trace) of a call, its laws checked."""
     mapping = mapping or choose(op, hardware)
-    program, counts = build(op, hardware, mapping, instances)
-    trace = engine.run(program, hardware, mapping)
+    program, counts = build(mapping, instances)
+    trace = engine.run(program, mapping)
     assert_laws(op, hardware, mapping, program, counts, trace, instances)
     return mapping, program, trace
 
