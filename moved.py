@@ -125,6 +125,13 @@ NAMES: dict[str, dict[str, str]] = {
         "digest": "fingerprint",
     },
     "sievit.accel.explore.points": {"Point": "DesignPoint"},
+    "sievit.accel.hardware": {
+        name: f"sievit.accel.schedule.{name}" for name in ("ASSIGNMENTS", "DATAFLOWS", "FILLS")
+    },
+    "sievit.accel.simulators.sanger": {
+        name: f"sievit.accel.simulators.overlap.{name}"
+        for name in ("kept_by_row", "pipelined", "product_cycles")
+    },
     "sievit.accel.vitcod.executor": {"CarriedRun": "ProgramExecutor"},
     "sievit.accel.vitcod.run": {"Stepped": "AttentionRun", "step": "run_attention"},
     "sievit.pipeline.result": {

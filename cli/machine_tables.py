@@ -16,6 +16,7 @@ from rich.text import Text
 from ..accel.report.energy import Area, Energy
 from ..accel.report.report import LEVELS, OpCost, Report
 from ..accel.report.speedups import speedups
+from ..accel.simulators.registry import SIMULATORS
 
 PRODUCTS = ("sddmm", "spmm")
 """Phases that have a column of their own; the rest of a layer's cycles are waits and extras."""
@@ -333,7 +334,7 @@ def comparison_tables(
     words.add_column(no_wrap=True)
     words.add_column()
     for name in reports:
-        words.add_row(name, WORDS.get(name, ""))
+        words.add_row(name, SIMULATORS[name].words)
     notes = [
         f"Equal for all: {first.hardware.macs} MACs, bandwidth and clock. Energy: of what is "
         "counted and has a figure in the profile; --json lists the rest as not_charged.",
@@ -344,20 +345,3 @@ def comparison_tables(
     }
     notes += [f"{name} lacks: {'; '.join(lines)}." for name, lines in missing.items() if lines]
     return Group(simulation_table(reports), Text(), table, *map(Text, notes), Text(), words)
-
-
-WORDS = {
-    "systolic": "dense, nothing pruned, the hardware's own dataflow",
-    "systolic_os": "dense, output-stationary",
-    "systolic_ws": "dense, weight-stationary",
-    "systolic_is": "dense, input-stationary",
-    "vitcod": "the mask, its global keys in front, the codec",
-    "vitcod_no_codec": "the mask, its global keys in front",
-    "vitcod_no_reorder": "the mask and the codec; no key is global",
-    "vitcod_plain": "the mask alone",
-    "vitcod_dense": "the same engine, nothing pruned or compressed",
-    "sanger": "finds the same pattern anew for every image, by a dense 4-bit product",
-    "spatten": "prunes whole tokens to the same density, anew for every image",
-    "released": "the published script's own formulas",
-}
-"""What each machine does, in a few words."""

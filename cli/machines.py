@@ -269,10 +269,10 @@ def _write(
         write_trace(timelines.values(), trace)
         written.append(trace)
     if plots is not None:
-        from ..accel.vitcod.simulate import WITHOUT
+        from ..accel.simulators.registry import SIMULATORS
         from ..pipeline.pictures import draw_machines
 
-        timed = {name: made for name, made in timelines.items() if name in WITHOUT}
+        timed = {name: made for name, made in timelines.items() if SIMULATORS[name].stepped}
         written += draw_machines(reports, timed, plots)
     return written
 

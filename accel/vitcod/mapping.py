@@ -16,12 +16,15 @@ from functools import cached_property
 
 from ...workload import Attention
 from ..hardware import Hardware
+from ..schedule import Schedule
 from .pattern import Pattern
 
 
 @dataclass(frozen=True, eq=False)
 class Mapping:
     """Tiles and groups of one attention call, and the sizes that follow from them.
+
+    The call, the machine and its schedule travel inside it.
 
     ahead            scores of the next unit are computed before the values of this one
     output_regions   accumulators of how many units fit: 2 = a store runs beside the next
@@ -31,6 +34,7 @@ class Mapping:
 
     op: Attention
     hardware: Hardware
+    schedule: Schedule
     patterns: tuple[Pattern, ...]
     group: int
     query_tile: int
@@ -64,7 +68,7 @@ class Mapping:
     def start_bytes(self) -> int:
         """Where a sparser vector begins: a pointer; under "balanced" also which vector it is,
         since lines do not take them in order."""
-        named = self.hardware.assignment == "balanced"
+        named = self.schedule.assignment == "balanced"
         return self.pointer_bytes + (self.entry_bytes if named else 0)
 
     @property

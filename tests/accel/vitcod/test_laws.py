@@ -12,7 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sievit.accel.dram.ddr4 import ADDRESS_MAPS
-from sievit.accel.hardware import ASSIGNMENTS, Hardware, presets
+from sievit.accel.hardware import Hardware, presets
+from sievit.accel.schedule import ASSIGNMENTS
 from sievit.accel.vitcod.mapper import candidates, choose
 from sievit.accel.vitcod.program import CHANNELS, INDEX, STORE, K, Q, V
 from sievit.accel.vitcod.registers import STALLS
