@@ -12,6 +12,7 @@ import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ..accel.kernels.measure import device_name
 from ..ae import CodecErrors, ExplainedVariance, mean_errors
 from ..files import written_whole
 from ..models.training.loop import Trained
-from ..sparsify import Fidelity
+from ..sparsify import Fidelity, polarize
 from ..sparsify.reorder import Polarized
 from ..workload import AttentionMask, HeadCodec, Workload
 from .attachments import Attachments
@@ -43,7 +44,7 @@ class CodecSummary:
 
     shapes: tuple[HeadCodec, ...]
     explained: tuple[ExplainedVariance, ...]
-    explained_without_turn: tuple[ExplainedVariance, ...]
+    explained_without_rotation: tuple[ExplainedVariance, ...]
     parameters: int
     errors: tuple[CodecErrors, ...]
 
@@ -51,9 +52,9 @@ class CodecSummary:
         """Mean over the layers."""
         return mean_errors(self.errors)
 
-    def mean(self, turned: bool) -> ExplainedVariance:
-        """Mean over the layers, with or without the free turn of the heads."""
-        rows = self.explained if turned else self.explained_without_turn
+    def mean(self, rotated: bool) -> ExplainedVariance:
+        """Mean over the layers, with or without the free rotation of the heads."""
+        rows = self.explained if rotated else self.explained_without_rotation
         return ExplainedVariance(
             q=sum(row.q for row in rows) / len(rows), k=sum(row.k for row in rows) / len(rows)
         )
@@ -63,7 +64,7 @@ class CodecSummary:
 class CodesignResult:
     """Everything `sievit.pipeline.codesign.codesign` found.
 
-    mask, polarized  the learned mask; [layer][head] polarized
+    mask             the learned mask
     kept_mass        share of the averaged attention that the mask keeps
     codecs           `sievit.ae.QKCodec` a layer, trained; None without codec
     fidelity         variant -> tokens against the dense model's
@@ -77,7 +78,6 @@ class CodesignResult:
     learned_from: tuple[str, ...]
     judged_on: tuple[str, ...]
     mask: AttentionMask
-    polarized: Polarized
     kept_mass: float
     codecs: nn.ModuleList | None
     codec_summary: CodecSummary | None
@@ -89,6 +89,11 @@ class CodesignResult:
     reports: Mapping[str, Report]
     measured: tuple[MeasuredAttention, ...]
     stage_seconds: Mapping[str, float]
+
+    @cached_property
+    def polarized(self) -> Polarized:
+        """The mask [layer][head], polarized by its own ``global_threshold``."""
+        return polarize(self.mask)
 
     @property
     def photos_note(self) -> str:
@@ -157,8 +162,8 @@ class CodesignResult:
             "shapes": [asdict(shape) for shape in summary.shapes],
             "parameters": summary.parameters,
             "explained_variance": [asdict(row) for row in summary.explained],
-            "explained_variance_without_turn": [
-                asdict(row) for row in summary.explained_without_turn
+            "explained_variance_without_rotation": [
+                asdict(row) for row in summary.explained_without_rotation
             ],
             "errors": [asdict(row) for row in summary.errors],
             "training": _log_dict(self.codec_log),

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from ..images import IMAGENET, Normalization
 from ..models.training.recipe import Recipe
-from ..workload import PUBLISHED_MIN_KEPT
+from ..moved import old_arguments
+from ..workload import PUBLISHED_MIN_KEPT, GlobalThreshold
 
 FEW_PHOTOS = 100
 """Below this many, photos are too few to judge a model by."""
 
 
+@old_arguments("min_kept", "turn")
 @dataclass(frozen=True)
 class Settings:
     """Settings of `sievit.pipeline.codesign.codesign`; checks itself.
@@ -20,11 +22,11 @@ class Settings:
     normalization      of the pixels, as the model was trained with
     sparsity, theta    of the mask rule "information": exactly one of them
     granularity        (queries, keys) of a block that is kept or pruned as one
-    min_kept           a key is global when more queries keep it (ViTCoD: 50)
+    global_threshold   a key is global when more queries keep it (ViTCoD: 50)
     codec              compress Q and K over the heads
     latent_heads       heads after compression; None is half, rounded up (ViTCoD)
     groups             blocks of a block-diagonal codec
-    turn               make the free change of basis before the codec is fitted
+    rotation           make the free change of basis before the codec is fitted
     learn_crops        crops for the averaged attention and the codec's closed form
     judge_crops        crops that fidelity is judged on
     codec_steps        training steps of the codec; 0 keeps the closed form
@@ -41,11 +43,11 @@ class Settings:
     sparsity: float | None = 0.9
     theta: float | None = None
     granularity: tuple[int, int] = (1, 1)
-    min_kept: int | float = PUBLISHED_MIN_KEPT
+    global_threshold: GlobalThreshold = PUBLISHED_MIN_KEPT
     codec: bool = True
     latent_heads: int | None = None
     groups: int = 1
-    turn: bool = True
+    rotation: bool = True
     learn_crops: int = 64
     judge_crops: int = 32
     codec_steps: int = 8

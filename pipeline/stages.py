@@ -112,16 +112,16 @@ class Run:
             prefix_tokens=prefix_tokens(self.model),
             granularity=settings.granularity,
         )
-        return maps, mask
+        return maps, replace(mask, global_threshold=settings.global_threshold)
 
     def fit_codecs(self) -> tuple[FittedCodecs, FittedCodecs]:
-        """Codecs as the settings want them, and unturned ones to compare with."""
+        """Codecs as the settings want them, and ones without rotation to compare with."""
         settings = self.settings
         with self.stage("fitting the codec") as tell:
             moments = head_moments(self.model, self.batches(self.learn_crops))
             latent, groups, layers = settings.latent_heads, settings.groups, len(moments)
-            plain = fit_codecs(moments, latent, groups, turn=False)
-            if not settings.turn:
+            plain = fit_codecs(moments, latent, groups, rotation=False)
+            if not settings.rotation:
                 return plain, plain
             fitted = fit_codecs(moments, latent, groups, progress=lambda n: tell(n / layers))
         return fitted, plain
@@ -147,8 +147,8 @@ class Run:
                     self.fidelity[name] = self.evaluate(self.model)
                 tell((index + 1) / len(variants))
 
-    def judge_unturned(self, plain: FittedCodecs) -> None:
-        """Codecs for heads as they are, to show what turning them is worth."""
+    def judge_unrotated(self, plain: FittedCodecs) -> None:
+        """Codecs for heads as they are, to show what rotating them is worth."""
         size = self.settings.image_size
         with (
             self.stage("judging the codec without turn"),
@@ -195,7 +195,7 @@ class Run:
         codecs: FittedCodecs,
         stream: Iterator[torch.Tensor],
     ) -> Trained | None:
-        """Fold the turn, judge the codec alone, attach the mask, train, attach the codec."""
+        """Fold the rotation, judge the codec alone, attach the mask, train, attach the codec."""
         size, steps, log = self.settings.image_size, self.settings.codec_steps, None
         with self.stage("judging the codec"):
             _fold_where_possible(student, codecs, size)
@@ -281,4 +281,4 @@ def _fold_where_possible(student: nn.Module, codecs: FittedCodecs, size: int) ->
     try:
         fold(student, codecs.codecs, size)
     except ValueError as error:
-        warnings.warn(f"the turn stays inside the codec: {error}", stacklevel=2)
+        warnings.warn(f"the rotation stays inside the codec: {error}", stacklevel=2)

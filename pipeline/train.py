@@ -180,7 +180,7 @@ class _Training:
         return self.mask
 
     def put_codec(self) -> None:
-        """Codecs in closed form, their turn folded into the student where it can be."""
+        """Codecs in closed form, their rotation folded into the student where it can be."""
         settings = self.settings
         self.progress("fitting the codec", 0.0)
         moments = head_moments(self.student, self._learn_batches())
@@ -188,7 +188,7 @@ class _Training:
         try:
             fold(self.student, codecs, settings.image_size)
         except ValueError as error:
-            warnings.warn(f"the turn stays inside the codec: {error}", stacklevel=2)
+            warnings.warn(f"the rotation stays inside the codec: {error}", stacklevel=2)
         self.codec_term = Reconstruction(codecs)
         handle = attach_codec(self.student, codecs, settings.image_size, self.codec_term.watch)
         self.attached.enter_context(handle)
