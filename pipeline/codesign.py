@@ -18,13 +18,14 @@ from ..ae import CodecErrors, FittedCodecs
 from ..images import Images, Photos, photo_sets
 from ..models import prefix_tokens
 from ..progress import Progress, silent
-from ..sparsify import HardwareMask, budgeted_masks, polarize, threshold
+from ..sparsify import HardwareMask, budgeted_masks, polarize
 from ..sparsify.budgeted_masks import block_orders, kept_mass, tile_area, tiles
 from ..sparsify.fidelity import Saliency
 from ..workload import AttentionMask
 from .networks import ALL, attention_cycles
 from .result import CodecSummary, CodesignResult
 from .settings import Settings
+from .sparsifier import mask_of
 from .stages import Run
 
 
@@ -144,10 +145,8 @@ def learn_masks(
     photos = images if isinstance(images, Photos) else photo_sets(images)[0]
     maps = Run(model, (photos, photos), settings, None, progress).average()
     prefix = prefix_tokens(model)
-    block = settings.granularity
-    return {
-        s: threshold(maps, sparsity=s, prefix_tokens=prefix, granularity=block) for s in sparsities
-    }
+    wanted = {s: replace(settings, sparsity=s, theta=None) for s in sparsities}
+    return {s: mask_of(maps, at, prefix, settings.seed) for s, at in wanted.items()}
 
 
 def _summary(
