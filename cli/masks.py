@@ -134,11 +134,9 @@ def _said(found: HardwareMask, tile: int | None) -> str:
     """What the mask costs and keeps, and what to do with it."""
     kept = f"{found.mass:.1%} of the attention mass kept."
     if tile is None:
-        from ..pipeline.networks import WHOLE_COLUMNS
-
         return (
-            f"{found.cost:,.0f} simulated cycles of attention, {kept} Simulate it with --min-kept "
-            f"{WHOLE_COLUMNS}, under which keys that all queries keep are global."
+            f"{found.cost:,.0f} simulated cycles of attention, {kept} Simulate it with "
+            "--global-threshold all, under which keys that all queries keep are global."
         )
     import numpy as np
 

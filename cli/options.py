@@ -48,10 +48,15 @@ Theta = Annotated[
 Granularity = Annotated[
     str, typer.Option(help="Prune in blocks of queries x keys; 32x1 suits GPU kernels.")
 ]
-MinKept = Annotated[
-    str,
-    typer.Option(help="A key is global when more queries keep it: a count, or a share like 0.25."),
+GlobalKeys = Annotated[
+    str | None,
+    typer.Option(
+        "--global-threshold",
+        help="A key is global when more queries keep it: a count, a share like 0.25, 'all' for "
+        "keys that every query keeps, or 'none'. Default: what the mask says.",
+    ),
 ]
+MinKept = GlobalKeys
 Seed = Annotated[int, typer.Option(help="Seed of crops, controls and training.")]
 MaskFile = Annotated[
     Path | None,
@@ -88,13 +93,22 @@ HardwareName = Annotated[str, typer.Option(help="Preset of the simulated machine
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables; files only.")]
 
 
-def count_or_share(text: str) -> int | float:
+def global_threshold_of(text: str | None) -> int | float | str | None:
+    """What --global-threshold says; None where it is not given."""
+    from ..workload.masks import WORDS
+
+    if text is None or text in WORDS:
+        return text
     try:
         return float(text) if "." in text else int(text)
     except ValueError:
         raise ValueError(
-            f"--min-kept is a count of queries or a share in (0, 1), got {text!r}"
+            "--global-threshold is a count of queries, a share in (0, 1), 'all' or 'none', "
+            f"got {text!r}"
         ) from None
+
+
+count_or_share = global_threshold_of
 
 
 def block_shape(text: str) -> tuple[int, int]:

@@ -240,7 +240,7 @@ def network(tokens: int = 40, heads: int = 2, dim: int = 16) -> Workload:
     keep = generator.random((heads, tokens, tokens)) < 0.15
     keep[:, 0] = keep[:, :, :3] = True
     return Workload("small", ops).with_attention(
-        AttentionMask((keep,)), HeadCodec(heads, heads // 2), min_kept=20
+        AttentionMask((keep,)), HeadCodec(heads, heads // 2), global_threshold=20
     )
 
 

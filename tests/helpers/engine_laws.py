@@ -45,8 +45,8 @@ class Run:
 
 def made_run(op, hardware, instances=1, mapping=None) -> Run:
     mapping = mapping or choose(op, hardware)
-    program, counts = build(op, hardware, mapping, instances)
-    trace = engine.run(program, hardware, mapping)
+    program, counts = build(mapping, instances)
+    trace = engine.run(program, mapping)
     return Run(op, hardware, instances, mapping, program, counts, trace)
 
 
