@@ -64,6 +64,7 @@ class Schedule:
                       is taken
     dense_dataflow    one of `DATAFLOWS`
     dense_fill        one of `FILLS`
+    index_encoding    a name of `sievit.accel.vitcod.encodings.ENCODINGS`, which a run checks
     mapping           of attention; None: the mapper chooses
 
     Raises ValueError, naming the field, for an unknown policy or a count below 1.
@@ -73,6 +74,7 @@ class Schedule:
     mappings_stepped: int = 1  # choice
     dense_dataflow: str = "os"
     dense_fill: str = "back_to_back"
+    index_encoding: str = "absolute"
     mapping: UserMapping | None = None
 
     def __post_init__(self) -> None:

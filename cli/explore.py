@@ -97,8 +97,9 @@ def explore(
         list[str] | None,
         typer.Option(
             "--set",
-            help="Any field of Hardware: FIELD=V1,V2; fields joined by + take the same value. "
-            "May be repeated.",
+            help="Any field of Hardware or Schedule, or a parameter of the simulator as "
+            "spatten.lsb_share: FIELD=V1,V2; fields joined by + take the same value. May be "
+            "repeated.",
         ),
     ] = None,
     configurations: Annotated[

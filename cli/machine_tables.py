@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -16,6 +17,7 @@ from rich.text import Text
 from ..accel.report.energy import Area, Energy
 from ..accel.report.report import LEVELS, OpCost, Report
 from ..accel.report.speedups import speedups
+from ..accel.schedule import DEFAULT
 from ..accel.simulators.registry import SIMULATORS
 
 PRODUCTS = ("sddmm", "spmm")
@@ -48,8 +50,21 @@ def machine_line(report: Report) -> str:
     return (
         f"'{hardware.name}': {hardware.lines} x {hardware.macs_per_line} MACs, "
         f"{hardware.clock_hz / 1e6:.0f} MHz, {hardware.dram_bytes_per_s / 1e9:.1f} GB/s, "
-        f"batch {report.batch}"
+        f"batch {report.batch}{_used(report)}"
     )
+
+
+def _used(report: Report) -> str:
+    """What of the schedule and of the simulator's parameters is not at its default."""
+    given = [report.schedule] + ([] if report.parameters is None else [report.parameters])
+    usual = [DEFAULT, SIMULATORS[report.simulator].parameters]
+    changed = [
+        f", {item.name} {getattr(made, item.name)}"
+        for made, before in zip(given, usual, strict=False)
+        for item in fields(made)
+        if getattr(made, item.name) != getattr(before, item.name)
+    ]
+    return "".join(changed)
 
 
 def simulation_table(reports: Mapping[str, Report]) -> RenderableType:

@@ -89,6 +89,17 @@ TraceFile = Annotated[
     typer.Option("--trace", help="Write the simulated time line there, for ui.perfetto.dev."),
 ]
 PlotFolder = Annotated[Path | None, typer.Option("--plots", help="Draw pictures into this folder.")]
+SetFields = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="A field of Hardware or Schedule, or a simulator's parameter: lines=32, "
+        "assignment=lockstep, spatten.lsb_share=0.1. May be repeated.",
+    ),
+]
+Format = Annotated[
+    str, typer.Option("--format", help="What is printed: table, or json as --json writes it.")
+]
 HardwareName = Annotated[str, typer.Option(help="Preset of the simulated machine.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables; files only.")]
 
@@ -240,3 +251,28 @@ def hardware_named(name: str) -> Any:
     if name not in presets:
         raise ValueError(f"--hardware must be one of {', '.join(presets)}, got {name!r}")
     return presets[name]
+
+
+def configuration_of(hardware: str, texts: list[str] | None, names: tuple[str, ...]) -> Any:
+    """The preset ``hardware`` with what --set says, for the simulators ``names``.
+
+    Raises ValueError for a field that is unknown, given twice or with several values, and
+    for a parameter of a simulator that is not run.
+    """
+    from ..accel.explore.grid import configured
+    from .lists import field_values
+
+    changes: dict[str, Any] = {}
+    for text in texts or []:
+        joined, values = field_values(text)
+        if len(values) > 1:
+            raise ValueError(f"--set takes one value of {joined} here, got {text!r}")
+        for field in joined.split("+"):
+            if field in changes:
+                raise ValueError(f"--set {field} is given twice")
+            changes[field] = values[0]
+    made = configured(hardware_named(hardware), changes)
+    for name in made.parameters:
+        if name not in names:
+            raise ValueError(f"--set {name}...: of the simulators run, {', '.join(names)}")
+    return made
