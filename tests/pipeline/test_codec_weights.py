@@ -7,9 +7,21 @@ import pytest
 import torch
 
 from sievit.accel import simulate_attention
+from sievit.accel.arithmetic import quantize
+from sievit.accel.kernels.int8 import Int8Scales, int8_attention
+from sievit.accel.vitcod.functional import coded_operands
 from sievit.ae import QKCodec
 from sievit.pipeline import Attachments, codec_weights
 from sievit.workload import HeadCodec
+
+
+def in_torch(q, k, v, weights, found) -> np.ndarray:
+    """The same integers by `int8_attention`."""
+    q, k, v = (quantize(x.double().numpy()) for x in (q, k, v))
+    q, k = (side.operands for side in coded_operands(q, k, weights))
+    ends = (q.scale, k.scale, v.scale, found.output.scale)
+    values = (torch.from_numpy(x.values)[None] for x in (q, k, v))
+    return int8_attention(*values, Int8Scales(*ends, found.score_shift))[0].numpy()
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -21,7 +33,9 @@ def test_the_machine_computes_the_saved_codec(groups, tmp_path):
     Attachments(64, None, torch.nn.ModuleList([codec])).save(tmp_path / "a.safetensors")
     codec = Attachments.load(tmp_path / "a.safetensors").codecs[0]
     q, k, v = torch.randn(3, 4, 12, 8, generator=generator)
-    found = simulate_attention(q.numpy(), k.numpy(), v.numpy(), codecs=codec_weights(codec))
+    weights = codec_weights(codec)
+    found = simulate_attention(q.numpy(), k.numpy(), v.numpy(), codecs=weights)
+    assert np.array_equal(found.output.values, in_torch(q, k, v, weights, found))
     with torch.no_grad():
         q, k = codec(q[None], k[None])
         wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v[None])[0].numpy()
