@@ -22,6 +22,7 @@ from .options import (
     Model,
     PixelNormalization,
     Quiet,
+    RuleName,
     Seed,
     Sparsity,
     Theta,
@@ -49,6 +50,7 @@ def codesign(
     limit: Limit = 512,
     image_size: ImageSize = 224,
     normalization: PixelNormalization = "auto",
+    rule: RuleName = "information",
     sparsity: Sparsity = None,
     theta: Theta = None,
     granularity: Granularity = "1x1",
@@ -90,6 +92,7 @@ def codesign(
         settings = Settings(
             image_size=image_size,
             normalization=normalization_named(normalization, source),
+            rule=rule,
             sparsity=Settings.sparsity if sparsity is None and theta is None else sparsity,
             theta=theta,
             granularity=block_shape(granularity),

@@ -18,6 +18,7 @@ from .options import (
     Model,
     PixelNormalization,
     Quiet,
+    RuleName,
     Seed,
     Sparsity,
     Theta,
@@ -43,6 +44,7 @@ def masks(
     limit: Limit = 512,
     image_size: ImageSize = 224,
     normalization: PixelNormalization = "auto",
+    rule: RuleName = "information",
     sparsity: Sparsity = None,
     theta: Theta = None,
     granularity: Granularity = "1x1",
@@ -82,6 +84,7 @@ def masks(
         settings = Settings(
             image_size=image_size,
             normalization=normalization_named(normalization, source),
+            rule=rule,
             sparsity=Settings.sparsity if sparsity is None and theta is None else sparsity,
             theta=theta,
             granularity=block_shape(granularity),
