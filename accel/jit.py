@@ -10,41 +10,42 @@ import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from numba import njit
 from numba.core import event
 from numba.core.options import DefaultOptions
 
-_OPTIONS: dict[str, object] = {"error_model": "numpy"}
+_OPTIONS: dict[str, Any] = {"error_model": "numpy"}
 _CORE_OPTIONS = dict(_OPTIONS)
 if hasattr(DefaultOptions, "_nrt"):
     # A core allocates nothing, and counting references to its arrays would take most of the
     # time. Numba keeps this option to itself; without it cores run, but slower.
     _CORE_OPTIONS["_nrt"] = False
 
-compiled = njit(**_OPTIONS)
+compiled: Any = njit(**_OPTIONS)
 """Decorator of a compiled function that may make arrays."""
 
-core = njit(forceinline=True, **_CORE_OPTIONS)
+core: Any = njit(forceinline=True, **_CORE_OPTIONS)
 """Decorator of a part of a core, which works on its arguments alone: all parts become one
 function, with no calls left."""
 
 
-part = njit(**_CORE_OPTIONS)
+part: Any = njit(**_CORE_OPTIONS)
 """Decorator of a part of a core that stays a function of its own."""
 
 
-def cached(function: Callable) -> Callable:
+def cached(function: Callable) -> Any:
     """As `compiled`, for a function called from Python: cached on disk."""
     return _cached(function, _OPTIONS)
 
 
-def cached_core(function: Callable) -> Callable:
+def cached_core(function: Callable) -> Any:
     """As `core`, for the function that Python calls: cached on disk."""
     return _cached(function, _CORE_OPTIONS)
 
 
-def _cached(function: Callable, options: dict[str, object]) -> Callable:
+def _cached(function: Callable, options: dict[str, Any]) -> Any:
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # there is no folder that can be written

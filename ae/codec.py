@@ -50,6 +50,9 @@ class QKCodec(nn.Module):
     a deployed model they are folded into the projections (`fold`).
     """
 
+    turn: Tensor | None
+    key_shift: Tensor | None
+
     def __init__(self, shape: HeadCodec) -> None:
         super().__init__()
         self.shape = shape

@@ -64,8 +64,8 @@ def codec_errors(
     pairs: dict[int, tuple[float, float]] = {}
 
     def watch(layer: int, plain: Pair, coded: Pair) -> None:
-        errors = (relative_error(c, p) for p, c in zip(plain, coded, strict=True))
-        pairs[layer] = tuple(float(error) for error in errors)
+        of_q, of_k = (relative_error(c, p) for p, c in zip(plain, coded, strict=True))
+        pairs[layer] = float(of_q), float(of_k)
 
     sums, images = torch.zeros(len(calls), 3, dtype=torch.float64), 0
     with evaluating(model):

@@ -54,9 +54,11 @@ def _projections(name: str, module: nn.Module) -> tuple[Projection, Projection]:
         q, k = slice(0, rows), slice(rows, 2 * rows)
         return (fused.weight[q], fused.bias[q]), (fused.weight[k], fused.bias[k])
     for names in SEPARATE:
-        pair = [getattr(module, n, None) for n in names]
-        if all(isinstance(p, nn.Linear) and p.bias is not None for p in pair):
-            return tuple((p.weight, p.bias) for p in pair)
+        found = [getattr(module, name, None) for name in names]
+        layers = [p for p in found if isinstance(p, nn.Linear) and p.bias is not None]
+        if len(layers) == len(names):
+            q, k = layers
+            return (q.weight, q.bias), (k.weight, k.bias)
     raise ValueError(
         f"module {name!r} holds no linear layers with bias called qkv, query and key, or "
         "q_proj and k_proj; keep the turn inside the codec instead of folding it"

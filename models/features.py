@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +35,7 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
     )
 
 
-def as_logits(outputs: object) -> Tensor:
+def as_logits(outputs: Any) -> Tensor:
     """The logits [batch, classes] of what a model returned: itself, or a Hugging Face
     output's ``logits``."""
     return outputs.logits if hasattr(outputs, "logits") else outputs

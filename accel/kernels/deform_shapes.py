@@ -44,12 +44,14 @@ class Geometry:
     @property
     def half(self) -> tuple[int, int]:
         """From the kernel's first sample to its middle, in pixels."""
-        return tuple(d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel, strict=True))
+        down, along = (d * (k - 1) // 2 for d, k in zip(self.dilation, self.kernel, strict=True))
+        return down, along
 
     @property
     def first(self) -> tuple[int, int]:
         """The pixel under the kernel's middle for output point (0, 0)."""
-        return tuple(h - p for h, p in zip(self.half, self.padding, strict=True))
+        down, along = (h - p for h, p in zip(self.half, self.padding, strict=True))
+        return down, along
 
     @property
     def lattice(self) -> list[tuple[int, int]]:

@@ -8,10 +8,13 @@ not occur.
 
 from __future__ import annotations
 
+from typing import Any
+
 from llvmlite import ir
-from numba import types
+from numba import extending, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+
+intrinsic: Any = extending.intrinsic  # it calls what it makes without the typing context
 
 VECTOR_BYTES = 64
 """Rows of channels are padded to whole vectors of this width."""

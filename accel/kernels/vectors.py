@@ -9,11 +9,15 @@ do not occur; sums are taken in any order.
 
 from __future__ import annotations
 
+from typing import Any
+
 from llvmlite import ir
+from numba import extending
 from numba.core import cgutils, types
 from numba.core.datamodel.models import PrimitiveModel
-from numba.extending import intrinsic, register_model
+from numba.extending import register_model
 
+intrinsic: Any = extending.intrinsic  # it calls what it makes without the typing context
 LANES = 16
 _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)

@@ -7,7 +7,7 @@ table, joining two tokens) until an operation computes with it: that one is char
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -24,7 +24,7 @@ class ParameterUse:
 
     def __init__(self, model: nn.Module) -> None:
         self.uncharged = {name: p.numel() for name, p in model.named_parameters()}
-        self._carried: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._carried: MutableMapping[Tensor, dict[str, int]] = WeakTensorKeyDictionary()
 
     def start(self, state: Mapping[str, Tensor]) -> None:
         """Follow the parameters among ``state``'s tensors from here on."""

@@ -89,6 +89,8 @@ class BNLinear(nn.Sequential):
 
 def _affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """(scale, shift) [channels] of a batch norm in evaluation."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
     return scale, norm.bias - norm.running_mean * scale
 
@@ -101,12 +103,12 @@ def fuse(model: nn.Module) -> nn.Module:
     The model itself is not changed.
     """
     fused = copy.deepcopy(model).eval()
-    if hasattr(fused, "folded"):
-        return fused.folded()
+    if (folded := getattr(fused, "folded", None)) is not None:
+        return folded()
     for parent in list(fused.modules()):
         for name, child in list(parent.named_children()):
-            if hasattr(child, "folded"):
-                setattr(parent, name, child.folded())
+            if (folded := getattr(child, "folded", None)) is not None:
+                setattr(parent, name, folded())
     return fused
 
 
@@ -114,6 +116,8 @@ class StagedNet(nn.Module):
     """Images -> `stem` -> stages `s1`, `s2`, ... of blocks `b1`, `b2`, ... -> `head`, as the
     weights released with RegNet name them. A subclass makes the parts."""
 
+    stem: nn.Module
+    head: nn.Module
     num_prefix_tokens = 0
 
     def forward_features(self, x: Tensor) -> Tensor:

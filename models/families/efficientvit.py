@@ -69,6 +69,8 @@ class CascadedGroupAttention(nn.Module):
     at the same |dy|, |dx|, is added to the scores. The map must be resolution x resolution.
     """
 
+    attention_bias_idxs: Tensor
+
     def __init__(self, dim: int, heads: int, resolution: int, kernels: Sequence[int]) -> None:
         super().__init__()
         if dim % heads:
@@ -175,6 +177,10 @@ class EfficientViT(DistilledNet):
     With ``distillation`` there are two classifiers: averaged in evaluation, both returned
     in training. ``num_classes=0`` returns the pooled features.
     """
+
+    blocks1: nn.Module
+    blocks2: nn.Module
+    blocks3: nn.Module
 
     def __init__(
         self,

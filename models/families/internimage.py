@@ -191,6 +191,10 @@ class Stage(nn.Module):
 class PoolAttention(nn.Module):
     """Attention of the mean token over all tokens: [batch, tokens, dim] -> [batch, out]."""
 
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+
     def __init__(self, dim: int, heads: int, out_dim: int) -> None:
         super().__init__()
         self.norm1_q, self.norm1_k, self.norm1_v = (layer_norm(dim) for _ in range(3))
@@ -203,6 +207,13 @@ class PoolAttention(nn.Module):
 
 class CrossAttention(nn.Module):
     """Multi-head attention with separate q, k, v whose biases are parameters of their own."""
+
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    q_bias: nn.Parameter
+    k_bias: nn.Parameter
+    v_bias: nn.Parameter
 
     def __init__(self, dim: int, heads: int, out_dim: int) -> None:
         super().__init__()

@@ -24,6 +24,8 @@ class Attention(nn.Module):
     A learned bias, shared by all pairs at the same |dy|, |dx|, is added to the scores.
     """
 
+    attention_bias_idxs: Tensor
+
     def __init__(self, dim: int, heads: int, key_dim: int, resolution: int) -> None:
         super().__init__()
         self.heads, self.key_dim, self.value_dim = heads, key_dim, 2 * key_dim
@@ -58,6 +60,8 @@ class AttentionSubsample(nn.Module):
     [batch, resolution**2, inputs] -> [batch, ceil(resolution / 2)**2, outputs]; values are
     four times as wide as keys.
     """
+
+    attention_bias_idxs: Tensor
 
     def __init__(
         self, inputs: int, outputs: int, heads: int, key_dim: int, resolution: int

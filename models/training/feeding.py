@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -23,12 +23,12 @@ def repeated(loader: Iterable[Any], start: int = 0) -> Iterator[Any]:
     are read and dropped within their pass; whole passes are not read where the loader
     has a length. Raises ValueError for a loader that gives nothing.
     """
-    length = len(loader) if hasattr(loader, "__len__") else None
+    length = len(loader) if isinstance(loader, Sized) else None
     turn, skip = divmod(start, length) if length else (0, start)
     while True:
-        sampler = getattr(loader, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(turn)
+        set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(turn)
         empty = True
         for batch in loader:
             empty = False
