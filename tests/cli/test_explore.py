@@ -29,7 +29,7 @@ def dense():
 
 @pytest.fixture(scope="module")
 def axes(tmp_path_factory):
-    """(arguments, folder, output) of an exploration along axes of the model and of the machine."""
+    """(folder, arguments, output) of an exploration along axes of the model and of the machine."""
     folder = tmp_path_factory.mktemp("axes")
     arguments = [
         *SMALL,
@@ -40,11 +40,11 @@ def axes(tmp_path_factory):
     ]
     done = run(*arguments)
     assert done.exit_code == 0, done.output
-    return arguments, folder, done.output
+    return folder, arguments, done.output
 
 
 def test_axes_of_model_and_machine_are_told_in_lines_of_80(axes):
-    _, _, output = axes
+    output = axes[2]
     assert max(map(len, output.splitlines())) <= 80
     assert "made by chance (seed 0)" in output
     assert "48 points: 32 simulated, 16 failed." in output
@@ -53,7 +53,7 @@ def test_axes_of_model_and_machine_are_told_in_lines_of_80(axes):
 
 
 def test_axes_of_model_and_machine_are_written(axes, dense):
-    arguments, folder, _ = axes
+    folder = axes[0]
     names = sorted(p.name for p in (folder / "plots").iterdir())
     assert names == ["front.png", "sensitivity.png"]
     assert (folder / "deep" / "r.jsonl").read_bytes().count(b"\n") == 32
@@ -68,6 +68,10 @@ def test_axes_of_model_and_machine_are_written(axes, dense):
     assert len(by_key) == 48
     for point in data["points"]:
         assert point["figures"] == by_key[point["workload"], json.dumps(point["labels"])]
+
+
+def test_a_second_run_takes_what_is_written(axes):
+    folder, arguments, _ = axes
     results = folder / "deep" / "r.jsonl"
     text = results.read_bytes()
     again = run(*arguments)
