@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..workload import AttentionMask
-from .rule_arguments import Maps, RuleArguments, checked_maps
 from .rules import rule_named
+from .rules.arguments import Maps, RuleArguments, checked_maps
 
 
 def threshold(
@@ -43,7 +43,7 @@ def threshold(
     released       keep one entry a row more, as ViTCoD's published script does
     granularity    (queries, keys) of a block that is kept or pruned as one by
                    "information"; see
-                   `sievit.sparsify.information.mass_before`
+                   `sievit.sparsify.rules.information.mass_before`
     like           the mask whose row counts "random" and "window" take over; "window" takes
                    a sparsity or theta of "information" too
     grid, seed     token grid (rows, columns) of "window", square by default; seed of "random"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from sievit.sparsify import RULES, synthetic_maps, threshold
-from sievit.sparsify.rule_arguments import RuleArguments
 from sievit.sparsify.rules import rule_named
+from sievit.sparsify.rules.arguments import RuleArguments
 
 SHAPES = [(3, 50, 50), (2, 50, 50)]  # one prefix token and 7 x 7 patches
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from ..workload import AttentionMask
+from ...workload import AttentionMask
 
 Maps = Sequence[np.ndarray]
 Layers = Sequence[np.ndarray]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..workload import AttentionMask
-from .controls import random_mask, window_mask
+from ...workload import AttentionMask
+from ..controls import random_mask, window_mask
+from .arguments import Layers, RuleArguments
 from .information import information, quota
 from .ratio import ratio
-from .rule_arguments import Layers, RuleArguments
 
 Rule = Callable[[Layers, RuleArguments], AttentionMask]
 

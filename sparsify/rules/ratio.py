@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..workload import AttentionMask
-from .rule_arguments import Layers, RuleArguments, force_prefix
+from ...workload import AttentionMask
+from .arguments import Layers, RuleArguments, force_prefix
 
 
 def ratio(layers: Layers, asked: RuleArguments) -> AttentionMask:

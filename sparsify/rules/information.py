@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..workload import AttentionMask
-from .rule_arguments import Layers, RuleArguments, force_prefix, in_range
+from ...workload import AttentionMask
+from .arguments import Layers, RuleArguments, force_prefix, in_range
 
 WARN_OFF_BY = 0.001
 """A reached sparsity further than this from the one asked for is a warning."""
