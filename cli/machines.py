@@ -13,11 +13,11 @@ from .options import (
     DEFAULT_PROFILE,
     Batch,
     Format,
+    GlobalKeys,
     Groups,
     HardwareName,
     JsonFile,
     MaskFile,
-    MinKept,
     Model,
     OwnImageSize,
     PlotFolder,
@@ -27,7 +27,7 @@ from .options import (
     TraceFile,
     codec_shape,
     configuration_of,
-    count_or_share,
+    global_threshold_of,
     profile_named,
     saved_mask,
     simulators_named,
@@ -68,7 +68,7 @@ def simulate(
         typer.Option(help="Codec with this many latent heads; default the mask file's, or none."),
     ] = None,
     groups: Groups = 1,
-    min_kept: MinKept = "50",
+    global_threshold: GlobalKeys = None,
     simulator: Simulators = None,
     batch: Batch = 1,
     hardware: HardwareName = "vitcod",
@@ -102,7 +102,7 @@ def simulate(
             if latent_heads is None
             else codec_shape(model, latent_heads, groups),
             image_size=image_size or saved.image_size,
-            min_kept=count_or_share(min_kept),
+            global_threshold=global_threshold_of(global_threshold),
         )
         timed = trace is not None or plots is not None
         reports, timelines = _run(workload, machine, names, batch, timed)
@@ -137,7 +137,7 @@ def compare(
         ),
     ] = None,
     groups: Groups = 1,
-    min_kept: MinKept = "50",
+    global_threshold: GlobalKeys = None,
     simulator: Simulators = None,
     against: Annotated[
         str | None, typer.Option(help="Machine that speed-ups are against; default the first.")
@@ -190,7 +190,7 @@ def compare(
             groups=groups,
             codecs=saved.codecs if latent_heads is None else None,
             image_size=image_size or saved.image_size,
-            min_kept=count_or_share(min_kept),
+            global_threshold=global_threshold_of(global_threshold),
             seed=seed,
         )
         timed = trace is not None or plots is not None

@@ -59,7 +59,6 @@ GlobalKeys = Annotated[
         "keys that every query keeps, or 'none'. Default: what the mask says.",
     ),
 ]
-MinKept = GlobalKeys
 Seed = Annotated[int, typer.Option(help="Seed of crops, controls and training.")]
 MaskFile = Annotated[
     Path | None,
@@ -120,9 +119,6 @@ def global_threshold_of(text: str | None) -> int | float | str | None:
             "--global-threshold is a count of queries, a share in (0, 1), 'all' or 'none', "
             f"got {text!r}"
         ) from None
-
-
-count_or_share = global_threshold_of
 
 
 def block_shape(text: str) -> tuple[int, int]:
