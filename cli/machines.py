@@ -31,7 +31,7 @@ from .options import (
     simulators_named,
 )
 from .paper import run_paper
-from .terminal import OUT, check_writable, one_line_errors
+from .terminal import OUT, check_targets, one_line_errors
 
 if TYPE_CHECKING:
     from ..accel import EnergyProfile, Report, Timeline
@@ -84,7 +84,7 @@ def simulate(
         names = simulators_named(simulator or ["vitcod"])
         costs = profile_named(profile)
         machine = hardware_named(hardware)
-        _check_targets(json_out, trace, plots)
+        check_targets(json_out, trace, folder=plots)
         saved = saved_mask(mask)
         workload = model_workload(
             model,
@@ -151,7 +151,7 @@ def compare(
     """Set machines of equal MACs, bandwidth and clock side by side on one sparse network."""
     with one_line_errors(quiet):
         if paper:
-            _check_targets(json_out, None, plots)
+            check_targets(json_out, folder=plots)
             run_paper(model, mask, image_size, hardware, seed, measure, json_out, plots, quiet)
             return
         from ..pipeline.networks import sparse_workload
@@ -163,7 +163,7 @@ def compare(
             names = (against, *(name for name in names if name != against))
         costs = profile_named(profile)
         machine = hardware_named(hardware)
-        _check_targets(json_out, trace, plots)
+        check_targets(json_out, trace, folder=plots)
         saved = saved_mask(mask)
         workload, about = sparse_workload(
             model,
@@ -195,17 +195,6 @@ def _run(
         return {name: run(workload, machine, name, batch) for name in names}, {}
     timelines = {name: record(workload, machine, name, batch) for name in names}
     return {name: timeline.report for name, timeline in timelines.items()}, timelines
-
-
-def _check_targets(json_out: Path | None, trace: Path | None, plots: Path | None) -> None:
-    """Fail before the work rather than after it."""
-    for path in (json_out, trace):
-        if path is not None:
-            check_writable(path.parent)
-            if path.is_dir():
-                raise ValueError(f"{str(path)!r} is a folder, a file was expected")
-    if plots is not None:
-        check_writable(plots)
 
 
 def _costs(report: Report, profile: EnergyProfile) -> tuple[Any, Any]:
