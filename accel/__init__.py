@@ -1,12 +1,10 @@
 """Accelerators simulated cycle by cycle: what a workload costs in silicon.
 
-Floor plan: the machine (`hardware`) -> a head's mask as work (`pattern`) -> how an
-attention call is cut up (`mapping`), assigned to lines (`assign`) and written down
-(`program`) -> the compiled core (`engine`) -> dense products beside it (`dense`) -> one
-function a machine (`simulators`) -> `simulate`, `Report` -> what it costs (`energy`), when
-it happens (`timeline`, `perfetto`), pictures (`plots`) -> many machines at once
-(`explore`). Beside it the machine's integers (`arithmetic`), attention in them
-(`integers`), and the same by the engine's schedule (`carried`, `functional`).
+Floor plan: the machine (`hardware`) and how it is used (`schedule`) -> what every machine
+does alike (`products`, `report`) -> ViTCoD's, stepped cycle by cycle (`vitcod`) on its memory
+(`dram`) -> all machines by name (`simulators`) -> `simulate` -> when it happens (`trace`), and
+many machines at once (`explore`). Beside it the machine's integers (`arithmetic`), attention
+in them (`integer_attention`), and kernels for real processors (`kernels`).
 """
 
 from ..moved import old_names
@@ -20,6 +18,7 @@ from .report.energy import Area, Energy, EnergyProfile, area, energy, load_profi
 from .report.profiles import PROFILES
 from .report.report import HeadCost, OpCost, Report, Traffic
 from .report.speedups import speedups
+from .schedule import Schedule, UserMapping
 from .simulate import compare, simulate
 from .trace.perfetto import write_trace
 from .trace.timeline import Timeline, record
@@ -40,8 +39,10 @@ __all__ = [
     "OpCost",
     "Quantized",
     "Report",
+    "Schedule",
     "Timeline",
     "Traffic",
+    "UserMapping",
     "area",
     "arithmetic_of",
     "compare",

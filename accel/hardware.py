@@ -1,4 +1,4 @@
-"""The machine that is simulated: sizes, rates and policies (ViTCoD, HPCA 2023, section V).
+"""The machine that is simulated: sizes, rates and widths (ViTCoD, HPCA 2023, section V).
 
 Each default is the figure that ViTCoD gives, where it gives one; where it gives none, the
 comment says "choice" and the field is there to be swept. Variation is by
@@ -8,22 +8,17 @@ script has it), rates are per second or per cycle, gigabytes of bandwidth are de
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from typing import Any
 
+from ..moved import old_names
 from .dram.bandwidth import stream_efficiency
 from .dram.ddr4 import DRAM_TIMINGS, checked_map
+from .schedule import DEFAULT, Schedule, one_of
 
-__all__ = ["ASSIGNMENTS", "DATAFLOWS", "DRAM_MODELS", "FILLS", "Hardware", "presets"]
-
-ASSIGNMENTS = ("balanced", "round_robin", "lockstep")
-"""How columns (rows) of the sparser part reach the lines; see `sievit.accel.vitcod.assign`."""
-
-DATAFLOWS = ("os", "ws", "is")
-"""Dense products: output-, weight- or input-stationary; see `sievit.accel.products`."""
-
-FILLS = ("back_to_back", "per_tile")
-"""Tiles of a dense product follow each other, or each pays the array's skew."""
+__all__ = ["DRAM_MODELS", "Hardware", "presets", "schedule_of"]
 
 DRAM_MODELS = ("flat", "ddr4")
 """The full bandwidth at any address after a fixed latency; or banks, rows, queues and refresh
@@ -34,7 +29,8 @@ DRAM_MODELS = ("flat", "ddr4")
 class Hardware:
     """A ViTCoD-style accelerator; the defaults are the published machine.
 
-    Raises ValueError, naming the field, for a size that is not positive or an unknown policy.
+    How it is used is a `Schedule`. Raises ValueError, naming the field, for a size that is
+    not positive or an unknown name.
     """
 
     name: str = "vitcod"
@@ -82,11 +78,12 @@ class Hardware:
     score_bytes: int = 2
     accumulator_bytes: int = 4
 
-    # Policies.
-    assignment: str = "balanced"
-    mappings_stepped: int = 1  # choice: of the mapper's best candidates; the fastest is taken
-    dense_dataflow: str = "os"
-    dense_fill: str = "back_to_back"
+    def __new__(cls, *_sizes: Any, **given: Any) -> Hardware:
+        """Takes the policies of earlier versions as well: see `HardwareWithPolicies`."""
+        if cls is Hardware and not POLICIES.isdisjoint(given):
+            _warn_of_policies(sorted(POLICIES & set(given)))
+            cls = HardwareWithPolicies
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         may_be_zero = {
@@ -101,11 +98,8 @@ class Hardware:
             least = 0 if name in may_be_zero else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        _one_of("assignment", self.assignment, ASSIGNMENTS)
-        _one_of("dense_dataflow", self.dense_dataflow, DATAFLOWS)
-        _one_of("dense_fill", self.dense_fill, FILLS)
-        _one_of("dram_model", self.dram_model, DRAM_MODELS)
-        _one_of("dram_timing", self.dram_timing, tuple(DRAM_TIMINGS))
+        one_of("dram_model", self.dram_model, DRAM_MODELS)
+        one_of("dram_timing", self.dram_timing, tuple(DRAM_TIMINGS))
         checked_map(self.dram_map)
         peak = DRAM_TIMINGS[self.dram_timing].peak_bytes_per_s
         if self.dram_model == "ddr4" and self.dram_bytes_per_s % peak:
@@ -159,9 +153,58 @@ class Hardware:
         return -(-size_bytes * rate.denominator // rate.numerator)
 
 
-def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {value!r}")
+@dataclass(frozen=True)
+class HardwareWithPolicies(Hardware):
+    """A `Hardware` that still holds what is a `Schedule`'s today, for one version: what
+    ``Hardware(assignment=...)`` makes, and ``replace(hardware, assignment=...)``."""
+
+    assignment: str = DEFAULT.assignment
+    mappings_stepped: int = DEFAULT.mappings_stepped
+    dense_dataflow: str = DEFAULT.dense_dataflow
+    dense_fill: str = DEFAULT.dense_fill
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.schedule  # noqa: B018 (checks them)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The policies that it holds."""
+        return Schedule(**{name: getattr(self, name) for name in POLICIES})
+
+    @property
+    def without_policies(self) -> Hardware:
+        """The machine alone."""
+        sizes = asdict(self)
+        return Hardware(**{name: sizes[name] for name in sizes if name not in POLICIES})
+
+
+POLICIES = frozenset(HardwareWithPolicies.__annotations__)
+"""Fields of `Schedule` that were fields of `Hardware` in earlier versions."""
+
+
+def _warn_of_policies(names: list[str]) -> None:
+    given = ", ".join(f"{name}=..." for name in names)
+    warnings.warn(
+        f"{', '.join(names)} of Hardware belong to Schedule now: give simulate, explore or "
+        f"record schedule=Schedule({given}); the old fields go with the next version",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+
+
+def schedule_of(hardware: Hardware, schedule: Schedule) -> Schedule:
+    """The schedule of a run: ``schedule``, or the policies that ``hardware`` still holds
+    where none was given. Raises ValueError where both are there and differ."""
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule must be a Schedule, got {schedule!r}")
+    if not isinstance(hardware, HardwareWithPolicies) or schedule == hardware.schedule:
+        return schedule
+    if schedule is DEFAULT:
+        return hardware.schedule
+    raise ValueError(
+        f"hardware holds {hardware.schedule}, schedule is {schedule}: give one of them"
+    )
 
 
 presets: dict[str, Hardware] = {
@@ -171,3 +214,20 @@ presets: dict[str, Hardware] = {
 """Named machines. 'vitcod' (the default of `simulate`) is the only one whose sizes a source
 at hand gives; 'vitcod_ddr4' is the same machine with its memory stepped command by command.
 Others are made with `dataclasses.replace`."""
+
+
+def apart(hardware: Hardware, schedule: Schedule) -> tuple[Hardware, Schedule]:
+    """The machine alone, and the schedule of a run on it (`schedule_of`)."""
+    used = schedule_of(hardware, schedule)
+    if isinstance(hardware, HardwareWithPolicies):
+        hardware = hardware.without_policies
+    return hardware, used
+
+
+def as_dict(hardware: Hardware, schedule: Schedule) -> dict[str, Any]:
+    """``hardware`` for JSON, with the policies that readers of earlier versions look for."""
+    policies = {name: getattr(schedule, name) for name in sorted(POLICIES)}
+    return asdict(hardware) | policies
+
+
+__getattr__ = old_names(__name__)

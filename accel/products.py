@@ -12,20 +12,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..workload import Conv, Deform, Elementwise, Gemm, Op, Unknown, Unused
-from .hardware import Hardware
+from .hardware import Hardware, schedule_of
 from .report.report import OpCost, Traffic
+from .schedule import DEFAULT, Schedule
 
 VECTOR_PASSES = {"layer_norm": 2, "group_norm": 2, "softmax": 3}
 """Times that the vector unit goes over its input: statistics first, then the result."""
 
 
-def array_cycles(m: int, n: int, k: int, hardware: Hardware) -> int:
-    """Cycles of one product [m, k] x [k, n] by the hardware's dataflow and fill policy.
+def array_cycles(m: int, n: int, k: int, hardware: Hardware, schedule: Schedule = DEFAULT) -> int:
+    """Cycles of one product [m, k] x [k, n] by the schedule's dataflow and fill policy.
 
     OS keeps outputs in the array, WS the [k, n] operand, IS the [m, k] operand.
     """
     height, width = hardware.lines, hardware.macs_per_line
-    dataflow = hardware.dense_dataflow
+    schedule = schedule_of(hardware, schedule)
+    dataflow = schedule.dense_dataflow
     if dataflow == "os":
         tiles, stream, skew = _ceil(m, height) * _ceil(n, width), k, height + width - 2
         between = k
@@ -35,7 +37,7 @@ def array_cycles(m: int, n: int, k: int, hardware: Hardware) -> int:
     else:
         tiles, stream, skew = _ceil(k, height) * _ceil(m, width), n, 2 * height + width - 2
         between = max(n, height)
-    if hardware.dense_fill == "per_tile":
+    if schedule.dense_fill == "per_tile":
         return tiles * (stream + skew)
     return (tiles - 1) * between + stream + skew
 
@@ -83,6 +85,8 @@ def product_cost(
     batch: int = 1,
     saved_output_elements: int = 0,
     encode_cycles: int = 0,
+    *,
+    schedule: Schedule = DEFAULT,
 ) -> OpCost:
     """A dense product with its loads and stores.
 
@@ -101,12 +105,12 @@ def product_cost(
     read_inputs = inputs * (again - weights) // inputs if again == held_weights else inputs
     read_weights = again - read_inputs
     stored = (product.output_elements - saved_output_elements) * width
-    compute = product.count * array_cycles(product.m, product.n, product.k, hardware)
+    compute = product.count * array_cycles(product.m, product.n, product.k, hardware, schedule)
     traffic = (
         Traffic("activations", "dram", read_inputs, 0),
         Traffic("weights", "dram", read_weights, 0),
         Traffic("output", "dram", 0, stored),
-        *_array_traffic(product, hardware, read_inputs, read_weights, stored),
+        *_array_traffic(product, hardware, schedule, read_inputs, read_weights, stored),
     )
     dram = hardware.dram_cycles(read_inputs + read_weights + stored)
     work = {"MAC lines": compute, "DRAM": dram}
@@ -115,7 +119,9 @@ def product_cost(
     return overlapped(op.name, "dense", work, op.macs * batch, traffic, hardware)
 
 
-def operand_reads(m: int, n: int, k: int, hardware: Hardware) -> tuple[int, int]:
+def operand_reads(
+    m: int, n: int, k: int, hardware: Hardware, schedule: Schedule = DEFAULT
+) -> tuple[int, int]:
     """Elements of the left and of the right operand that the array reads: what stays in it
     once, what streams past it once for each tile."""
     height, width = hardware.lines, hardware.macs_per_line
@@ -123,15 +129,20 @@ def operand_reads(m: int, n: int, k: int, hardware: Hardware) -> tuple[int, int]
         "os": (_ceil(n, width), _ceil(m, height)),
         "ws": (_ceil(n, width), 1),
         "is": (1, _ceil(m, width)),
-    }[hardware.dense_dataflow]
+    }[schedule_of(hardware, schedule).dense_dataflow]
     return m * k * again_rows, k * n * again_cols
 
 
 def _array_traffic(
-    product: Product, hardware: Hardware, inputs: int, weights: int, stored: int
+    product: Product,
+    hardware: Hardware,
+    schedule: Schedule,
+    inputs: int,
+    weights: int,
+    stored: int,
 ) -> tuple[Traffic, ...]:
     """Buffer and array side: every tile reads its operands from the buffers."""
-    left, right = operand_reads(product.m, product.n, product.k, hardware)
+    left, right = operand_reads(product.m, product.n, product.k, hardware, schedule)
     rows = product.count * left * hardware.operand_bytes
     cols = product.count * right * hardware.operand_bytes
     return (
@@ -201,10 +212,12 @@ def overlapped(
     return OpCost(name, kind, cycles, phases, macs, macs, traffic, busy=dict(work))
 
 
-def op_cost(op: Op, hardware: Hardware, batch: int = 1) -> OpCost | None:
+def op_cost(
+    op: Op, hardware: Hardware, batch: int = 1, schedule: Schedule = DEFAULT
+) -> OpCost | None:
     """Any operation but attention; None for what is never executed."""
     if isinstance(op, (Gemm, Conv)):
-        return product_cost(op, hardware, batch)
+        return product_cost(op, hardware, batch, schedule=schedule)
     if isinstance(op, Unused):
         return None
     return vector_cost(op, hardware, batch)

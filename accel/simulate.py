@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..workload import Workload
 from .hardware import Hardware, presets
 from .report.report import Report
-from .simulators.registry import SIMULATORS
+from .schedule import DEFAULT, Schedule
+from .simulators.registry import simulator_named
 
 
 def simulate(
@@ -13,20 +17,31 @@ def simulate(
     hardware: Hardware = presets["vitcod"],
     simulator: str = "vitcod",
     batch: int = 1,
+    *,
+    schedule: Schedule = DEFAULT,
+    parameters: Any = None,
 ) -> Report:
     """Run ``workload`` on ``hardware``.
 
-    simulator  a name of `sievit.accel.simulators.SIMULATORS`
-    batch      images that go through together; weights are then loaded once
+    simulator   a name of `sievit.accel.simulators.registry.SIMULATORS`
+    batch       images that go through together; weights are then loaded once
+    schedule    how the hardware is used
+    parameters  the simulator's own, as `sievit.accel.simulators.spatten.Spatten`; None: its
+                defaults
 
-    Raises ValueError for an unknown name, a batch below 1 and a workload that the machine
-    cannot run (a buffer too small for one pass), naming what is short.
+    Raises ValueError for an unknown name, a batch below 1, parameters of another simulator
+    and a workload that the machine cannot run (a buffer too small for one pass), naming what
+    is short.
     """
-    if simulator not in SIMULATORS:
-        raise ValueError(f"simulator must be one of {', '.join(SIMULATORS)}, got {simulator!r}")
+    entry = simulator_named(simulator)
+    check_batch(batch)
+    return entry(workload, hardware, batch, schedule, parameters)
+
+
+def check_batch(batch: int) -> None:
+    """Raises ValueError for anything but an integer >= 1."""
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch must be an integer >= 1, got {batch!r}")
-    return SIMULATORS[simulator](workload, hardware, batch)
 
 
 def compare(
@@ -34,6 +49,20 @@ def compare(
     hardware: Hardware = presets["vitcod"],
     simulators: tuple[str, ...] = ("systolic", "vitcod"),
     batch: int = 1,
+    *,
+    schedule: Schedule = DEFAULT,
+    parameters: Mapping[str, Any] | None = None,
 ) -> tuple[Report, ...]:
-    """The same workload on several machines of equal MACs, bandwidth and clock."""
-    return tuple(simulate(workload, hardware, name, batch) for name in simulators)
+    """The same workload on several machines of equal MACs, bandwidth and clock.
+
+    parameters  simulator -> its own; those that are not named have their defaults. Raises
+                ValueError for a name that is not among ``simulators``, else as `simulate`.
+    """
+    own = parameters or {}
+    for name in own:
+        if name not in simulators:
+            raise ValueError(f"parameters are of {', '.join(simulators)}, got {name!r}")
+    return tuple(
+        simulate(workload, hardware, name, batch, schedule=schedule, parameters=own.get(name))
+        for name in simulators
+    )

@@ -1,7 +1,7 @@
 """Put codecs into a model, and fit them to it.
 
 `attach_codec` intercepts each attention call, as masks do, so that scores are computed
-from decoded Q and K. Nothing of the model changes, until `fold` moves the free turn of
+from decoded Q and K. Nothing of the model changes, until `fold` moves the free rotation of
 the heads into its Q and K projections.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..models import AttentionCall, AttentionHook, Handle, find_attention, intercept
 from ..models.attention.observe import observe_attention
 from ..models.running import image_size_of
+from ..moved import old_arguments
 from ..workload import HeadCodec
 from .closed_form import ExplainedVariance, HeadMoments, fit_closed_form
 from .codec import QKCodec, latent_heads_for
@@ -114,11 +115,12 @@ class FittedCodecs:
         return tuple(codec.shape for codec in self.codecs)
 
 
+@old_arguments("turn")
 def fit_codecs(
     moments: Sequence[tuple[HeadMoments, HeadMoments]],
     latent_heads: Callable[[int], int] | Sequence[int] | int | None = None,
     groups: int = 1,
-    turn: bool = True,
+    rotation: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> FittedCodecs:
     """Codecs in closed form from `head_moments`.
@@ -126,13 +128,13 @@ def fit_codecs(
     latent_heads  total over the groups, a number for all layers, one for each
                   (`latent_heads_by_layer`) or a function of a layer's heads; None is the
                   paper's half, rounded up
-    turn          make the free change of basis first (see `closed_form`)
+    rotation      make the free change of basis first (see `closed_form`)
     progress      called with the number of layers done
     """
     codecs, explained = nn.ModuleList(), []
     latents = _latents(latent_heads, [len(q.first) for q, _ in moments])
     for layer, ((q, k), latent) in enumerate(zip(moments, latents, strict=True)):
-        codec, kept = fit_closed_form(q, k, HeadCodec(len(q.first), latent, groups), turn)
+        codec, kept = fit_closed_form(q, k, HeadCodec(len(q.first), latent, groups), rotation)
         codecs.append(codec)
         explained.append(kept)
         if progress is not None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..moved import old_arguments
 from ..workload import HeadCodec
 from .codec import HeadLinear, QKCodec
 
@@ -135,22 +136,23 @@ class ExplainedVariance:
     k: float
 
 
+@old_arguments("turn")
 def fit_closed_form(
-    q: HeadMoments, k: HeadMoments, shape: HeadCodec, turn: bool = False
+    q: HeadMoments, k: HeadMoments, shape: HeadCodec, rotation: bool = False
 ) -> tuple[QKCodec, ExplainedVariance]:
     """A layer's codec from principal components over the heads, with biases.
 
-    ``turn`` first makes the free change of basis: keys are centred, which only adds a
-    constant to each query's scores, and heads are turned by `agreeing_turn`.
+    ``rotation`` first makes the free change of basis: keys are centred, which only adds a
+    constant to each query's scores, and heads are rotated by `agreeing_turn`.
     """
     codec = QKCodec(shape)
-    if turn:
+    if rotation:
         shift = k.mean
         k = k.shifted(shift)
-        rotation = agreeing_turn(q, k, shape)
-        q, k = q.turned(rotation), k.turned(rotation)
+        rotations = agreeing_turn(q, k, shape)
+        q, k = q.turned(rotations), k.turned(rotations)
         codec.key_shift = torch.from_numpy(shift).float()
-        codec.turn = torch.from_numpy(rotation).float()
+        codec.turn = torch.from_numpy(rotations).float()
     explained = ExplainedVariance(
         q=_set_sides(codec.encoder_q, codec.decoder_q, q, shape),
         k=_set_sides(codec.encoder_k, codec.decoder_k, k, shape),

@@ -6,18 +6,40 @@ line that names the value and what is allowed; the exit status is then 1 (2 for 
 
 from __future__ import annotations
 
-import typer
+from typing import Any
 
+import typer
+from typer.core import TyperGroup
+
+from ..moved import FLAGS
 from .codesign import codesign
 from .explore import explore
 from .machines import compare, simulate
 from .masks import masks
+from .terminal import warn
 from .train import train
 from .zoo import zoo
 
 COMMANDS = (codesign, masks, train, simulate, compare, explore, zoo)
 
+
+class _Commands(TyperGroup):
+    """Takes options of earlier versions under their new name, with a warning."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [_today(word) for word in args])
+
+
+def _today(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    if flag not in FLAGS:
+        return word
+    warn(f"{flag} is called {FLAGS[flag]}; the old name goes with the next version")
+    return FLAGS[flag] + equals + value
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Co-design sparse vision transformers and the hardware that runs them.",
     no_args_is_help=True,
     add_completion=False,

@@ -9,6 +9,7 @@ import typer
 
 from .options import (
     DEFAULT_MODEL,
+    GlobalKeys,
     Granularity,
     Groups,
     HardwareName,
@@ -18,16 +19,16 @@ from .options import (
     LatentHeads,
     LearnCrops,
     Limit,
-    MinKept,
     Model,
     PixelNormalization,
     Quiet,
+    RuleName,
     Seed,
     Sparsity,
     Theta,
     Weights,
     block_shape,
-    count_or_share,
+    global_threshold_of,
     hardware_named,
     load_network,
     load_photos,
@@ -49,14 +50,17 @@ def codesign(
     limit: Limit = 512,
     image_size: ImageSize = 224,
     normalization: PixelNormalization = "auto",
+    rule: RuleName = "information",
     sparsity: Sparsity = None,
     theta: Theta = None,
     granularity: Granularity = "1x1",
-    min_kept: MinKept = "50",
+    global_threshold: GlobalKeys = None,
     codec: Annotated[bool, typer.Option(help="Compress Q and K over the heads.")] = True,
     latent_heads: LatentHeads = None,
     groups: Groups = 1,
-    turn: Annotated[bool, typer.Option(help="Turn the heads to agree before the codec.")] = True,
+    rotation: Annotated[
+        bool, typer.Option(help="Rotate the heads to agree before the codec.")
+    ] = True,
     steps: Annotated[int, typer.Option(help="Recovery steps; 0 for none.")] = 24,
     seconds: Annotated[
         float | None, typer.Option(help="Recovery seconds, instead of steps.")
@@ -88,14 +92,17 @@ def codesign(
         settings = Settings(
             image_size=image_size,
             normalization=normalization_named(normalization, source),
+            rule=rule,
             sparsity=Settings.sparsity if sparsity is None and theta is None else sparsity,
             theta=theta,
             granularity=block_shape(granularity),
-            min_kept=count_or_share(min_kept),
+            global_threshold=Settings.global_threshold
+            if global_threshold is None
+            else global_threshold_of(global_threshold),
             codec=codec,
             latent_heads=latent_heads,
             groups=groups,
-            turn=turn,
+            rotation=rotation,
             learn_crops=learn_crops,
             judge_crops=judge_crops,
             int8=int8,

@@ -14,17 +14,17 @@ from .options import (
     DEFAULT_MODEL,
     DEFAULT_PROFILE,
     Batch,
+    GlobalKeys,
     HardwareName,
     Images,
     JsonFile,
     LearnCrops,
     Limit,
-    MinKept,
     OwnImageSize,
     PlotFolder,
     Profile,
     Quiet,
-    count_or_share,
+    global_threshold_of,
     hardware_named,
     load_network,
     load_photos,
@@ -75,7 +75,7 @@ def explore(
     image_size: OwnImageSize = None,
     latent_heads: Annotated[str, typer.Option(help="Codecs: latent heads, as none,2,3.")] = "none",
     groups: Annotated[str, typer.Option(help="Blocks of the codecs, as 1,3.")] = "1",
-    min_kept: MinKept = "50",
+    global_threshold: GlobalKeys = None,
     lines: Annotated[str | None, typer.Option(help="MAC lines, as 32,64,128.")] = None,
     macs_per_line: Annotated[str | None, typer.Option(help="As 4,8.")] = None,
     qkv_buffer: Annotated[
@@ -97,8 +97,9 @@ def explore(
         list[str] | None,
         typer.Option(
             "--set",
-            help="Any field of Hardware: FIELD=V1,V2; fields joined by + take the same value. "
-            "May be repeated.",
+            help="Any field of Hardware or Schedule, or a parameter of the simulator as "
+            "spatten.lsb_share: FIELD=V1,V2; fields joined by + take the same value. May be "
+            "repeated.",
         ),
     ] = None,
     configurations: Annotated[
@@ -154,7 +155,7 @@ def explore(
         varied = _Varied(mask or [], shares("--sparsity", sparsity), codecs(latent_heads, groups))
         with progress_bars(quiet) as progress:
             made, about = _variants(
-                model, varied, learning, image_size, count_or_share(min_kept), progress
+                model, varied, learning, image_size, global_threshold_of(global_threshold), progress
             )
             found = _explored(made, machines, results, progress, settings)
         _finish(found, made, about, attention, json_out, plots, quiet)
@@ -200,7 +201,7 @@ def _variants(
     varied: _Varied,
     learning: _Learning,
     image_size: int | None,
-    min_kept: int | float,
+    global_threshold: int | float | str | None,
     progress: Progress,
 ) -> tuple[Variants, str]:
     """The model with each mask and codec, and a sentence on the masks."""
@@ -214,9 +215,11 @@ def _variants(
     if varied.masks:
         masks = _read(varied.masks)
         about = f"{name}: masks {', '.join(masks)}"
-        return variants(dense, masks, varied.codecs, min_kept), about
+        return variants(dense, masks, varied.codecs, global_threshold), about
     if not varied.sparsities:
-        return variants(dense, {"dense": None}, varied.codecs, min_kept), f"{name}: dense attention"
+        return variants(
+            dense, {"dense": None}, varied.codecs, global_threshold
+        ), f"{name}: dense attention"
     if learning.weights is None:
         prefix = prefix_tokens(create(name))
         masks = masks_by_chance(dense, varied.sparsities, prefix, learning.seed)
@@ -224,7 +227,7 @@ def _variants(
     else:
         masks = _learned(name, varied.sparsities, learning, image_size, progress)
         about = f"{name}: masks learned from photos, once for all sparsities"
-    return variants(dense, masks, varied.codecs, min_kept, axis="sparsity"), about
+    return variants(dense, masks, varied.codecs, global_threshold, axis="sparsity"), about
 
 
 def _read(paths: Sequence[Path]) -> dict[str, AttentionMask]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 
 KILO, GIGA = 1024, 10**9
+
+DECIMAL = re.compile(r"[-+]?(\d+\.\d*|\.\d+)(e[-+]?\d+)?")
+"""A number with a point."""
 
 
 def numbers(option: str, text: str | None) -> tuple[int, ...]:
@@ -55,16 +59,16 @@ def codecs(latent_heads: str, groups: str) -> tuple[tuple[int | None, int], ...]
 
 
 def field_values(text: str) -> tuple[str, tuple[Any, ...]]:
-    """FIELD=V1,V2 of --set: whole numbers, or words where they are none."""
+    """FIELD=V1,V2 of --set: numbers, or words where they are none."""
     name, equals, values = text.partition("=")
     if not equals or not name or not values:
         raise ValueError(f"--set wants FIELD=V1,V2, as lines=32,64, got {text!r}")
 
-    def value(word: str) -> int | str:
+    def value(word: str) -> int | float | str:
         try:
             return int(word)
         except ValueError:
-            return word
+            return float(word) if DECIMAL.fullmatch(word) else word
 
     return name.strip(), tuple(value(word) for word in words(values))
 

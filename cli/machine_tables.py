@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -16,6 +17,8 @@ from rich.text import Text
 from ..accel.report.energy import Area, Energy
 from ..accel.report.report import LEVELS, OpCost, Report
 from ..accel.report.speedups import speedups
+from ..accel.schedule import DEFAULT
+from ..accel.simulators.registry import SIMULATORS
 
 PRODUCTS = ("sddmm", "spmm")
 """Phases that have a column of their own; the rest of a layer's cycles are waits and extras."""
@@ -47,8 +50,21 @@ def machine_line(report: Report) -> str:
     return (
         f"'{hardware.name}': {hardware.lines} x {hardware.macs_per_line} MACs, "
         f"{hardware.clock_hz / 1e6:.0f} MHz, {hardware.dram_bytes_per_s / 1e9:.1f} GB/s, "
-        f"batch {report.batch}"
+        f"batch {report.batch}{_used(report)}"
     )
+
+
+def _used(report: Report) -> str:
+    """What of the schedule and of the simulator's parameters is not at its default."""
+    given = [report.schedule] + ([] if report.parameters is None else [report.parameters])
+    usual = [DEFAULT, SIMULATORS[report.simulator].parameters]
+    changed = [
+        f", {item.name} {getattr(made, item.name)}"
+        for made, before in zip(given, usual, strict=False)
+        for item in fields(made)
+        if getattr(made, item.name) != getattr(before, item.name)
+    ]
+    return "".join(changed)
 
 
 def simulation_table(reports: Mapping[str, Report]) -> RenderableType:
@@ -333,7 +349,7 @@ def comparison_tables(
     words.add_column(no_wrap=True)
     words.add_column()
     for name in reports:
-        words.add_row(name, WORDS.get(name, ""))
+        words.add_row(name, SIMULATORS[name].words)
     notes = [
         f"Equal for all: {first.hardware.macs} MACs, bandwidth and clock. Energy: of what is "
         "counted and has a figure in the profile; --json lists the rest as not_charged.",
@@ -344,20 +360,3 @@ def comparison_tables(
     }
     notes += [f"{name} lacks: {'; '.join(lines)}." for name, lines in missing.items() if lines]
     return Group(simulation_table(reports), Text(), table, *map(Text, notes), Text(), words)
-
-
-WORDS = {
-    "systolic": "dense, nothing pruned, the hardware's own dataflow",
-    "systolic_os": "dense, output-stationary",
-    "systolic_ws": "dense, weight-stationary",
-    "systolic_is": "dense, input-stationary",
-    "vitcod": "the mask, its global keys in front, the codec",
-    "vitcod_no_codec": "the mask, its global keys in front",
-    "vitcod_no_reorder": "the mask and the codec; no key is global",
-    "vitcod_plain": "the mask alone",
-    "vitcod_dense": "the same engine, nothing pruned or compressed",
-    "sanger": "finds the same pattern anew for every image, by a dense 4-bit product",
-    "spatten": "prunes whole tokens to the same density, anew for every image",
-    "released": "the published script's own formulas",
-}
-"""What each machine does, in a few words."""

@@ -12,29 +12,35 @@ from .options import (
     DEFAULT_MODEL,
     DEFAULT_PROFILE,
     Batch,
+    Format,
+    GlobalKeys,
     Groups,
     HardwareName,
     JsonFile,
     MaskFile,
-    MinKept,
     Model,
     OwnImageSize,
     PlotFolder,
     Profile,
     Quiet,
+    SetFields,
     TraceFile,
     codec_shape,
-    count_or_share,
-    hardware_named,
+    configuration_of,
+    global_threshold_of,
     profile_named,
     saved_mask,
     simulators_named,
 )
 from .paper import run_paper
+from .report_formats import Found, format_named, show
 from .terminal import OUT, check_targets, one_line_errors
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from ..accel import EnergyProfile, Report, Timeline
+    from ..accel.explore.grid import Configuration
     from ..workload import Workload
 
 BASELINE = "systolic"
@@ -62,12 +68,14 @@ def simulate(
         typer.Option(help="Codec with this many latent heads; default the mask file's, or none."),
     ] = None,
     groups: Groups = 1,
-    min_kept: MinKept = "50",
+    global_threshold: GlobalKeys = None,
     simulator: Simulators = None,
     batch: Batch = 1,
     hardware: HardwareName = "vitcod",
     profile: Profile = DEFAULT_PROFILE,
     heads: Annotated[bool, typer.Option("--heads", help="A row for every head as well.")] = False,
+    fields: SetFields = None,
+    output: Format = "table",
     json_out: JsonFile = None,
     trace: TraceFile = None,
     plots: PlotFolder = None,
@@ -83,7 +91,8 @@ def simulate(
 
         names = simulators_named(simulator or ["vitcod"])
         costs = profile_named(profile)
-        machine = hardware_named(hardware)
+        machine = configuration_of(hardware, fields, names)
+        shown = format_named(output)
         check_targets(json_out, trace, folder=plots)
         saved = saved_mask(mask)
         workload = model_workload(
@@ -93,17 +102,21 @@ def simulate(
             if latent_heads is None
             else codec_shape(model, latent_heads, groups),
             image_size=image_size or saved.image_size,
-            min_kept=count_or_share(min_kept),
+            global_threshold=global_threshold_of(global_threshold),
         )
         timed = trace is not None or plots is not None
         reports, timelines = _run(workload, machine, names, batch, timed)
         figures = _figures(reports, costs)
         written = _write(reports, timelines, figures, json_out, trace, plots)
-        if not quiet:
+
+        def tables() -> RenderableType:
             parts = [simulation_table(reports)]
             parts += (machine_tables(r, *_costs(r, costs), heads) for r in reports.values())
-            OUT.print(Group(*(x for part in parts for x in (Text(), part)), Text()))
-            _say_written(written)
+            return Group(*(x for part in parts for x in (Text(), part)), Text())
+
+        if not quiet:
+            show(shown(Found(figures, tables)))
+            _say_written(written, output)
 
 
 def compare(
@@ -124,7 +137,7 @@ def compare(
         ),
     ] = None,
     groups: Groups = 1,
-    min_kept: MinKept = "50",
+    global_threshold: GlobalKeys = None,
     simulator: Simulators = None,
     against: Annotated[
         str | None, typer.Option(help="Machine that speed-ups are against; default the first.")
@@ -132,6 +145,8 @@ def compare(
     batch: Batch = 1,
     hardware: HardwareName = "vitcod",
     profile: Profile = DEFAULT_PROFILE,
+    fields: SetFields = None,
+    output: Format = "table",
     json_out: JsonFile = None,
     trace: TraceFile = None,
     plots: PlotFolder = None,
@@ -151,6 +166,8 @@ def compare(
     """Set machines of equal MACs, bandwidth and clock side by side on one sparse network."""
     with one_line_errors(quiet):
         if paper:
+            if fields or output != "table":
+                raise ValueError("--set and --format do not go with --paper")
             check_targets(json_out, folder=plots)
             run_paper(model, mask, image_size, hardware, seed, measure, json_out, plots, quiet)
             return
@@ -162,7 +179,8 @@ def compare(
                 raise ValueError(f"--against must be one of {', '.join(names)}, got {against!r}")
             names = (against, *(name for name in names if name != against))
         costs = profile_named(profile)
-        machine = hardware_named(hardware)
+        machine = configuration_of(hardware, fields, names)
+        shown = format_named(output)
         check_targets(json_out, trace, folder=plots)
         saved = saved_mask(mask)
         workload, about = sparse_workload(
@@ -172,7 +190,7 @@ def compare(
             groups=groups,
             codecs=saved.codecs if latent_heads is None else None,
             image_size=image_size or saved.image_size,
-            min_kept=count_or_share(min_kept),
+            global_threshold=global_threshold_of(global_threshold),
             seed=seed,
         )
         timed = trace is not None or plots is not None
@@ -180,20 +198,22 @@ def compare(
         figures = _comparison(reports, costs, about)
         written = _write(reports, timelines, figures, json_out, trace, plots)
         if not quiet:
-            _print_comparison(reports, costs, about)
-            _say_written(written)
+            show(shown(Found(figures, lambda: _comparison_tables(reports, costs, about))))
+            _say_written(written, output)
 
 
 def _run(
-    workload: Workload, machine: Any, names: Iterable[str], batch: int, timed: bool
+    workload: Workload, machine: Configuration, names: Iterable[str], batch: int, timed: bool
 ) -> tuple[dict[str, Report], dict[str, Timeline]]:
     """Reports by machine, and their time lines where they are wanted."""
     from ..accel import record
     from ..accel import simulate as run
 
+    hardware, schedule, own = machine
+    used = {name: {"schedule": schedule, "parameters": own.get(name)} for name in names}
     if not timed:
-        return {name: run(workload, machine, name, batch) for name in names}, {}
-    timelines = {name: record(workload, machine, name, batch) for name in names}
+        return {name: run(workload, hardware, name, batch, **used[name]) for name in names}, {}
+    timelines = {name: record(workload, hardware, name, batch, **used[name]) for name in names}
     return {name: timeline.report for name, timeline in timelines.items()}, timelines
 
 
@@ -227,14 +247,16 @@ def _comparison(
     }
 
 
-def _print_comparison(reports: Mapping[str, Report], profile: EnergyProfile, about: str) -> None:
+def _comparison_tables(
+    reports: Mapping[str, Report], profile: EnergyProfile, about: str
+) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
     from .machine_tables import comparison_tables
 
     spent = {name: _costs(report, profile)[0] for name, report in reports.items()}
-    OUT.print(Group(Text(), Text(about), Text(), comparison_tables(reports, spent), Text()))
+    return Group(Text(), Text(about), Text(), comparison_tables(reports, spent), Text())
 
 
 def _write(
@@ -258,14 +280,14 @@ def _write(
         write_trace(timelines.values(), trace)
         written.append(trace)
     if plots is not None:
-        from ..accel.vitcod.simulate import WITHOUT
+        from ..accel.simulators.registry import SIMULATORS
         from ..pipeline.pictures import draw_machines
 
-        timed = {name: made for name, made in timelines.items() if name in WITHOUT}
+        timed = {name: made for name, made in timelines.items() if SIMULATORS[name].stepped}
         written += draw_machines(reports, timed, plots)
     return written
 
 
-def _say_written(paths: list[Path]) -> None:
-    if paths:
+def _say_written(paths: list[Path], output: str) -> None:
+    if paths and output == "table":  # another format is for programs to read
         OUT.print(f"Written: {', '.join(map(str, paths))}", highlight=False)

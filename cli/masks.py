@@ -18,6 +18,7 @@ from .options import (
     Model,
     PixelNormalization,
     Quiet,
+    RuleName,
     Seed,
     Sparsity,
     Theta,
@@ -43,6 +44,7 @@ def masks(
     limit: Limit = 512,
     image_size: ImageSize = 224,
     normalization: PixelNormalization = "auto",
+    rule: RuleName = "information",
     sparsity: Sparsity = None,
     theta: Theta = None,
     granularity: Granularity = "1x1",
@@ -82,6 +84,7 @@ def masks(
         settings = Settings(
             image_size=image_size,
             normalization=normalization_named(normalization, source),
+            rule=rule,
             sparsity=Settings.sparsity if sparsity is None and theta is None else sparsity,
             theta=theta,
             granularity=block_shape(granularity),
@@ -134,11 +137,9 @@ def _said(found: HardwareMask, tile: int | None) -> str:
     """What the mask costs and keeps, and what to do with it."""
     kept = f"{found.mass:.1%} of the attention mass kept."
     if tile is None:
-        from ..pipeline.networks import WHOLE_COLUMNS
-
         return (
-            f"{found.cost:,.0f} simulated cycles of attention, {kept} Simulate it with --min-kept "
-            f"{WHOLE_COLUMNS}, under which keys that all queries keep are global."
+            f"{found.cost:,.0f} simulated cycles of attention, {kept} Simulate it with "
+            "--global-threshold all, under which keys that all queries keep are global."
         )
     import numpy as np
 

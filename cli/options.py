@@ -42,15 +42,22 @@ PixelNormalization = Annotated[
 Sparsity = Annotated[
     float | None, typer.Option(help="Share of attention entries to prune, in [0, 1).")
 ]
+RuleName = Annotated[
+    str, typer.Option("--rule", help="information, ratio, quota, or a control: random, window.")
+]
 Theta = Annotated[
     float | None, typer.Option(help="Attention mass a row keeps, in (0, 1]; instead of sparsity.")
 ]
 Granularity = Annotated[
     str, typer.Option(help="Prune in blocks of queries x keys; 32x1 suits GPU kernels.")
 ]
-MinKept = Annotated[
-    str,
-    typer.Option(help="A key is global when more queries keep it: a count, or a share like 0.25."),
+GlobalKeys = Annotated[
+    str | None,
+    typer.Option(
+        "--global-threshold",
+        help="A key is global when more queries keep it: a count, a share like 0.25, 'all' for "
+        "keys that every query keeps, or 'none'. Default: what the mask says.",
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of crops, controls and training.")]
 MaskFile = Annotated[
@@ -84,16 +91,33 @@ TraceFile = Annotated[
     typer.Option("--trace", help="Write the simulated time line there, for ui.perfetto.dev."),
 ]
 PlotFolder = Annotated[Path | None, typer.Option("--plots", help="Draw pictures into this folder.")]
+SetFields = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="A field of Hardware or Schedule, or a simulator's parameter: lines=32, "
+        "assignment=lockstep, spatten.lsb_share=0.1. May be repeated.",
+    ),
+]
+Format = Annotated[
+    str, typer.Option("--format", help="What is printed: table, or json as --json writes it.")
+]
 HardwareName = Annotated[str, typer.Option(help="Preset of the simulated machine.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables; files only.")]
 
 
-def count_or_share(text: str) -> int | float:
+def global_threshold_of(text: str | None) -> int | float | str | None:
+    """What --global-threshold says; None where it is not given."""
+    from ..workload.masks import WORDS
+
+    if text is None or text in WORDS:
+        return text
     try:
         return float(text) if "." in text else int(text)
     except ValueError:
         raise ValueError(
-            f"--min-kept is a count of queries or a share in (0, 1), got {text!r}"
+            "--global-threshold is a count of queries, a share in (0, 1), 'all' or 'none', "
+            f"got {text!r}"
         ) from None
 
 
@@ -226,3 +250,28 @@ def hardware_named(name: str) -> Any:
     if name not in presets:
         raise ValueError(f"--hardware must be one of {', '.join(presets)}, got {name!r}")
     return presets[name]
+
+
+def configuration_of(hardware: str, texts: list[str] | None, names: tuple[str, ...]) -> Any:
+    """The preset ``hardware`` with what --set says, for the simulators ``names``.
+
+    Raises ValueError for a field that is unknown, given twice or with several values, and
+    for a parameter of a simulator that is not run.
+    """
+    from ..accel.explore.grid import configured
+    from .lists import field_values
+
+    changes: dict[str, Any] = {}
+    for text in texts or []:
+        joined, values = field_values(text)
+        if len(values) > 1:
+            raise ValueError(f"--set takes one value of {joined} here, got {text!r}")
+        for field in joined.split("+"):
+            if field in changes:
+                raise ValueError(f"--set {field} is given twice")
+            changes[field] = values[0]
+    made = configured(hardware_named(hardware), changes)
+    for name in made.parameters:
+        if name not in names:
+            raise ValueError(f"--set {name}...: of the simulators run, {', '.join(names)}")
+    return made

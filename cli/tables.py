@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..pipeline.result import CodesignResult
 from ..sparsify import Fidelity
-from ..workload import AttentionMask
+from ..workload import AttentionMask, GlobalThreshold
 from .machine_tables import simulation_table
 
 
@@ -61,8 +61,8 @@ def _facts(result: CodesignResult) -> list[tuple[str, str]]:
         ),
         (
             "polarized",
-            f"{sum(h.num_global for h in heads) / len(heads):.1f} global keys a head (kept by "
-            f"more than {settings.min_kept} queries), "
+            f"{sum(h.num_global for h in heads) / len(heads):.1f} global keys a head "
+            f"({_kept_by(result.mask.global_threshold)}), "
             f"{sum(h.kept - h.sparser_kept for h in heads) / sum(h.kept for h in heads):.0%} "
             "of the kept entries in the dense blocks",
         ),
@@ -81,15 +81,20 @@ def _facts(result: CodesignResult) -> list[tuple[str, str]]:
     return facts
 
 
+def _kept_by(threshold: GlobalThreshold) -> str:
+    words = {"all": "kept by every query", "none": "none wanted"}
+    return words.get(threshold, f"kept by more than {threshold} queries")
+
+
 def _codec_fact(result: CodesignResult) -> str:
     summary = result.codec_summary
-    shape, plain = summary.shapes[0], summary.mean(turned=False)
+    shape, plain = summary.shapes[0], summary.mean(rotated=False)
     text = (
         f"Q and K over {shape.heads} -> {shape.latent_heads} heads, {summary.parameters} "
         f"parameters; explained variance Q {plain.q:.2f}, K {plain.k:.2f}"
     )
-    if result.settings.turn:
-        turned = summary.mean(turned=True)
+    if result.settings.rotation:
+        turned = summary.mean(rotated=True)
         text += f", with heads turned to agree Q {turned.q:.2f}, K {turned.k:.2f}"
     moved = summary.mean_errors()
     return (

@@ -62,6 +62,11 @@ class _Notes(logging.Handler):
 
 
 def _show_warning(message: Warning | str, *_details: Any, **_more: Any) -> None:
+    warn(message)
+
+
+def warn(message: Warning | str) -> None:
+    """One line on standard error."""
     if FIRST:
         ERR.print(
             f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True

@@ -19,6 +19,7 @@ from .options import (
     Model,
     PixelNormalization,
     Quiet,
+    RuleName,
     Seed,
     Weights,
     load_network,
@@ -51,6 +52,7 @@ def train(
     mode: Annotated[
         str, typer.Option(help="mask, two-step (codec, then mask) or joint (both at once).")
     ] = "mask",
+    rule: RuleName = "information",
     sparsity: Annotated[
         float | None, typer.Option(help="Share of entries to prune. Default: 0.9.")
     ] = None,
@@ -108,6 +110,7 @@ def train(
         settings = TrainSettings(
             image_size=image_size,
             normalization=normalization_named(normalization, source),
+            rule=rule,
             sparsity=TrainSettings.sparsity if sparsity is None else sparsity,
             mode=mode,
             latent_heads=latent_heads,

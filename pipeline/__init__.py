@@ -6,6 +6,7 @@ left on disk is a `result` or a `sparse_model`, with `attachments` beside the we
 
 from ..moved import old_names
 from .attachments import Attachments
+from .codec_weights import codec_weights
 from .codesign import codesign, learn_mask, learn_mask_within, learn_masks
 from .result import CodesignResult
 from .settings import Settings
@@ -14,6 +15,7 @@ __all__ = [
     "Attachments",
     "CodesignResult",
     "Settings",
+    "codec_weights",
     "codesign",
     "learn_mask",
     "learn_mask_within",

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +21,8 @@ from ..accel.kernels import Arithmetic
 from ..ae import QKCodec, attach_codec
 from ..files import written_whole
 from ..sparsify import attach, attach_int8, calibrate_int8
-from ..workload import AttentionMask, HeadCodec
+from ..workload import PUBLISHED_MIN_KEPT, AttentionMask, GlobalThreshold, HeadCodec
+from ..workload.bits import packed, unpacked
 
 FORMAT = "sievit attachments 1"
 
@@ -76,8 +76,9 @@ class Attachments:
         about: dict[str, Any] = {"image_size": self.image_size, "settings": dict(self.settings)}
         if self.mask is not None:
             about["mask"] = [list(shape) for shape in self.mask.shapes]
+            about["global_threshold"] = self.mask.global_threshold
             for layer, keep in enumerate(self.mask.keep):
-                tensors[f"mask.{layer}.bits"] = torch.from_numpy(np.packbits(keep, axis=None))
+                tensors[f"mask.{layer}.bits"] = torch.from_numpy(packed(keep))
         if self.codecs is not None:
             about["codecs"] = [asdict(codec.shape) for codec in self.codecs]
             for name, value in self.codecs.state_dict().items():
@@ -102,17 +103,17 @@ class Attachments:
                 f"expected {FORMAT!r}"
             )
         about = json.loads(metadata["about"])
-        mask = _mask(about["mask"], tensors) if "mask" in about else None
+        threshold = about.get("global_threshold", PUBLISHED_MIN_KEPT)  # older files say none
+        mask = _mask(about["mask"], threshold, tensors) if "mask" in about else None
         codecs = _codecs(about["codecs"], tensors) if "codecs" in about else None
         return cls(about["image_size"], mask, codecs, about["settings"])
 
 
-def _mask(shapes: list[list[int]], tensors: dict[str, Tensor]) -> AttentionMask:
-    layers = []
-    for layer, shape in enumerate(shapes):
-        bits = np.unpackbits(tensors[f"mask.{layer}.bits"].numpy(), count=int(np.prod(shape)))
-        layers.append(bits.astype(bool).reshape(shape))
-    return AttentionMask(tuple(layers))
+def _mask(
+    shapes: list[list[int]], threshold: GlobalThreshold, tensors: dict[str, Tensor]
+) -> AttentionMask:
+    bits = (tensors[f"mask.{layer}.bits"].numpy() for layer in range(len(shapes)))
+    return AttentionMask(tuple(map(unpacked, bits, shapes)), threshold)
 
 
 def _codecs(shapes: list[dict[str, int]], tensors: dict[str, Tensor]) -> nn.ModuleList:

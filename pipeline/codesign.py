@@ -18,13 +18,14 @@ from ..ae import CodecErrors, FittedCodecs
 from ..images import Images, Photos, photo_sets
 from ..models import prefix_tokens
 from ..progress import Progress, silent
-from ..sparsify import HardwareMask, budgeted_masks, polarize, threshold
+from ..sparsify import HardwareMask, budgeted_masks, polarize
 from ..sparsify.budgeted_masks import block_orders, kept_mass, tile_area, tiles
 from ..sparsify.fidelity import Saliency
 from ..workload import AttentionMask
-from .networks import attention_cycles
+from .networks import ALL, attention_cycles
 from .result import CodecSummary, CodesignResult
 from .settings import Settings
+from .sparsifier import mask_of
 from .stages import Run
 
 
@@ -59,12 +60,12 @@ def codesign(
     maps, mask = run.learn_mask()
     codecs, plain = run.fit_codecs() if settings.codec else (None, None)
     run.judge_masks(mask)
-    if settings.codec and settings.turn:
-        run.judge_unturned(plain)
+    if settings.codec and settings.rotation:
+        run.judge_unrotated(plain)
     student, codec_log, recovery_log = run.train(mask, codecs)
     if settings.int8:
         run.judge_integers(student, mask, codecs, hardware)
-    polarized = polarize(mask, settings.min_kept)
+    polarized = polarize(mask)
     shapes = codecs.shapes if codecs else [None] * len(polarized)
     dense = run.traced(name)
     sparse = dense.with_polarized(polarized, shapes)
@@ -73,7 +74,6 @@ def codesign(
         learned_from=run.learn.names,
         judged_on=run.judged.names,
         mask=mask,
-        polarized=polarized,
         kept_mass=kept_mass(maps, mask),
         codecs=codecs.codecs if codecs else None,
         codec_summary=_summary(codecs, plain, run.codec_errors),
@@ -113,7 +113,7 @@ def learn_mask_within(
     """The mask that keeps most attention within a budget: give one of
 
     cycles        of simulated attention on ``hardware``. The mask's global keys are kept by
-                  every query: simulate it with `WHOLE_COLUMNS`
+                  every query: its ``global_threshold`` is "all"
     tile_entries  that a GPU kernel computes which gathers keys for ``tile`` queries at once,
                   neighbours in the token grid where that is square
     """
@@ -127,7 +127,8 @@ def learn_mask_within(
     with run.stage("choosing entries by what they cost"):
         if cycles is not None:
             cost = attention_cycles(run.traced(None), hardware)
-            return budgeted_masks(maps, cost, cycles, prefix_tokens=prefix)
+            found = budgeted_masks(maps, cost, cycles, prefix_tokens=prefix)
+            return replace(found, mask=replace(found.mask, global_threshold=ALL))
         orders = block_orders([layer.shape[1] for layer in maps], tile, prefix)
         solver = tiles(tile, orders, prefix)
         return budgeted_masks(maps, tile_area(tile), tile_entries, solver, prefix_tokens=prefix)
@@ -144,10 +145,8 @@ def learn_masks(
     photos = images if isinstance(images, Photos) else photo_sets(images)[0]
     maps = Run(model, (photos, photos), settings, None, progress).average()
     prefix = prefix_tokens(model)
-    block = settings.granularity
-    return {
-        s: threshold(maps, sparsity=s, prefix_tokens=prefix, granularity=block) for s in sparsities
-    }
+    wanted = {s: replace(settings, sparsity=s, theta=None) for s in sparsities}
+    return {s: mask_of(maps, at, prefix, settings.seed) for s, at in wanted.items()}
 
 
 def _summary(
@@ -158,7 +157,7 @@ def _summary(
     return CodecSummary(
         shapes=codecs.shapes,
         explained=codecs.explained,
-        explained_without_turn=plain.explained,
+        explained_without_rotation=plain.explained,
         parameters=sum(p.numel() for p in codecs.codecs.parameters()),
         errors=errors,
     )

@@ -16,21 +16,26 @@ from ..ae import latent_heads_for
 from ..models import create, create_for, prefix_tokens, trace
 from ..models.families.dcn import DeformSampling
 from ..models.running import image_size_of
+from ..moved import old_arguments, old_names
 from ..sparsify import polarize, synthetic_maps, threshold
-from ..workload import AttentionMask, HeadCodec, Workload
-from .settings import Settings
+from ..workload import AttentionMask, GlobalThreshold, HeadCodec, Workload
 
-WHOLE_COLUMNS = 1.0 - 1e-9
-"""``min_kept`` for masks of `learn_mask_within`: global are the keys that all queries keep."""
+ALL = "all"
+"""Global are the keys that all queries keep: for masks of `learn_mask_within`."""
+
+__getattr__ = old_names(__name__)
 
 
+@old_arguments("min_kept")
 def attention_cycles(
-    workload: Workload, hardware: Hardware = presets["vitcod"], min_kept: float = WHOLE_COLUMNS
+    workload: Workload,
+    hardware: Hardware = presets["vitcod"],
+    global_threshold: GlobalThreshold = ALL,
 ) -> Callable[[AttentionMask], float]:
     """What a mask costs in ``workload``: cycles of its attention, without codec."""
 
     def cost(mask: AttentionMask) -> float:
-        polarized = polarize(mask, min_kept)
+        polarized = polarize(mask, global_threshold)
         sparse = workload.with_polarized(polarized, [None] * len(polarized))
         return float(simulate(sparse, hardware, simulator="vitcod_no_codec").attention_cycles)
 
@@ -52,24 +57,27 @@ def with_compiled_core(model: nn.Module) -> nn.Module:
     return model
 
 
+@old_arguments("min_kept")
 def model_workload(
     name: str,
     mask: AttentionMask | None = None,
     codec: HeadCodec | Sequence[HeadCodec | None] | None = None,
     *,
     image_size: int | None = None,
-    min_kept: int | float = Settings.min_kept,
+    global_threshold: GlobalThreshold | None = None,
 ) -> Workload:
     """A registered model as operations, dense or with ``mask`` and ``codec`` (one for all
     layers, or one a layer).
 
-    ``image_size`` None is the model's own; a mask's tokens must fit it.
+    ``image_size`` None is the model's own; a mask's tokens must fit it. ``global_threshold``
+    None is the mask's own.
     """
     model = create_for(name, image_size)
     workload = trace(model, image_size_of(model, image_size))
-    return workload.with_attention(mask, codec, min_kept)
+    return workload.with_attention(mask, codec, global_threshold)
 
 
+@old_arguments("min_kept")
 def sparse_workload(
     name: str,
     mask: AttentionMask | float,
@@ -78,7 +86,7 @@ def sparse_workload(
     groups: int = 1,
     codecs: Sequence[HeadCodec | None] | None = None,
     image_size: int | None = None,
-    min_kept: int | float = Settings.min_kept,
+    global_threshold: GlobalThreshold | None = None,
     seed: int = 0,
 ) -> tuple[Workload, str]:
     """A registered model with a mask and a codec, and a sentence that says which.
@@ -108,7 +116,7 @@ def sparse_workload(
     shapes = dict.fromkeys(f"{c.heads} -> {c.latent_heads} heads" for c in codecs if c)
     coded = f"codec {', '.join(shapes)}" if shapes else "no codec"
     about = f"{name}, {mask.sparsity:.1%} of attention pruned by {origin}; {coded}."
-    return dense.with_attention(mask, codecs, min_kept), about
+    return dense.with_attention(mask, codecs, global_threshold), about
 
 
 def _codec_for(heads: int, latent_heads: int | None, groups: int) -> HeadCodec | None:
@@ -120,17 +128,20 @@ def _codec_for(heads: int, latent_heads: int | None, groups: int) -> HeadCodec |
     )
 
 
+@old_arguments("min_kept")
 def simulate_model(
     name: str,
     mask: AttentionMask | None = None,
     codec: HeadCodec | None = None,
     *,
     image_size: int | None = None,
-    min_kept: int | float = Settings.min_kept,
+    global_threshold: GlobalThreshold | None = None,
     hardware: Hardware = presets["vitcod"],
     simulators: tuple[str, ...] = ("systolic", "vitcod"),
     batch: int = 1,
 ) -> dict[str, Report]:
     """`model_workload` on each of ``simulators``."""
-    workload = model_workload(name, mask, codec, image_size=image_size, min_kept=min_kept)
+    workload = model_workload(
+        name, mask, codec, image_size=image_size, global_threshold=global_threshold
+    )
     return {s: simulate(workload, hardware, simulator=s, batch=batch) for s in simulators}

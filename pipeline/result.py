@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..accel.kernels import MeasuredAttention
 from ..ae import CodecErrors, ExplainedVariance, mean_errors
 from ..models.training.loop import Trained
 from ..moved import old_names
-from ..sparsify import Fidelity
+from ..sparsify import Fidelity, polarize
 from ..sparsify.reorder import Polarized
 from ..workload import AttentionMask, HeadCodec, Workload
 from .attachments import Attachments
@@ -38,7 +39,7 @@ class CodecSummary:
 
     shapes: tuple[HeadCodec, ...]
     explained: tuple[ExplainedVariance, ...]
-    explained_without_turn: tuple[ExplainedVariance, ...]
+    explained_without_rotation: tuple[ExplainedVariance, ...]
     parameters: int
     errors: tuple[CodecErrors, ...]
 
@@ -46,9 +47,9 @@ class CodecSummary:
         """Mean over the layers."""
         return mean_errors(self.errors)
 
-    def mean(self, turned: bool) -> ExplainedVariance:
-        """Mean over the layers, with or without the free turn of the heads."""
-        rows = self.explained if turned else self.explained_without_turn
+    def mean(self, rotated: bool) -> ExplainedVariance:
+        """Mean over the layers, with or without the free rotation of the heads."""
+        rows = self.explained if rotated else self.explained_without_rotation
         return ExplainedVariance(
             q=sum(row.q for row in rows) / len(rows), k=sum(row.k for row in rows) / len(rows)
         )
@@ -58,7 +59,7 @@ class CodecSummary:
 class CodesignResult:
     """Everything `sievit.pipeline.codesign.codesign` found.
 
-    mask, polarized  the learned mask; [layer][head] polarized
+    mask             the learned mask
     kept_mass        share of the averaged attention that the mask keeps
     codecs           `sievit.ae.QKCodec` a layer, trained; None without codec
     fidelity         variant -> tokens against the dense model's
@@ -72,7 +73,6 @@ class CodesignResult:
     learned_from: tuple[str, ...]
     judged_on: tuple[str, ...]
     mask: AttentionMask
-    polarized: Polarized
     kept_mass: float
     codecs: nn.ModuleList | None
     codec_summary: CodecSummary | None
@@ -84,6 +84,11 @@ class CodesignResult:
     reports: Mapping[str, Report]
     measured: tuple[MeasuredAttention, ...]
     stage_seconds: Mapping[str, float]
+
+    @cached_property
+    def polarized(self) -> Polarized:
+        """The mask [layer][head], polarized by its own ``global_threshold``."""
+        return polarize(self.mask)
 
     @property
     def photos_note(self) -> str:
@@ -152,8 +157,8 @@ class CodesignResult:
             "shapes": [asdict(shape) for shape in summary.shapes],
             "parameters": summary.parameters,
             "explained_variance": [asdict(row) for row in summary.explained],
-            "explained_variance_without_turn": [
-                asdict(row) for row in summary.explained_without_turn
+            "explained_variance_without_rotation": [
+                asdict(row) for row in summary.explained_without_rotation
             ],
             "errors": [asdict(row) for row in summary.errors],
             "training": _log_dict(self.codec_log),

@@ -6,25 +6,80 @@ from dataclasses import dataclass
 
 from ..images import IMAGENET, Normalization
 from ..models.training.recipe import Recipe
-from ..workload import PUBLISHED_MIN_KEPT
+from ..moved import old_arguments
+from ..sparsify.rules import rule_named
+from ..workload import PUBLISHED_MIN_KEPT, GlobalThreshold
+from ..workload.masks import check_global_threshold
 
 FEW_PHOTOS = 100
 """Below this many, photos are too few to judge a model by."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Settings of `sievit.pipeline.codesign.codesign`; checks itself.
+@old_arguments("min_kept")
+@dataclass(frozen=True, kw_only=True)
+class MaskSettings:
+    """How a mask is made of averaged attention, and polarized; checks itself.
+
+    rule               one of `sievit.sparsify.RULES`
+    sparsity, theta    exactly one of them; "information" and "window" alone take a theta
+    granularity        (queries, keys) of a block that is kept or pruned as one
+    grid               token grid of "window"; None is a square
+    global_threshold   a key is global when more queries keep it (ViTCoD: 50)
+    """
+
+    rule: str = "information"
+    sparsity: float | None = 0.9
+    theta: float | None = None
+    granularity: tuple[int, int] = (1, 1)
+    grid: tuple[int, int] | None = None
+    global_threshold: GlobalThreshold = PUBLISHED_MIN_KEPT
+
+    def __post_init__(self) -> None:
+        rule_named(self.rule)
+        check_global_threshold(self.global_threshold)
+        if len(self.granularity) != 2 or min(self.granularity) < 1:
+            raise ValueError(
+                f"granularity is (queries, keys), each at least 1, got {self.granularity}"
+            )
+        if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
+            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        if self.theta is not None and not 0.0 < self.theta <= 1.0:
+            raise ValueError(f"theta must be in (0, 1], got {self.theta}")
+        if (self.sparsity is None) == (self.theta is None):
+            raise ValueError(
+                f"give either sparsity or theta, got sparsity={self.sparsity}, theta={self.theta}"
+            )
+
+
+@old_arguments("turn")
+@dataclass(frozen=True, kw_only=True)
+class CodecSettings:
+    """Shape and start of the codecs over heads; checks itself.
+
+    latent_heads       heads after compression; None is half, rounded up (ViTCoD)
+    groups             blocks of a block-diagonal codec
+    rotation           make the free change of basis before the codec is fitted
+    """
+
+    latent_heads: int | None = None
+    groups: int = 1
+    rotation: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least("groups", self.groups, 1)
+        if self.latent_heads is not None:
+            _at_least("latent_heads", self.latent_heads, 1)
+
+
+@old_arguments("min_kept", "turn")
+@dataclass(frozen=True, kw_only=True)
+class Settings(MaskSettings, CodecSettings):
+    """Settings of `sievit.pipeline.codesign.codesign`, with those of `MaskSettings` and
+    `CodecSettings`; checks itself.
 
     image_size         side of the crops, pixels
     normalization      of the pixels, as the model was trained with
-    sparsity, theta    of the mask rule "information": exactly one of them
-    granularity        (queries, keys) of a block that is kept or pruned as one
-    min_kept           a key is global when more queries keep it (ViTCoD: 50)
     codec              compress Q and K over the heads
-    latent_heads       heads after compression; None is half, rounded up (ViTCoD)
-    groups             blocks of a block-diagonal codec
-    turn               make the free change of basis before the codec is fitted
     learn_crops        crops for the averaged attention and the codec's closed form
     judge_crops        crops that fidelity is judged on
     codec_steps        training steps of the codec; 0 keeps the closed form
@@ -38,14 +93,7 @@ class Settings:
 
     image_size: int = 224
     normalization: Normalization = IMAGENET
-    sparsity: float | None = 0.9
-    theta: float | None = None
-    granularity: tuple[int, int] = (1, 1)
-    min_kept: int | float = PUBLISHED_MIN_KEPT
     codec: bool = True
-    latent_heads: int | None = None
-    groups: int = 1
-    turn: bool = True
     learn_crops: int = 64
     judge_crops: int = 32
     codec_steps: int = 8
@@ -58,22 +106,12 @@ class Settings:
     measure: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "learn_crops", "judge_crops", "batch_size", "groups"):
+        MaskSettings.__post_init__(self)
+        CodecSettings.__post_init__(self)
+        for name in ("image_size", "learn_crops", "judge_crops", "batch_size"):
             _at_least(name, getattr(self, name), 1)
-        if len(self.granularity) != 2 or min(self.granularity) < 1:
-            raise ValueError(
-                f"granularity is (queries, keys), each at least 1, got {self.granularity}"
-            )
         for name in ("codec_steps", "recovery_steps", "seed"):
             _at_least(name, getattr(self, name), 0)
-        if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
-            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
-        if self.theta is not None and not 0.0 < self.theta <= 1.0:
-            raise ValueError(f"theta must be in (0, 1], got {self.theta}")
-        if (self.sparsity is None) == (self.theta is None):
-            raise ValueError(
-                f"give either sparsity or theta, got sparsity={self.sparsity}, theta={self.theta}"
-            )
         if self.recovery_seconds is not None and self.recovery_seconds <= 0:
             raise ValueError(f"recovery_seconds must be above 0, got {self.recovery_seconds}")
         if self.recovery_rate is not None and self.recovery_rate <= 0:

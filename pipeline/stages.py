@@ -24,8 +24,6 @@ from ..ae import (
     FittedCodecs,
     attach_codec,
     codec_errors,
-    fit_codecs,
-    fold,
     head_moments,
     train_codec,
 )
@@ -41,13 +39,13 @@ from ..sparsify import (
     evaluate,
     random_mask,
     recover,
-    threshold,
     token_features,
 )
 from ..sparsify.fidelity import Saliency
 from ..workload import AttentionMask, Workload
 from .attachments import Attachments
 from .settings import Settings, rate_for
+from .sparsifier import Sparsifier, codecs_of, mask_of
 
 SIMULATORS = ("systolic", "vitcod_plain", "vitcod_no_reorder", "vitcod_no_codec", "vitcod")
 
@@ -104,26 +102,18 @@ class Run:
 
     def learn_mask(self) -> tuple[tuple[np.ndarray, ...], AttentionMask]:
         """Averaged maps and the mask that the settings' rule makes of them."""
-        settings, maps = self.settings, self.average()
-        mask = threshold(
-            maps,
-            sparsity=settings.sparsity,
-            theta=settings.theta,
-            prefix_tokens=prefix_tokens(self.model),
-            granularity=settings.granularity,
-        )
-        return maps, mask
+        maps = self.average()
+        return maps, mask_of(maps, self.settings, prefix_tokens(self.model), self.settings.seed)
 
     def fit_codecs(self) -> tuple[FittedCodecs, FittedCodecs]:
-        """Codecs as the settings want them, and unturned ones to compare with."""
+        """Codecs as the settings want them, and ones without rotation to compare with."""
         settings = self.settings
         with self.stage("fitting the codec") as tell:
             moments = head_moments(self.model, self.batches(self.learn_crops))
-            latent, groups, layers = settings.latent_heads, settings.groups, len(moments)
-            plain = fit_codecs(moments, latent, groups, turn=False)
-            if not settings.turn:
+            plain, layers = codecs_of(moments, settings, rotation=False), len(moments)
+            if not settings.rotation:
                 return plain, plain
-            fitted = fit_codecs(moments, latent, groups, progress=lambda n: tell(n / layers))
+            fitted = codecs_of(moments, settings, progress=lambda n: tell(n / layers))
         return fitted, plain
 
     def evaluate(self, changed: nn.Module) -> Fidelity:
@@ -147,8 +137,8 @@ class Run:
                     self.fidelity[name] = self.evaluate(self.model)
                 tell((index + 1) / len(variants))
 
-    def judge_unturned(self, plain: FittedCodecs) -> None:
-        """Codecs for heads as they are, to show what turning them is worth."""
+    def judge_unrotated(self, plain: FittedCodecs) -> None:
+        """Codecs for heads as they are, to show what rotating them is worth."""
         size = self.settings.image_size
         with (
             self.stage("judging the codec without turn"),
@@ -165,12 +155,13 @@ class Run:
         stream = endless_crops(
             self.learn, size, settings.batch_size, settings.seed + 1, by=settings.normalization
         )
-        student = copy.deepcopy(self.model)
+        sparse = Sparsifier(copy.deepcopy(self.model), size)
+        student = sparse.model
         codec_log = recovery_log = None
         if codecs:
-            codec_log = self._put_codec(student, mask, codecs, stream)
+            codec_log = self._put_codec(sparse, mask, codecs, stream)
         else:
-            attach(student, mask, image_size=size)
+            sparse.put_mask(mask)
         seconds, steps = settings.recovery_seconds, settings.recovery_steps
         if seconds or steps:
             recipe = Recipe(learning_rate=settings.recovery_rate or rate_for(len(self.learn)))
@@ -190,18 +181,19 @@ class Run:
 
     def _put_codec(
         self,
-        student: nn.Module,
+        sparse: Sparsifier,
         mask: AttentionMask,
         codecs: FittedCodecs,
         stream: Iterator[torch.Tensor],
     ) -> Trained | None:
-        """Fold the turn, judge the codec alone, attach the mask, train, attach the codec."""
+        """Fold the rotation, judge the codec alone, attach the mask, train, attach the codec."""
         size, steps, log = self.settings.image_size, self.settings.codec_steps, None
+        student = sparse.model
         with self.stage("judging the codec"):
-            _fold_where_possible(student, codecs, size)
+            sparse.fold(codecs.codecs)
             with attach_codec(student, codecs.codecs, size):
                 self.fidelity["codec alone"] = self.evaluate(student)
-        attach(student, mask, image_size=size)
+        sparse.put_mask(mask)
         if steps:
             with self.stage("training the codec") as tell:
                 log = train_codec(
@@ -215,7 +207,7 @@ class Run:
         with self.stage("judging mask and codec"):
             some = self.batches(self.judge_crops[: self.settings.batch_size])
             self.codec_errors = codec_errors(student, codecs.codecs, some, size)
-            attach_codec(student, codecs.codecs, size)
+            sparse.put_codecs()
             self.fidelity["learned mask + codec"] = self.evaluate(student)
         return log
 
@@ -275,10 +267,3 @@ def _judge_crops(photos: Photos, settings: Settings, generator: np.random.Genera
     if len(central) == count:
         return central
     return np.concatenate([central, random_crops(photos, size, count - len(central), generator)])
-
-
-def _fold_where_possible(student: nn.Module, codecs: FittedCodecs, size: int) -> None:
-    try:
-        fold(student, codecs.codecs, size)
-    except ValueError as error:
-        warnings.warn(f"the turn stays inside the codec: {error}", stacklevel=2)

@@ -8,37 +8,42 @@ stage keeps checkpoints in its own folder and resumes there.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..ae import Reconstruction, attach_codec, fit_codecs, fold, head_moments
+from ..ae import Reconstruction, head_moments
 from ..images import IMAGENET, Normalization, Photos, batches, endless_crops, random_crops
-from ..models import prefix_tokens
 from ..models.features import as_logits
 from ..models.training.loop import Checkpointing, Trained
 from ..models.training.objectives import TokenLoss
 from ..models.training.processes import agreed, rank, world_size
 from ..models.training.recipe import Recipe
+from ..moved import old_arguments
 from ..progress import Progress, silent
-from ..sparsify import GradualMask, attach, average_attention, finetune, threshold
+from ..sparsify import GradualMask, attach, average_attention, finetune
 from ..workload import AttentionMask
-from .attachments import Attachments
+from .settings import CodecSettings, MaskSettings
 from .sparse_model import SparseModel, class_labels
+from .sparsifier import Sparsifier, codecs_of
 from .training_log import TrainingLog
 
 MODES = ("two-step", "joint", "mask")
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """Settings of `train_sparse`; checks itself.
+NEWER = ("rule", "theta", "granularity", "grid", "global_threshold", "rotation")
+"""Settings that checkpoints of earlier versions do not name; they had today's defaults."""
+
+
+@old_arguments("min_kept", "turn")
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(MaskSettings, CodecSettings):
+    """Settings of `train_sparse`, with those of `MaskSettings` and `CodecSettings`; checks
+    itself.
 
     mode              "two-step": the codec is trained with the blocks, then the mask is
                       learned from that model and both are trained on (ViTCoD section VI-A);
@@ -53,10 +58,7 @@ class TrainSettings:
 
     image_size: int = 224
     normalization: Normalization = IMAGENET
-    sparsity: float = 0.9
     mode: str = "mask"
-    latent_heads: int | None = None
-    groups: int = 1
     labels: bool = False
     prefix_share: float | None = TokenLoss.prefix_share
     block_weight: float = TokenLoss.block_weight
@@ -73,14 +75,19 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        MaskSettings.__post_init__(self)
+        CodecSettings.__post_init__(self)
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
-        if not 0.0 <= self.sparsity < 1.0:
-            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
         for name in ("image_size", "steps", "batch_size", "accumulate", "learn_crops"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         _ = self.loss  # checks itself
+        if self.gradual and (self.rule, self.theta) != ("information", None):
+            raise ValueError(
+                'a mask grows by the rule "information" to a sparsity alone, got '
+                f"gradual=True, rule={self.rule!r}, theta={self.theta}"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"a batch of {self.batch_size} photos cannot be cut into {self.accumulate} "
@@ -128,7 +135,12 @@ def train_sparse(
             raise ValueError("a mask that is given cannot grow: gradual=True learns its own")
         with attach(model, mask, image_size=settings.image_size):
             pass  # it fits: said now, not after the codec's training
-        settings = replace(settings, sparsity=mask.sparsity)
+        settings = replace(
+            settings,
+            sparsity=mask.sparsity,
+            theta=None,
+            global_threshold=mask.global_threshold,
+        )
     run = _Training(model, photos, settings, folder, progress, mask)
     if settings.mode == "mask":
         run.train("mask", run.find_mask())
@@ -155,16 +167,16 @@ class _Training:
         progress: Progress,
         mask: AttentionMask | None,
     ) -> None:
-        self.teacher, self.student = model, copy.deepcopy(model)
+        self.teacher = model
+        self.sparse = Sparsifier(copy.deepcopy(model), settings.image_size)
+        self.student = self.sparse.model
         self.photos, self.settings = photos, settings
         self.folder, self.progress = folder, progress
         self.classes, self.labels = (
             _classes(model, photos, settings) if settings.labels else (None, None)
         )
-        self.attached = ExitStack()
         self.codec_term: Reconstruction | None = None
-        self.maps: tuple[np.ndarray, ...] = ()
-        self.given, self.mask = mask, mask
+        self.given = self.sparse.mask = mask
         self.logs: dict[str, Trained] = {}
         _check_processes(settings)
 
@@ -173,25 +185,19 @@ class _Training:
         if self.given is not None:
             return self.given
         self.progress("averaging attention", 0.0)
-        self.maps = agreed(average_attention(self.student, self._learn_batches()))
+        maps = average_attention(self.student, self._learn_batches())
+        self.sparse.maps = agreed(maps)
         self.progress("averaging attention", 1.0)
-        prefix = prefix_tokens(self.student)
-        self.mask = threshold(self.maps, sparsity=self.settings.sparsity, prefix_tokens=prefix)
-        return self.mask
+        return self.sparse.make_mask(self.settings, self.settings.seed)
 
     def put_codec(self) -> None:
-        """Codecs in closed form, their turn folded into the student where it can be."""
-        settings = self.settings
+        """Codecs in closed form, their rotation folded into the student where it can be."""
         self.progress("fitting the codec", 0.0)
         moments = head_moments(self.student, self._learn_batches())
-        codecs = fit_codecs(moments, settings.latent_heads, settings.groups).codecs
-        try:
-            fold(self.student, codecs, settings.image_size)
-        except ValueError as error:
-            warnings.warn(f"the turn stays inside the codec: {error}", stacklevel=2)
+        codecs = codecs_of(moments, self.settings).codecs
+        self.sparse.fold(codecs)
         self.codec_term = Reconstruction(codecs)
-        handle = attach_codec(self.student, codecs, settings.image_size, self.codec_term.watch)
-        self.attached.enter_context(handle)
+        self.sparse.put_codecs(self.codec_term.watch)
         self.progress("fitting the codec", 1.0)
 
     def train(self, stage: str, mask: AttentionMask | None) -> None:
@@ -199,13 +205,13 @@ class _Training:
         gradual = None
         if mask is not None and settings.gradual:
             gradual = GradualMask(
-                self.maps,
+                self.sparse.maps,
                 settings.sparsity,
-                prefix_tokens=prefix_tokens(self.student),
+                prefix_tokens=self.sparse.prefix,
                 image_size=settings.image_size,
             )
         elif mask is not None:
-            self.attached.enter_context(attach(self.student, mask, image_size=settings.image_size))
+            self.sparse.put_mask(mask)
         with self._log(stage) as listener:
             self.logs[stage] = finetune(
                 self.student,
@@ -221,14 +227,13 @@ class _Training:
                 listener=listener,
             )
         if gradual is not None:
-            self.attached.enter_context(gradual.handle)
+            self.sparse.attached.enter_context(gradual.handle)
 
     def finished(self) -> SparseModel:
         """The student with nothing attached, and what belongs around it."""
-        self.attached.close()
-        codecs = None if self.codec_term is None else self.codec_term.codecs
+        self.sparse.remove()
         settings = self.settings
-        attachments = Attachments(settings.image_size, self.mask, codecs, asdict(settings))
+        attachments = self.sparse.attachments(asdict(settings))
         return SparseModel(
             self.student, attachments, self.logs, self.classes, settings.normalization
         )
@@ -261,7 +266,13 @@ class _Training:
     def _checkpointing(self, stage: str) -> Checkpointing | None:
         if self.folder is None:
             return None
-        settings = asdict(self.settings) | {"photos": len(self.photos)}
+        usual = {f.name: f.default for f in fields(self.settings) if f.name in NEWER}
+        settings = {
+            name: value
+            for name, value in asdict(self.settings).items()
+            if name not in usual or value != usual[name]
+        }
+        settings["photos"] = len(self.photos)
         if self.given is not None:
             settings["mask"] = self.given.digest
         return Checkpointing(self.folder / stage, self.settings.checkpoint_every, settings)

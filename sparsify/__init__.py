@@ -1,7 +1,7 @@
 """Fixed attention masks: learn, polarize, attach, evaluate and recover.
 
-Floor plan: average attention (`probe`) -> masks (`threshold`, `controls`,
-`hardware_masks`) -> dense block
+Floor plan: average attention (`average`) -> masks (`threshold` by one of the
+`rules`, `budgeted_masks`) -> dense block
 and sparse rest (`reorder`) -> into a model (`adapt`) -> what is left of its features
 (`fidelity`) -> recovery (`finetune`). The machine's integers in a
 model stand in `int8`. Beside them two analyses of the EfficientViT paper:
@@ -18,12 +18,14 @@ from .fidelity import Fidelity, accuracy, evaluate, fidelity, token_features
 from .finetune import GradualMask, finetune, recover
 from .int8 import attach_int8, calibrate_int8
 from .reorder import polarize
+from .rules import RULES
 from .similarity import head_similarity
 from .synthetic import synthetic_maps
 from .taylor import prune, redistribute, taylor_importance
 from .threshold import threshold
 
 __all__ = [
+    "RULES",
     "Fidelity",
     "GradualMask",
     "HardwareMask",

@@ -26,7 +26,7 @@ import numpy as np
 
 from ..accel.kernels import plan_layers
 from ..workload import AttentionMask
-from .threshold import Maps, checked_maps
+from .rules.arguments import Maps, checked_maps
 
 Solver = Callable[[np.ndarray, float], np.ndarray]
 """(values [queries, keys], price) -> what to keep, bool [queries, keys]."""

@@ -5,15 +5,19 @@ The rule for one head is `sievit.workload.masks.polarize_head`; ViTCoD, HPCA 202
 
 from __future__ import annotations
 
-from ..workload import PUBLISHED_MIN_KEPT, AttentionMask, PolarizedMask, polarize_head
+from ..moved import old_arguments
+from ..workload import AttentionMask, GlobalThreshold, PolarizedMask, polarize_head
 
 Polarized = tuple[tuple[PolarizedMask, ...], ...]
 
 
-def polarize(mask: AttentionMask, min_kept: int | float = PUBLISHED_MIN_KEPT) -> Polarized:
+@old_arguments("min_kept")
+def polarize(mask: AttentionMask, global_threshold: GlobalThreshold | None = None) -> Polarized:
     """Polarize each head of ``mask``: [layer][head].
 
-    ``min_kept``: a key is global when MORE than this many queries keep it (strict, as
-    published: 50 of 197); a float in (0, 1) is a share of the queries.
+    ``global_threshold``: a key is global when MORE than this many queries keep it (strict, as
+    published: 50 of 197); a float in (0, 1) is a share of the queries, "all": the keys that
+    every query keeps. None is the mask's own.
     """
-    return tuple(tuple(polarize_head(head, min_kept) for head in layer) for layer in mask.keep)
+    cut = mask.global_threshold if global_threshold is None else global_threshold
+    return tuple(tuple(polarize_head(head, cut) for head in layer) for layer in mask.keep)

@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from ..accel.hardware import Hardware, presets
+from ..accel.explore.grid import Configuration, configured
+from ..accel.hardware import Hardware, apart, presets
 from ..accel.report.report import Report
+from ..accel.schedule import DEFAULT, Schedule
 from ..accel.simulate import simulate
 from ..workload import PUBLISHED_MIN_KEPT, Attention, Workload
 
@@ -188,7 +190,7 @@ FAULTS: tuple[tuple[str, dict[str, bool]], ...] = (
 """Switches of `Script`, in the order of the rungs."""
 
 
-def _ideals(hardware: Hardware) -> tuple[tuple[str, dict[str, Any]], ...]:
+def _ideals(hardware: Hardware, policy: str) -> tuple[tuple[str, dict[str, Any]], ...]:
     """(cause, the ideal values of its fields), in the order in which they are made real."""
 
     def words(buffer_bytes: int, row_bytes: int) -> int:
@@ -197,7 +199,7 @@ def _ideals(hardware: Hardware) -> tuple[tuple[str, dict[str, Any]], ...]:
     word, row = hardware.word_bytes, hardware.macs_per_line * hardware.accumulator_bytes
     buffers = [item.name for item in fields(hardware) if item.name.endswith("_buffer_bytes")]
     return (
-        (f"{hardware.assignment}: {SHARED[hardware.assignment]}", {"assignment": "round_robin"}),
+        (f"{policy}: {SHARED[policy]}", {"assignment": "round_robin"}),
         (
             "buffers are banked",
             {
@@ -235,18 +237,24 @@ def _memory(hardware: Hardware) -> tuple[tuple[str, dict[str, Any]], ...]:
     return (("the DRAM has banks, rows and refresh", {"dram_model": "flat"}),)
 
 
-def climb(workload: Workload, hardware: Hardware = presets["vitcod"]) -> Ladder:
+def climb(
+    workload: Workload,
+    hardware: Hardware = presets["vitcod"],
+    *,
+    schedule: Schedule = DEFAULT,
+) -> Ladder:
     """The ladder for ``workload``: masks needed, codec as it has it.
 
     The first rung is `simulate(workload, hardware, "released")`'s attention, the last one
     `simulate(workload, hardware)`'s. Raises ValueError where the released script would not
     run the masks, naming what it divides by.
     """
+    start = Configuration(*apart(hardware, schedule))
     attention = replace(workload, ops=workload.attention)
     first = simulate(attention, hardware, "released").attention_cycles
     rungs = [Rung("the released script", "formulas", {}, first)]
-    rungs += _fault_rungs(attention, hardware, _bytes_beside(attention, hardware))
-    rungs += _engine_rungs(attention, hardware)
+    rungs += _fault_rungs(attention, hardware, _bytes_beside(attention, start))
+    rungs += _engine_rungs(attention, start)
     return Ladder(workload.name, hardware.name, tuple(rungs))
 
 
@@ -260,20 +268,26 @@ def _fault_rungs(
         yield Rung(cause, "formulas", switches, cycles)
 
 
-def _engine_rungs(attention: Workload, hardware: Hardware) -> Iterator[Rung]:
-    ideals = _ideals(hardware)
-    machine = replace(hardware, **{k: v for _, part in ideals for k, v in part.items()})
-    cycles = simulate(attention, machine).attention_cycles
+def _engine_rungs(attention: Workload, start: Configuration) -> Iterator[Rung]:
+    ideals = _ideals(start.hardware, start.schedule.assignment)
+    ideal = {k: v for _, part in ideals for k, v in part.items()}
+    given = {**vars(start.hardware), **vars(start.schedule)}
+    cycles = _attention_cycles(attention, configured(start.hardware, ideal, start.schedule))
     yield Rung("stepped: whole columns and rows on lines, all else ideal", "engine", {}, cycles)
     for cause, part in ideals:
-        real = {name: getattr(hardware, name) for name in part}
-        machine = replace(machine, **real)
-        yield Rung(cause, "engine", real, simulate(attention, machine).attention_cycles)
+        real = {name: given[name] for name in part}
+        ideal = {name: value for name, value in ideal.items() if name not in part}
+        machine = configured(start.hardware, ideal, start.schedule)
+        yield Rung(cause, "engine", real, _attention_cycles(attention, machine))
 
 
-def _bytes_beside(attention: Workload, hardware: Hardware) -> dict[str, int]:
+def _attention_cycles(attention: Workload, machine: Configuration) -> int:
+    return simulate(attention, machine.hardware, schedule=machine.schedule).attention_cycles
+
+
+def _bytes_beside(attention: Workload, machine: Configuration) -> dict[str, int]:
     """Bytes of index and output that the machine moves, by operation."""
-    report: Report = simulate(attention, hardware)
+    report: Report = simulate(attention, machine.hardware, schedule=machine.schedule)
     return {
         op.name: sum(
             row.total_bytes

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..sparsify import synthetic_maps, threshold
+from ..moved import old_arguments
+from ..sparsify import polarize, synthetic_maps, threshold
 from ..workload import (
-    PUBLISHED_MIN_KEPT,
     AttentionMask,
+    GlobalThreshold,
     HeadCodec,
     PolarizedMask,
     Workload,
-    polarize_head,
 )
 
 BY_CHANCE = (
@@ -38,17 +38,19 @@ class Variants:
     refused: Mapping[str, str]
 
 
+@old_arguments("min_kept")
 def variants(
     dense: Workload,
     masks: Mapping[Any, AttentionMask | None],
     codecs: Sequence[Codec] = ((None, 1),),
-    min_kept: int | float = PUBLISHED_MIN_KEPT,
+    global_threshold: GlobalThreshold | None = None,
     axis: str = "mask",
 ) -> Variants:
     """``dense`` with each of ``masks`` and each of ``codecs``.
 
     masks  by label: a word, or a sparsity; None is dense attention
     axis   what the labels are, in tables and plots
+    global_threshold  of every mask; None is each mask's own
 
     Calls of one head have no codec: there is nothing to compress over. Raises ValueError for
     a mask that does not fit the workload.
@@ -58,7 +60,7 @@ def variants(
     labels: dict[str, dict[str, Any]] = {}
     refused: dict[str, str] = {}
     for label, mask in masks.items():
-        heads = _polarized(dense, mask, shapes, min_kept)
+        heads = _polarized(dense, mask, shapes, global_threshold)
         for latent, groups in codecs:
             name = f"{dense.name}, {axis} {label}, {_codec_words(latent, groups)}"
             try:
@@ -84,14 +86,14 @@ def _polarized(
     dense: Workload,
     mask: AttentionMask | None,
     shapes: tuple[tuple[int, int, int], ...],
-    min_kept: int | float,
+    global_threshold: GlobalThreshold | None,
 ) -> Sequence[tuple[PolarizedMask, ...] | None]:
     """Every head polarized once, for all codecs."""
     if mask is None:
         return [None] * len(shapes)
     if mask.shapes != shapes:
         dense.with_attention(mask)  # raises, and says which layer does not fit
-    return [tuple(polarize_head(head, min_kept) for head in layer) for layer in mask.keep]
+    return polarize(mask, global_threshold)
 
 
 def _codec(heads: int, latent_heads: int | None, groups: int) -> HeadCodec | None:

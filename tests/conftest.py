@@ -1,4 +1,4 @@
-"""Shared fixtures: golden data beside the project, where it is present."""
+"""Shared fixtures: the data of the published systems, a small mask, timm."""
 
 from __future__ import annotations
 
@@ -7,26 +7,56 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from golden_data import SHIPPED, WHOLE, locate
 
 # A suite started in the background may ignore interrupts; tests that send them to a child
 # need the child to hear them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDEN_DATA = ROOT.parent / "shared" / "data"
+
+
+class TheCheckoutIsNoTestPackage:
+    """The root's `__init__.py` is the library's: collected as a package of tests it would be
+    imported once more, under the name of the folder, which need not be a name of Python."""
+
+    @staticmethod
+    def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Dir | None:
+        return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(TheCheckoutIsNoTestPackage)
 
 
 @pytest.fixture(scope="session")
-def golden() -> Callable[[str], Path]:
-    """A function: path inside the golden data -> Path, or skip the test where it is absent."""
+def golden(tmp_path_factory) -> Callable[[str], Path]:
+    """A function: name inside the golden data -> Path of the whole file or of its shipped part;
+    skips the test where there is neither."""
 
     def find(name: str) -> Path:
-        path = GOLDEN_DATA / name
-        if not path.exists():
-            pytest.skip(f"golden data {name} is not at {GOLDEN_DATA}")
+        path = locate(name)
+        if path is None and name.endswith(".npy"):
+            path = unpacked(name, tmp_path_factory)
+        if path is None:
+            pytest.skip(f"{name} is not shipped and not at {WHOLE}")
         return path
 
     return find
+
+
+def unpacked(name: str, tmp_path_factory) -> Path | None:
+    """A published mask, True = pruned, out of the bits that are shipped of it."""
+    import numpy as np
+
+    from sievit.workload import AttentionMask
+
+    packed = (SHIPPED / name).with_suffix(".npz")
+    if not packed.exists():
+        return None
+    path = tmp_path_factory.mktemp("masks") / packed.with_suffix(".npy").name
+    np.save(path, ~np.stack(AttentionMask.load(packed).keep))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,16 @@
 and codecs that are put into it.
 
 Models become a `Workload` (`sievit.models.trace`), and every machine reads it. Numpy only:
-neither a model nor a machine is known here. Read `masks`, `ops`, `network`.
+neither a model nor a machine is known here. Read `bits`, `masks`, `ops`, `network`.
 """
 
-from .masks import PUBLISHED_MIN_KEPT, AttentionMask, PolarizedMask, polarize_head
+from .masks import (
+    PUBLISHED_MIN_KEPT,
+    AttentionMask,
+    GlobalThreshold,
+    PolarizedMask,
+    polarize_head,
+)
 from .network import Workload
 from .ops import Attention, Conv, Deform, Elementwise, Gemm, HeadCodec, Op, Unknown, Unused
 
@@ -17,6 +23,7 @@ __all__ = [
     "Deform",
     "Elementwise",
     "Gemm",
+    "GlobalThreshold",
     "HeadCodec",
     "Op",
     "PolarizedMask",

@@ -18,9 +18,15 @@ from pathlib import Path
 import numpy as np
 
 from ..files import written_whole
+from ..moved import old_arguments
+from .bits import packed, unpacked
 
 PUBLISHED_MIN_KEPT = 50
 """ViTCoD's theta_d: a key is global when MORE than this many of the 197 queries keep it."""
+GlobalThreshold = int | float | str
+"""Which keys of a head are global: those that more queries keep than a count (int >= 0) or a
+share of the queries (float in (0, 1)); "all": those that every query keeps; "none": no key."""
+WORDS = ("all", "none")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +35,15 @@ class AttentionMask:
 
     ``keep[layer]`` is a bool array [heads, queries, keys], True = kept; layers may differ
     in shape (LeViT, EfficientViT). "Layer l" is the l-th call of softmax attention.
+    ``global_threshold`` is the rule that the mask is polarized by unless another is given
+    (`GlobalThreshold`); masks are equal when they keep the same entries.
     """
 
     keep: tuple[np.ndarray, ...]
+    global_threshold: GlobalThreshold = PUBLISHED_MIN_KEPT
 
     def __post_init__(self) -> None:
+        check_global_threshold(self.global_threshold)
         layers = tuple(_frozen_bool(layer, index) for index, layer in enumerate(self.keep))
         if not layers:
             raise ValueError("a mask needs at least one layer, got none")
@@ -71,7 +81,7 @@ class AttentionMask:
         """Names the content: equal masks, and only they, have equal digests."""
         made = hashlib.blake2b(str(self.shapes).encode())
         for layer in self.keep:
-            made.update(np.packbits(layer, axis=None).data)
+            made.update(packed(layer).data)
         return made.hexdigest()[:32]
 
     def sparsity_by_head(self) -> tuple[np.ndarray, ...]:
@@ -84,20 +94,22 @@ class AttentionMask:
             raise ValueError(f"a mask is saved as .npz, got {str(path)!r}")
         arrays: dict[str, np.ndarray] = {"shapes": np.array(self.shapes, dtype=np.int64)}
         for index, layer in enumerate(self.keep):
-            arrays[f"bits{index}"] = np.packbits(layer, axis=None)
+            arrays[f"bits{index}"] = packed(layer)
+        arrays["global_threshold"] = np.array(self.global_threshold)
         with written_whole(path) as temporary:
             np.savez_compressed(temporary, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AttentionMask:
         """Read an ``.npz`` of `save`, or ViTCoD's ``.npy``: bool [layers, heads, n, n],
-        stored there inverted (True = pruned). Never unpickles."""
+        stored there inverted (True = pruned). Never unpickles. A file that says nothing of
+        global keys has ViTCoD's threshold, `PUBLISHED_MIN_KEPT`."""
         suffix = Path(path).suffix
         if suffix not in (".npz", ".npy"):
             raise ValueError(f"a mask file ends in .npz or .npy, got {str(path)!r}")
         try:
             with open(path, "rb") as file:
-                return cls(_read_npz(file) if suffix == ".npz" else _read_vitcod(file))
+                return cls(*_read_npz(file)) if suffix == ".npz" else cls(_read_vitcod(file))
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: not a readable mask ({error})") from None
 
@@ -113,14 +125,11 @@ def _frozen_bool(layer: np.ndarray, index: int) -> np.ndarray:
     return array
 
 
-def _read_npz(file) -> tuple[np.ndarray, ...]:
+def _read_npz(file) -> tuple[tuple[np.ndarray, ...], GlobalThreshold]:
     with np.load(file, allow_pickle=False) as stored:
-        return tuple(
-            np.unpackbits(stored[f"bits{index}"], count=int(np.prod(shape)))
-            .astype(bool)
-            .reshape(shape)
-            for index, shape in enumerate(stored["shapes"])
-        )
+        shapes, said = stored["shapes"], "global_threshold" in stored
+        layers = tuple(unpacked(stored[f"bits{i}"], shape) for i, shape in enumerate(shapes))
+        return layers, stored["global_threshold"].item() if said else PUBLISHED_MIN_KEPT
 
 
 def _read_vitcod(file) -> tuple[np.ndarray, ...]:
@@ -191,7 +200,7 @@ class PolarizedMask:
         made = hashlib.blake2b(f"{self.queries} {self.keys} {self.num_global} ".encode())
         for part in (self.query_order, self.key_order, self.indptr, self.indices):
             made.update(np.ascontiguousarray(part).data)
-        made.update(np.packbits(self.global_keep, axis=None).data)
+        made.update(packed(self.global_keep).data)
         return made.hexdigest()[:32]
 
     @property
@@ -212,7 +221,7 @@ class PolarizedMask:
     @property
     def bitmap(self) -> np.ndarray:
         """The dense block as uint8 bits, row by row: what the machine loads."""
-        return np.packbits(self.global_keep, axis=None)
+        return packed(self.global_keep)
 
     @cached_property
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
@@ -267,19 +276,23 @@ def _check_polarized(mask: PolarizedMask) -> None:
         raise ValueError("indices must ascend inside each column and name existing queries")
 
 
-def polarize_head(keep: np.ndarray, min_kept: int | float = PUBLISHED_MIN_KEPT) -> PolarizedMask:
+@old_arguments("min_kept")
+def polarize_head(
+    keep: np.ndarray, global_threshold: GlobalThreshold = PUBLISHED_MIN_KEPT
+) -> PolarizedMask:
     """Polarize one head's mask, bool [queries, keys] (ViTCoD section IV, split and conquer).
 
-    A key is global when MORE than ``min_kept`` queries keep it: an int is a count, a float
-    in (0, 1) a share of the queries. The i-th global key is swapped with position i, one
-    after the other, as in the released script. A square mask is permuted symmetrically
-    (queries and keys alike); for queries != keys only the keys move.
+    A key is global when MORE than ``global_threshold`` queries keep it: an int is a count, a
+    float in (0, 1) a share of the queries; "all" and "none" see `GlobalThreshold`. The i-th
+    global key is swapped with position i, one after the other, as in the released script. A
+    square mask is permuted symmetrically (queries and keys alike); for queries != keys only
+    the keys move.
     """
     keep = np.asarray(keep)
     if keep.dtype != np.bool_ or keep.ndim != 2 or 0 in keep.shape:
         raise ValueError(f"keep is bool [queries, keys], got {keep.dtype} {list(keep.shape)}")
     queries, keys = keep.shape
-    global_keys = np.flatnonzero(np.count_nonzero(keep, axis=0) > _least(min_kept, queries))
+    global_keys = np.flatnonzero(np.count_nonzero(keep, axis=0) > _cut(global_threshold, queries))
     key_order = np.arange(keys)
     for position, key in enumerate(global_keys):
         key_order[[position, key]] = key_order[[key, position]]
@@ -298,12 +311,24 @@ def polarize_head(keep: np.ndarray, min_kept: int | float = PUBLISHED_MIN_KEPT) 
     )
 
 
-def _least(min_kept: int | float, queries: int) -> float:
-    """``min_kept`` as a count of queries."""
-    share = isinstance(min_kept, float)
-    if isinstance(min_kept, bool) or not (0.0 < min_kept < 1.0 if share else min_kept >= 0):
+def check_global_threshold(threshold: object) -> None:
+    """ValueError for what is no `GlobalThreshold`."""
+    if isinstance(threshold, str):
+        right = threshold in WORDS
+    elif isinstance(threshold, float):
+        right = 0.0 < threshold < 1.0
+    else:
+        right = isinstance(threshold, int) and not isinstance(threshold, bool) and threshold >= 0
+    if not right:
         raise ValueError(
-            "min_kept is a count of queries (an int >= 0) or a share of them "
-            f"(a float in (0, 1)), got {min_kept!r}"
+            "global_threshold is a count of queries (an int >= 0), a share of them (a float in "
+            f"(0, 1)), {' or '.join(map(repr, WORDS))}, got {threshold!r}"
         )
-    return min_kept * queries if share else min_kept
+
+
+def _cut(threshold: GlobalThreshold, queries: int) -> float:
+    """``threshold`` as a count of queries that a global key must exceed."""
+    check_global_threshold(threshold)
+    if isinstance(threshold, str):
+        return queries - 1 if threshold == "all" else queries
+    return threshold * queries if isinstance(threshold, float) else threshold

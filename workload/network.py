@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .masks import PUBLISHED_MIN_KEPT, AttentionMask, PolarizedMask, polarize_head
+from ..moved import old_arguments
+from .masks import (
+    PUBLISHED_MIN_KEPT,
+    AttentionMask,
+    GlobalThreshold,
+    PolarizedMask,
+    polarize_head,
+)
 from .ops import Attention, Conv, Deform, Elementwise, Gemm, HeadCodec, Op, Unknown, Unused
 
 __all__ = [
@@ -61,16 +68,18 @@ class Workload:
     def activations(self) -> int:
         return sum(op.activations for op in self.ops)
 
+    @old_arguments("min_kept")
     def with_attention(
         self,
         mask: AttentionMask | None = None,
         codec: HeadCodec | Sequence[HeadCodec | None] | None = None,
-        min_kept: int | float = PUBLISHED_MIN_KEPT,
+        global_threshold: GlobalThreshold | None = None,
     ) -> Workload:
         """This network with ``mask`` polarized into its attention and with ``codec``.
 
         None leaves that part dense (uncompressed). A sequence gives each layer its own
-        codec. Raises ValueError when layers, heads or tokens do not fit.
+        codec. ``global_threshold`` None is the mask's own. Raises
+        ValueError when layers, heads or tokens do not fit.
         """
         calls = self.attention
         codecs = _per_layer(codec, len(calls))
@@ -79,7 +88,8 @@ class Workload:
             expected = tuple((op.heads, op.queries, op.keys) for op in calls)
             if mask.shapes != expected:
                 raise ValueError(_misfit(self.name, expected, mask.shapes))
-            masks = [tuple(polarize_head(h, min_kept) for h in layer) for layer in mask.keep]
+            cut = mask.global_threshold if global_threshold is None else global_threshold
+            masks = [tuple(polarize_head(h, cut) for h in layer) for layer in mask.keep]
         return self.with_polarized(masks, codecs)
 
     def with_polarized(

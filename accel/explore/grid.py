@@ -1,7 +1,8 @@
 """Machines to try: grids and lists of changes to a base machine.
 
-A configuration is a plain dict, field of `Hardware` -> value ("name" among them), so that
-one that makes no machine can be carried along and reported instead of stopping the rest.
+A configuration is a plain dict, field of `Hardware` or of `Schedule`, or "simulator.parameter",
+-> value, so that one that makes no machine can be carried along and reported instead of
+stopping the rest.
 """
 
 from __future__ import annotations
@@ -13,17 +14,29 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..hardware import Hardware
+from ..hardware import Hardware, apart
+from ..schedule import DEFAULT, Schedule, UserMapping
+from ..simulators.registry import SIMULATORS
 
 Changes = Mapping[str, Any]
+
+HARDWARE_FIELDS = tuple(item.name for item in fields(Hardware))
+SCHEDULE_FIELDS = tuple(item.name for item in fields(Schedule))
+PARAMETERS = tuple(
+    f"{name}.{item.name}"
+    for name, simulator in SIMULATORS.items()
+    for item in fields(simulator.parameters)
+)
+"""All that a configuration may set, by name."""
 
 
 def grid(values: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], ...]:
     """Every combination of ``values``, the last field changing fastest.
 
-    A key is a field of `Hardware`, or several joined by "+" that take the same value:
+    A key is a field of `Hardware` or `Schedule`, a simulator's parameter
+    ("spatten.lsb_share"), or several joined by "+" that take the same value:
     ``{"lines": (32, 64), "q_buffer_bytes+k_buffer_bytes": (27136, 54272)}``. Raises
     ValueError for an unknown field, one without values and one that is named twice.
     """
@@ -41,10 +54,48 @@ def grid(values: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], ...]:
     )
 
 
-def configured(base: Hardware, changes: Changes) -> Hardware:
-    """``base`` with ``changes``. Raises ValueError for unknown fields and bad values."""
+class Configuration(NamedTuple):
+    """What a configuration makes. ``parameters``: simulator -> its own, where changed."""
+
+    hardware: Hardware
+    schedule: Schedule = DEFAULT
+    parameters: Mapping[str, Any] = {}
+
+
+def configured(
+    base: Hardware,
+    changes: Changes,
+    schedule: Schedule = DEFAULT,
+    parameters: Mapping[str, Any] | None = None,
+) -> Configuration:
+    """``base``, ``schedule`` and ``parameters`` (simulator -> its own) with ``changes``; a
+    "mapping" may be a table of `UserMapping`'s fields.
+
+    Raises ValueError for unknown fields and bad values.
+    """
     _check_fields(changes)
-    return replace(base, **changes)
+    base, schedule = apart(base, schedule)
+    own = {name: value for name, value in changes.items() if "." in name}
+    used = {name: changes[name] for name in SCHEDULE_FIELDS if name in changes}
+    built = {name: value for name, value in changes.items() if name not in {**own, **used}}
+    if isinstance(used.get("mapping"), Mapping):
+        used["mapping"] = _mapping_of(used["mapping"])
+    made = dict(parameters or {})
+    for name, value in own.items():
+        simulator, _, field = name.partition(".")
+        before = made.get(simulator, SIMULATORS[simulator].parameters)
+        made[simulator] = replace(before, **{field: value})
+    return Configuration(replace(base, **built), replace(schedule, **used), made)
+
+
+def _mapping_of(table: Mapping[str, Any]) -> UserMapping:
+    known = [item.name for item in fields(UserMapping)]
+    unknown = [name for name in table if name not in known]
+    if unknown:
+        raise ValueError(
+            f"no such field of mapping: {', '.join(unknown)}; fields are {', '.join(known)}"
+        )
+    return UserMapping(**table)
 
 
 def load_configurations(path: str | os.PathLike[str]) -> tuple[dict[str, Any], ...]:
@@ -77,7 +128,7 @@ def _listed(table: Any) -> tuple[dict[str, Any], ...]:
 
 
 def _check_fields(names: Any) -> None:
-    known = [item.name for item in fields(Hardware)]
+    known = [*HARDWARE_FIELDS, *SCHEDULE_FIELDS, *PARAMETERS]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"no such field: {', '.join(unknown)}; fields are {', '.join(known)}")

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..hardware import Hardware
+from ..hardware import Hardware, as_dict
+from ..schedule import DEFAULT, Schedule
 from .pareto import pareto_front
 
 OBJECTIVES = ("seconds", "energy_pj", "area_mm2")
@@ -26,7 +27,8 @@ ATTENTION_OBJECTIVES = ("attention_seconds", "attention_energy_pj", "area_mm2")
 class DesignPoint:
     """One workload on one machine: its ``figures``, or the ``error`` that it ended in.
 
-    labels    what distinguishes it: the workload's labels, the hardware fields changed
+    labels    what distinguishes it: the workload's labels, the fields of hardware, schedule
+              and simulator changed
     hardware  None where the changes make no machine
     figures   cycles, seconds, energy_pj, dram_bytes, each also for attention alone
               ("attention_cycles", ...); macs; utilization and bottleneck of attention;
@@ -41,6 +43,8 @@ class DesignPoint:
     profile: str
     figures: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
+    schedule: Schedule = DEFAULT
+    parameters: Any = None
 
     def cost(self, name: str) -> float:
         """A figure that is a number. Raises ValueError, naming those there are."""
@@ -55,7 +59,10 @@ class DesignPoint:
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return asdict(self)
+        made = asdict(self)
+        if self.hardware is not None:
+            made["hardware"] = as_dict(self.hardware, self.schedule)
+        return made
 
 
 @dataclass(frozen=True)
@@ -150,8 +157,14 @@ def _effects(groups: Iterable[Mapping[Any, float]], values: list[Any]) -> tuple[
 
 
 def value_of(point: DesignPoint, name: str) -> Any:
-    """A label's value; for a point that does not have it, that of its machine."""
-    return point.labels.get(name, getattr(point.hardware, name, None))
+    """A label's value; for a point that does not have it, that of its machine, schedule or
+    simulator ("spatten.lsb_share")."""
+    if name in point.labels:
+        return point.labels[name]
+    simulator, _, own = name.rpartition(".")
+    if own and simulator == point.simulator:
+        return getattr(point.parameters, own, None)
+    return getattr(point.hardware, name, getattr(point.schedule, name, None))
 
 
 def _first(point: DesignPoint, joined: tuple[str, ...]) -> Any:

@@ -2,8 +2,9 @@
 
 `explore` runs every workload on every configuration. Results go to a file as they come,
 one line each under a digest of everything they depend on (operations and masks, hardware,
-simulator, batch, profile, this package's code), so that a run that was interrupted, or is
-widened later, computes only what is missing. A configuration that fails is a result too.
+schedule, simulator with its parameters, batch, profile, this package's code), so that a run
+that was interrupted, or is widened later, computes only what is missing. A configuration that
+fails is a result too.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...workload import Attention, Workload, polarize_head
-from ..hardware import Hardware, presets
+from ..hardware import Hardware, apart, as_dict, presets
 from ..report.energy import PROFILES, EnergyProfile, area, energy
-from ..simulate import simulate
-from ..simulators.registry import SIMULATORS
+from ..schedule import DEFAULT, Schedule
+from ..simulate import check_batch, simulate
+from ..simulators.registry import simulator_named
 from .fingerprint import code_fingerprint, fingerprint
-from .grid import Changes, configured
+from .grid import Changes, Configuration, configured
 from .points import DesignPoint, Exploration
 from .processes import WorkerDied, run_in_processes
 from .results_file import Journal
@@ -39,7 +41,7 @@ Progress = Callable[[DesignPoint, int, int], None]
 
 def explore(
     workloads: Mapping[str, Workload],
-    hardware: Iterable[Hardware | Changes],
+    hardware: Iterable[Hardware | Configuration | Changes],
     executor: Executor | None = None,
     results: str | os.PathLike[str] | None = None,
     *,
@@ -47,13 +49,16 @@ def explore(
     batch: int = 1,
     profile: EnergyProfile | str = "aladdin-28nm",
     base: Hardware = presets["vitcod"],
+    schedule: Schedule = DEFAULT,
+    parameters: Any = None,
     jobs: int | None = None,
     labels: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Progress = lambda point, done, total: None,
 ) -> Exploration:
     """Simulate every workload on every machine.
 
-    hardware  machines, or changes to ``base`` (see `configurations.grid`)
+    hardware  machines, or changes to ``base``, ``schedule`` and ``parameters`` by the names
+              of their fields (see `grid`)
     executor  where to run; it stays open. None: ``jobs`` processes of our own (None: one a
               core; 1: this process)
     results   file (JSON lines) that results are written to, and taken from where they are
@@ -66,9 +71,11 @@ def explore(
     (what was done is in ``results``).
     """
     settings = _settings(simulator, batch, profile)
+    own = simulator_named(simulator).checked(parameters)
+    start = Configuration(*apart(base, schedule), {simulator: own})
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
         raise ValueError(f"jobs must be an integer >= 1, got {jobs!r}")
-    plan = _Plan(workloads, hardware, base, settings, labels or {})
+    plan = _Plan(workloads, hardware, start, settings, labels or {})
     with nullcontext() if results is None else Journal(results) as journal:
         known = {} if journal is None else journal.known
         _warn_of_other_code(known, results)
@@ -106,7 +113,7 @@ class _Request(NamedTuple):
     key: str
     name: str
     workload: Workload
-    hardware: Hardware
+    machine: Configuration
 
 
 class _Outcome(NamedTuple):
@@ -123,11 +130,11 @@ class _Chunk(NamedTuple):
     settings: _Settings
     name: str
     workload: Workload
-    machines: tuple[tuple[str, Hardware], ...]
+    machines: tuple[tuple[str, Configuration], ...]
 
     def requests(self) -> Iterator[_Request]:
-        for key, hardware in self.machines:
-            yield _Request(key, self.name, self.workload, hardware)
+        for key, machine in self.machines:
+            yield _Request(key, self.name, self.workload, machine)
 
     def single(self) -> tuple[_Chunk, ...]:
         """Chunks of one machine each."""
@@ -135,10 +142,8 @@ class _Chunk(NamedTuple):
 
 
 def _settings(simulator: str, batch: int, profile: EnergyProfile | str) -> _Settings:
-    if simulator not in SIMULATORS:
-        raise ValueError(f"simulator must be one of {', '.join(SIMULATORS)}, got {simulator!r}")
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch must be an integer >= 1, got {batch!r}")
+    simulator_named(simulator)
+    check_batch(batch)
     if isinstance(profile, str):
         if profile not in PROFILES:
             raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
@@ -152,8 +157,8 @@ class _Plan:
     def __init__(
         self,
         workloads: Mapping[str, Workload],
-        hardware: Iterable[Hardware | Changes],
-        base: Hardware,
+        hardware: Iterable[Hardware | Configuration | Changes],
+        base: Configuration,
         settings: _Settings,
         labels: Mapping[str, Mapping[str, Any]],
     ) -> None:
@@ -162,7 +167,7 @@ class _Plan:
         self._missing: dict[str, _Request] = {}
         self._places: dict[str, list[int]] = {}
         self._finished = 0
-        machines = [_machine(base, entry) for entry in hardware]
+        machines = [_machine(base, entry, settings.simulator) for entry in hardware]
         about = (
             settings.simulator,
             settings.batch,
@@ -173,16 +178,29 @@ class _Plan:
             depends = (*about, fingerprint(workload.ops))
             for changes, machine, error in machines:
                 varied = {**labels.get(name, {}), **changes}
-                point = DesignPoint(
-                    name, varied, machine, *settings[:2], settings.profile.name, {}, error
-                )
-                self._ask(point, workload, depends)
+                self._ask(name, varied, machine, error, workload, depends)
 
-    def _ask(self, point: DesignPoint, workload: Workload, depends: tuple[Any, ...]) -> None:
+    def _ask(
+        self,
+        name: str,
+        varied: Changes,
+        machine: Configuration | None,
+        error: Any,
+        workload: Workload,
+        depends: tuple[Any, ...],
+    ) -> None:
+        simulator, batch, profile = self.settings
+        point = DesignPoint(name, varied, None, simulator, batch, profile.name, {}, error)
+        if machine is not None:
+            own = machine.parameters.get(simulator)
+            point = replace(
+                point, hardware=machine.hardware, schedule=machine.schedule, parameters=own
+            )
         self._asked.append(point)
-        if point.hardware is not None:
-            key = fingerprint((depends, replace(point.hardware, name="")))
-            request = _Request(key, point.workload, workload, point.hardware)
+        if machine is not None:
+            unnamed = replace(machine.hardware, name="")
+            key = fingerprint((depends, unnamed, point.schedule, point.parameters))
+            request = _Request(key, name, workload, machine)
             self._missing.setdefault(key, request)
             self._places.setdefault(key, []).append(len(self._asked) - 1)
 
@@ -221,26 +239,42 @@ class _Plan:
             by_workload.setdefault(id(request.workload), []).append(request)
         made = []
         for requests in by_workload.values():
-            requests.sort(key=lambda request: (request.hardware.lines, request.hardware.assignment))
+            requests.sort(key=lambda r: (r.machine.hardware.lines, r.machine.schedule.assignment))
             scores = max(_scores(requests[0].workload) * self.settings.batch, 1)
             size = min(CHUNK_SCORES // scores, -(-len(requests) // (4 * jobs)))
             for start in range(0, len(requests), max(size, 1)):
                 part = requests[start : start + max(size, 1)]
-                machines = tuple((request.key, request.hardware) for request in part)
+                machines = tuple((request.key, request.machine) for request in part)
                 made.append(_Chunk(self.settings, part[0].name, part[0].workload, machines))
         return made
 
 
-def _machine(base: Hardware, entry: Hardware | Changes) -> tuple[Changes, Hardware | None, Any]:
+def _machine(
+    base: Configuration, entry: Hardware | Configuration | Changes, simulator: str
+) -> tuple[Changes, Configuration | None, Any]:
     """(what differs from ``base``, the machine or None, the error or None)."""
     if isinstance(entry, Hardware):
-        names = (item.name for item in fields(Hardware))
-        changed = {name: getattr(entry, name) for name in names}
-        return {k: v for k, v in changed.items() if v != getattr(base, k)}, entry, None
+        entry = Configuration(*apart(entry, base.schedule), base.parameters)
+    if isinstance(entry, Configuration):
+        made = entry._replace(parameters={**base.parameters, **entry.parameters})
+        before = _named(base, simulator)
+        return {k: v for k, v in _named(made, simulator).items() if v != before[k]}, made, None
     try:
-        return dict(entry), configured(base, entry), None
+        made = configured(base.hardware, entry, base.schedule, base.parameters)
+        others = [name for name in made.parameters if name != simulator]
+        if others:
+            raise ValueError(f"parameters of {', '.join(others)} are set, {simulator} is run")
+        return dict(entry), made, None
     except ValueError as error:
         return dict(entry), None, str(error)
+
+
+def _named(machine: Configuration, simulator: str) -> dict[str, Any]:
+    """Every field of a configuration by the name that sets it."""
+    own = machine.parameters[simulator]
+    made = {item.name: getattr(machine.hardware, item.name) for item in fields(Hardware)}
+    made |= {item.name: getattr(machine.schedule, item.name) for item in fields(Schedule)}
+    return made | {f"{simulator}.{item.name}": getattr(own, item.name) for item in fields(own)}
 
 
 def _scores(workload: Workload) -> int:
@@ -257,7 +291,9 @@ def _record(request: _Request, outcome: _Outcome, settings: _Settings) -> dict[s
     return {
         "key": request.key,
         "workload": request.name,
-        "hardware": asdict(request.hardware),
+        "hardware": as_dict(request.machine.hardware, request.machine.schedule),
+        "schedule": asdict(request.machine.schedule),
+        "parameters": asdict(request.machine.parameters[settings.simulator]),
         "simulator": settings.simulator,
         "batch": settings.batch,
         "profile": settings.profile.name,
@@ -302,21 +338,24 @@ def _submitted(chunks: list[_Chunk], executor: Executor) -> Iterator[tuple[_Requ
 
 def _simulated(chunk: _Chunk) -> list[_Outcome]:
     """Run in a worker: the figures, or the error, of each machine of the chunk."""
-    return [_outcome(chunk.workload, hardware, chunk.settings) for _, hardware in chunk.machines]
+    return [_outcome(chunk.workload, machine, chunk.settings) for _, machine in chunk.machines]
 
 
-def _outcome(workload: Workload, hardware: Hardware, settings: _Settings) -> _Outcome:
+def _outcome(workload: Workload, machine: Configuration, settings: _Settings) -> _Outcome:
     try:
-        return _Outcome(_figures(workload, hardware, settings), None)
+        return _Outcome(_figures(workload, machine, settings), None)
     except ValueError as error:
         return _Outcome({}, str(error))
     except Exception as error:
         return _Outcome({}, f"{type(error).__name__}: {error}", final=False)
 
 
-def _figures(workload: Workload, hardware: Hardware, settings: _Settings) -> dict[str, Any]:
+def _figures(workload: Workload, machine: Configuration, settings: _Settings) -> dict[str, Any]:
     simulator, batch, profile = settings
-    report = simulate(workload, hardware, simulator, batch)
+    hardware, schedule, own = machine
+    report = simulate(
+        workload, hardware, simulator, batch, schedule=schedule, parameters=own.get(simulator)
+    )
     spent, size = energy(report, profile), area(hardware, profile)
     counted = all(op.macs or op.traffic or not op.cycles for op in report.ops)
     figures: dict[str, Any] = {}

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...files import written_whole
 from ...workload import AttentionMask, PolarizedMask
+from ...workload.bits import packed, unpacked
 from .tiling import Csr, Tiles, cluster, lay_out
 
 TILES = (16, 32, 64)
@@ -141,7 +142,7 @@ class AttentionPlan:
             raise ValueError(f"a plan is saved as .npz, got {str(path)!r}")
         arrays = {
             "shape": np.array([self.heads, self.queries, self.keys, self.tile], np.int64),
-            "bits": np.packbits(self.dense().cpu().numpy(), axis=None),
+            "bits": packed(self.dense().cpu().numpy()),
             "query_order": self.order.cpu().numpy(),
             "key_order": _order_of(self.by_key, self.heads, self.keys),
         }
@@ -154,12 +155,7 @@ class AttentionPlan:
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
                 heads, queries, keys, tile = (int(size) for size in stored["shape"])
-                entries = heads * queries * keys
-                bits = stored["bits"]
-                if min(heads, queries, keys) < 1 or 8 * len(bits) - entries not in range(8):
-                    raise ValueError(f"{len(bits)} bytes are no {heads} x {queries} x {keys} bits")
-                keep = np.unpackbits(bits, count=entries).astype(bool)
-                keep = keep.reshape(heads, queries, keys)
+                keep = unpacked(stored["bits"], (heads, queries, keys))
                 orders = (stored["query_order"], stored["key_order"])
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: not a readable plan ({error})") from None

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..hardware import Hardware
+from ..hardware import Hardware, as_dict
+from ..schedule import DEFAULT, Schedule
 
 LEVELS = ("dram", "buffer", "lines")
 
@@ -110,7 +111,8 @@ class OpCost:
 class Report:
     """A workload on a machine: `simulator` names the model, `ops` holds every figure.
 
-    ``unknown`` names operations that were charged for their bytes alone.
+    ``unknown`` names operations that were charged for their bytes alone; ``parameters`` are
+    the simulator's own, None where it ran with its defaults.
     """
 
     simulator: str
@@ -119,6 +121,8 @@ class Report:
     batch: int
     ops: tuple[OpCost, ...]
     unknown: tuple[str, ...] = ()
+    schedule: Schedule = DEFAULT
+    parameters: Any = None
 
     @property
     def attention(self) -> tuple[OpCost, ...]:
@@ -194,11 +198,17 @@ class Report:
         return {name: value / cycles for name, value in busy.items()} if cycles else {}
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON: totals first, then every operation."""
+        """Ready for JSON: totals first, then every operation.
+
+        "hardware" holds the policies that it held in earlier versions as well, for one version.
+        """
+        own = {} if self.parameters is None else {"parameters": asdict(self.parameters)}
         return {
             "simulator": self.simulator,
             "workload": self.workload,
-            "hardware": asdict(self.hardware),
+            "hardware": as_dict(self.hardware, self.schedule),
+            "schedule": asdict(self.schedule),
+            **own,
             "batch": self.batch,
             "unknown": list(self.unknown),
             "network": self._totals(attention_only=False),

@@ -15,10 +15,14 @@ import numpy as np
 
 from ...workload import PUBLISHED_MIN_KEPT, Attention, Workload
 from ..hardware import Hardware
-from ..report.report import OpCost, Report
+from ..report.report import OpCost
+from ..schedule import Schedule
+from .simulator import NoParameters, Simulator
 
 
-def simulate_released(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
+def costs(
+    workload: Workload, hardware: Hardware, _schedule: Schedule, batch: int, _own: NoParameters
+) -> tuple[OpCost, OpCost]:
     """The script's cycles for ``workload``: one "attention" and one "dense" operation.
 
     Heads, tokens, dims, the masks of head 0 and the codec's ratio come from the workload;
@@ -34,8 +38,7 @@ def simulate_released(workload: Workload, hardware: Hardware, batch: int = 1) ->
         _check(op)
     attention = [_attention(op, hardware) for op in workload.attention]
     linear = [_linear(op, hardware) for op in workload.attention]
-    ops = (_attention_cost(attention), _linear_cost(linear))
-    return Report("released", workload.name, hardware, batch, ops)
+    return _attention_cost(attention), _linear_cost(linear)
 
 
 def _attention_cost(layers: Iterable[tuple[int, int, int]]) -> OpCost:
@@ -164,3 +167,6 @@ def _check(op: Attention) -> None:
             f"dim, {op.name} has {op.windows} of {op.queries} x {op.keys}, dims {op.key_dim} "
             f"and {op.value_dim}"
         )
+
+
+RELEASED = Simulator("released", costs, "the published script's own formulas")

@@ -17,20 +17,37 @@ codec is not used. Dense products as in `dense`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from ...workload import Attention, PolarizedMask, Workload
-from ..hardware import Hardware
-from ..products import array_cycles, op_cost
-from ..report.report import OpCost, Report, Traffic
+from ...moved import old_names
+from ...workload import Attention, Workload
+from ..hardware import Hardware, schedule_of
+from ..report.report import OpCost, Traffic
+from ..schedule import DEFAULT, Schedule
+from .overlap import kept_by_row, pipelined, product_cycles
+from .simulator import Simulator, by_operation
 
-MASK_BITS_PER_CYCLE = 64
-"""Bits of the predicted mask that the packer reads in a cycle. Sanger's released hardware
-(hatsu3/Sanger, pe_row/pack.scala) takes one bit of each row of a tile, and its array has 64
-rows (bench_sanger.py: 64 x 16 MACs)."""
+
+@dataclass(frozen=True)
+class Sanger:
+    """What the method adds to a `Hardware`.
+
+    mask_bits_per_cycle  of the predicted mask, that the packer reads in a cycle
+
+    Raises ValueError for a count below 1.
+    """
+
+    # Its released hardware (hatsu3/Sanger, pe_row/pack.scala) takes one bit of each row of a
+    # tile, and its array has 64 rows (bench_sanger.py: 64 x 16 MACs).
+    mask_bits_per_cycle: int = 64
+
+    def __post_init__(self) -> None:
+        bits = self.mask_bits_per_cycle
+        if isinstance(bits, bool) or not isinstance(bits, int) or bits < 1:
+            raise ValueError(f"mask_bits_per_cycle must be an integer >= 1, got {bits!r}")
 
 
 @dataclass(frozen=True)
@@ -61,20 +78,26 @@ def pack(kept: np.ndarray, width: int) -> Packed:
     return Packed(full + opened, full + int(np.count_nonzero(rests)))
 
 
-def simulate_sanger(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
+def costs(
+    workload: Workload, hardware: Hardware, schedule: Schedule, batch: int, method: Sanger
+) -> Iterator[OpCost]:
     """The whole network; attention as this file's head says."""
-    costs = (
-        attention_cost(op, hardware, batch)
-        if isinstance(op, Attention)
-        else op_cost(op, hardware, batch)
-        for op in workload.ops
+    return by_operation(
+        workload,
+        hardware,
+        schedule,
+        batch,
+        lambda op: attention_cost(op, hardware, batch, schedule, method),
     )
-    made = tuple(cost for cost in costs if cost is not None)
-    unknown = tuple(op.name for op in workload.unknown)
-    return Report("sanger", workload.name, hardware, batch, made, unknown)
 
 
-def attention_cost(op: Attention, hardware: Hardware, batch: int = 1) -> OpCost:
+def attention_cost(
+    op: Attention,
+    hardware: Hardware,
+    batch: int = 1,
+    schedule: Schedule = DEFAULT,
+    method: Sanger = Sanger(),
+) -> OpCost:
     """One attention call; the array predicts and computes, all else runs beside it.
 
     Waited for besides: the first unit's load and packing, the last unit's softmax.
@@ -88,12 +111,14 @@ def attention_cost(op: Attention, hardware: Hardware, batch: int = 1) -> OpCost:
     last = min(tile, op.queries - starts[-1])
     sizes = [tile] * (len(starts) - 1) + [last]
     half = -(-op.key_dim // 2)
-    predict = images * op.heads * sum(product_cycles(r, op.keys, half, hardware) for r in sizes)
-    sddmm = images * sum(_held(p.rows, op.key_dim, height, width, hardware) for p in packed)
-    spmm = images * sum(_held(p.rows, op.value_dim, height, width, hardware) for p in packed)
+    skewed = schedule_of(hardware, schedule).dense_fill == "per_tile"
+    scored = sum(product_cycles(rows, op.keys, half, hardware, schedule) for rows in sizes)
+    predict = images * op.heads * scored
+    sddmm = images * sum(_held(p.rows, op.key_dim, height, width, skewed) for p in packed)
+    spmm = images * sum(_held(p.rows, op.value_dim, height, width, skewed) for p in packed)
     kept, lanes = int(kept_rows.sum()), hardware.softmax_lanes
     softmax = [-(-int(kept_rows[:, s : s + tile].sum(1).max()) // lanes) for s in starts]
-    row_reads = -(-op.keys // MASK_BITS_PER_CYCLE)
+    row_reads = -(-op.keys // method.mask_bits_per_cycle)
     loads, stored = _dram(op, hardware, batch, len(starts))
     dram = hardware.dram_cycles(sum(loads.values()) + stored)
     units = len(packed) * images
@@ -132,45 +157,19 @@ def attention_cost(op: Attention, hardware: Hardware, batch: int = 1) -> OpCost:
     )
 
 
-def product_cycles(m: int, n: int, k: int, hardware: Hardware) -> int:
-    """A product or its transpose, whichever the array finishes first."""
-    if m == 0:
-        return 0
-    return min(array_cycles(m, n, k, hardware), array_cycles(n, m, k, hardware))
-
-
-def pipelined(
-    array: Mapping[str, int], exposed: Mapping[str, int], busy: Mapping[str, int]
-) -> dict[str, int]:
-    """Phases of units that follow each other through resources: the array's own, what is
-    exposed at both ends, and what the busiest resource takes beyond the array."""
-    phases = {name: cycles for name, cycles in {**array, **exposed}.items() if cycles}
-    longest = max(busy, key=lambda resource: busy[resource])
-    beyond = busy[longest] - sum(array.values())
-    if beyond > 0:
-        phases[f"{longest} beyond MAC lines"] = beyond
-    return phases
-
-
-def kept_by_row(mask: PolarizedMask) -> np.ndarray:
-    """Kept entries of each query in the original order, int64 [queries]."""
-    counts = np.empty(mask.queries, dtype=np.int64)
-    counts[mask.query_order] = mask.global_keep.sum(axis=1) + np.diff(mask.rows[0])
-    return counts
-
-
 def _kept_rows(op: Attention) -> np.ndarray:
     if op.masks is None:
         return np.full((op.heads, op.queries), op.keys, dtype=np.int64)
     return np.stack([kept_by_row(mask) for mask in op.masks])
 
 
-def _held(rows: int, dim: int, height: int, width: int, hardware: Hardware) -> int:
-    """Cycles of ``rows`` packed rows with scores held in the array, ``dim`` a tile of them."""
+def _held(rows: int, dim: int, height: int, width: int, skewed: bool) -> int:
+    """Cycles of ``rows`` packed rows with scores held in the array, ``dim`` a tile of them;
+    the array's skew once, or for each tile."""
     tiles, skew = -(-rows // height), height + width - 2
     if not tiles:
         return 0
-    return tiles * dim + skew * (tiles if hardware.dense_fill == "per_tile" else 1)
+    return tiles * dim + skew * (tiles if skewed else 1)
 
 
 def _tile(op: Attention, hardware: Hardware, kept: np.ndarray) -> int:
@@ -238,3 +237,13 @@ def _traffic(
         Traffic("output", "buffer", stored, stored),
     ]
     return tuple(rows)
+
+
+SANGER = Simulator(
+    "sanger",
+    costs,
+    "finds the same pattern anew for every image, by a dense 4-bit product",
+    parameters=Sanger(),
+)
+
+__getattr__ = old_names(__name__)

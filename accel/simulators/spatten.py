@@ -18,14 +18,17 @@ codec is not used. The importance sums run at softmax's rate beside it.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...workload import Attention, Workload
 from ..hardware import Hardware
-from ..products import op_cost
-from ..report.report import OpCost, Report, Traffic
-from .sanger import pipelined, product_cycles
+from ..report.report import OpCost, Traffic
+from ..schedule import DEFAULT, Schedule
+from .overlap import pipelined, product_cycles
+from .simulator import Simulator, by_operation
 
 
 @dataclass(frozen=True)
@@ -57,22 +60,17 @@ class Spatten:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)!r}")
 
 
-def simulate_spatten(
-    workload: Workload, hardware: Hardware, batch: int = 1, method: Spatten = Spatten()
-) -> Report:
+def costs(
+    workload: Workload, hardware: Hardware, schedule: Schedule, batch: int, method: Spatten
+) -> Iterator[OpCost]:
     """The whole network; attention as this file's head says."""
-    shares = iter(cascade(workload.attention))
-    entering, costs = 1.0, []
-    for op in workload.ops:
-        if isinstance(op, Attention):
-            share = next(shares)
-            costs.append(attention_cost(op, hardware, batch, entering, share, method))
-            entering = share
-        else:
-            costs.append(op_cost(op, hardware, batch))
-    made = tuple(cost for cost in costs if cost is not None)
-    unknown = tuple(op.name for op in workload.unknown)
-    return Report("spatten", workload.name, hardware, batch, made, unknown)
+    shares = [1.0, *cascade(workload.attention)]
+    entering = iter(itertools.pairwise(shares))
+
+    def attention(op: Attention) -> OpCost:
+        return attention_cost(op, hardware, batch, *next(entering), method, schedule)
+
+    return by_operation(workload, hardware, schedule, batch, attention)
 
 
 def cascade(calls: tuple[Attention, ...]) -> list[float]:
@@ -110,12 +108,13 @@ def attention_cost(
     entering: float = 1.0,
     share: float = 1.0,
     method: Spatten = Spatten(),
+    schedule: Schedule = DEFAULT,
 ) -> OpCost:
     """One call: ``entering`` and ``share`` of the entries before and after its pruning."""
     heads = max(round(op.heads * method.head_share), 1)
     before, now = _alive(op, entering, heads), _alive(op, share, heads)
     again = math.ceil(now.queries * method.lsb_share)
-    call = _Call(op, hardware, op.windows * batch, before, now, again)
+    call = _Call(op, hardware, schedule, op.windows * batch, before, now, again)
     loads, array = call.loads(), call.array()
     visits = method.topk_visits * (before.keys + op.heads)
     topk = call.images * -(-visits // method.comparators) if call.prunes else 0
@@ -160,6 +159,7 @@ class _Call:
 
     op: Attention
     hardware: Hardware
+    schedule: Schedule
     images: int
     before: _Tokens
     now: _Tokens
@@ -203,7 +203,7 @@ class _Call:
             "spmm": (now.queries, op.value_dim, now.keys),
         }
         cycles = {
-            name: self.heads * product_cycles(*sizes, self.hardware)
+            name: self.heads * product_cycles(*sizes, self.hardware, self.schedule)
             for name, sizes in products.items()
         }
         return cycles if self.prunes else cycles | {"predict": 0}
@@ -280,3 +280,11 @@ class _Call:
             Traffic("output", "buffer", self.stored, self.stored),
         ]
         return tuple(rows)
+
+
+SPATTEN = Simulator(
+    "spatten",
+    costs,
+    "prunes whole tokens to the same density, anew for every image",
+    parameters=Spatten(),
+)

@@ -8,50 +8,49 @@ tile where they do not fit their buffers.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from ...workload import Attention, Workload
 from ..hardware import Hardware
-from ..products import array_cycles, op_cost, operand_reads
-from ..report.report import OpCost, Report, Traffic
+from ..products import array_cycles, operand_reads
+from ..report.report import OpCost, Traffic
+from ..schedule import DATAFLOWS, Schedule, one_of
+from .simulator import Simulator, by_operation
 
 
-def simulate_systolic(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
-    """The whole network in the hardware's own dataflow and fill policy."""
-    return _report("systolic", workload, hardware, batch)
+@dataclass(frozen=True)
+class Systolic:
+    """dataflow  of every product: "os", "ws" (of two activations the second operand is held)
+    or "is"; None: the schedule's ``dense_dataflow``. Raises ValueError for another."""
+
+    dataflow: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dataflow is not None:
+            one_of("dataflow", self.dataflow, DATAFLOWS)
 
 
-def simulate_output_stationary(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
-    """Output-stationary."""
-    return _report("systolic_os", workload, replace(hardware, dense_dataflow="os"), batch)
-
-
-def simulate_weight_stationary(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
-    """Weight-stationary; of two activations the second operand is held."""
-    return _report("systolic_ws", workload, replace(hardware, dense_dataflow="ws"), batch)
-
-
-def simulate_input_stationary(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
-    """Input-stationary."""
-    return _report("systolic_is", workload, replace(hardware, dense_dataflow="is"), batch)
-
-
-def _report(name: str, workload: Workload, hardware: Hardware, batch: int) -> Report:
-    costs = (
-        _attention_cost(op, hardware, batch)
-        if isinstance(op, Attention)
-        else op_cost(op, hardware, batch)
-        for op in workload.ops
+def costs(
+    workload: Workload, hardware: Hardware, schedule: Schedule, batch: int, method: Systolic
+) -> Iterator[OpCost]:
+    """The whole network in one dataflow, with the schedule's fill policy."""
+    if method.dataflow is not None:
+        schedule = replace(schedule, dense_dataflow=method.dataflow)
+    return by_operation(
+        workload,
+        hardware,
+        schedule,
+        batch,
+        lambda op: attention_cost(op, hardware, schedule, batch),
     )
-    made = tuple(cost for cost in costs if cost is not None)
-    unknown = tuple(op.name for op in workload.unknown)
-    return Report(name, workload.name, hardware, batch, made, unknown)
 
 
-def _attention_cost(op: Attention, hardware: Hardware, batch: int) -> OpCost:
+def attention_cost(op: Attention, hardware: Hardware, schedule: Schedule, batch: int) -> OpCost:
+    """One attention call: every entry computed."""
     heads = op.heads * op.windows * batch
-    scores = array_cycles(op.queries, op.keys, op.key_dim, hardware)
-    values = array_cycles(op.queries, op.value_dim, op.keys, hardware)
+    scores = array_cycles(op.queries, op.keys, op.key_dim, hardware, schedule)
+    values = array_cycles(op.queries, op.value_dim, op.keys, hardware, schedule)
     softmax = -(-op.queries * op.keys // hardware.softmax_lanes)
     size = hardware.operand_bytes
     tiles = _query_tiles(op, hardware)
@@ -81,19 +80,24 @@ def _attention_cost(op: Attention, hardware: Hardware, batch: int) -> OpCost:
         phases,
         macs=macs,
         kept_macs=op.kept * batch * (op.key_dim + op.value_dim),
-        traffic=_traffic(op, hardware, heads, loads, stored),
+        traffic=_traffic(op, hardware, schedule, heads, loads, stored),
         busy={"MAC lines": products, "DRAM": dram, "softmax": heads * softmax},
     )
 
 
 def _traffic(
-    op: Attention, hardware: Hardware, heads: int, loads: dict[str, int], stored: int
+    op: Attention,
+    hardware: Hardware,
+    schedule: Schedule,
+    heads: int,
+    loads: dict[str, int],
+    stored: int,
 ) -> tuple[Traffic, ...]:
     """Operands go to the array tile by tile; scores are written, read twice by the softmax
     unit, written as probabilities and read as the left operand of the second product."""
     size, width = hardware.operand_bytes, hardware.score_bytes
-    queries, keys = operand_reads(op.queries, op.keys, op.key_dim, hardware)
-    weights, values = operand_reads(op.queries, op.value_dim, op.keys, hardware)
+    queries, keys = operand_reads(op.queries, op.keys, op.key_dim, hardware, schedule)
+    weights, values = operand_reads(op.queries, op.value_dim, op.keys, hardware, schedule)
     reads = {"Q": heads * queries * size, "K": heads * keys * size, "V": heads * values * size}
     scores, again = heads * op.queries * op.keys * width, heads * weights * width
     rows = [Traffic(name, "dram", loaded, 0) for name, loaded in loads.items()]
@@ -118,3 +122,20 @@ def _query_tiles(op: Attention, hardware: Hardware) -> int:
             f"output_buffer_bytes is {hardware.output_buffer_bytes}"
         )
     return -(-op.queries // rows)
+
+
+SYSTOLIC = Simulator(
+    "systolic",
+    costs,
+    "dense, nothing pruned, the hardware's own dataflow",
+    parameters=Systolic(),
+)
+OUTPUT_STATIONARY = Simulator(
+    "systolic_os", costs, "dense, output-stationary", parameters=Systolic("os")
+)
+WEIGHT_STATIONARY = Simulator(
+    "systolic_ws", costs, "dense, weight-stationary", parameters=Systolic("ws")
+)
+INPUT_STATIONARY = Simulator(
+    "systolic_is", costs, "dense, input-stationary", parameters=Systolic("is")
+)

@@ -14,17 +14,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from ...workload import Workload
 from ..hardware import Hardware
 from ..report.report import OpCost, Report
+from ..schedule import DEFAULT, Schedule
 from ..simulate import simulate
+from ..simulators.registry import simulator_named
+from ..simulators.simulator import without_parts
 from ..vitcod.assign import DENSE_ROUND
 from ..vitcod.program import INDEX, SDDMM, STORE, K, Q
 from ..vitcod.run import AttentionRun, named_stalls
-from ..vitcod.simulate import CHANNELS, WITHOUT, operations
+from ..vitcod.simulate import CHANNELS, operations
 
 DENSER, SPARSER, OPERATIONS = "denser lines", "sparser lines", "operations"
 
@@ -127,26 +131,38 @@ def operation_starts(report: Report) -> Iterator[tuple[int, OpCost]]:
 
 
 def record(
-    workload: Workload, hardware: Hardware, simulator: str = "vitcod", batch: int = 1
+    workload: Workload,
+    hardware: Hardware,
+    simulator: str = "vitcod",
+    batch: int = 1,
+    *,
+    schedule: Schedule = DEFAULT,
+    parameters: Any = None,
 ) -> Timeline:
     """Simulate, and keep when everything happened. Arguments and errors as `simulate`'s."""
-    if simulator not in WITHOUT:
-        report = simulate(workload, hardware, simulator, batch)
-        made = [(start, op, None) for start, op in operation_starts(report)]
-    else:
-        empty = simulate(replace(workload, ops=()), hardware, simulator, batch)
-        start, made = 0, []
-        for op, run in operations(simulator, workload, hardware, batch):
-            made.append((start, op, None if run is None else tuple(_stepped(run))))
-            start += op.cycles
-        unknown = tuple(op.name for op in workload.unknown)
-        report = replace(empty, ops=tuple(op for _, op, _ in made), unknown=unknown)
+    entry, used = simulator_named(simulator), {"schedule": schedule, "parameters": parameters}
+    if not entry.stepped:
+        report = simulate(workload, hardware, simulator, batch, **used)
+        return Timeline(report, _slices((*at, None) for at in operation_starts(report)))
+    empty = simulate(replace(workload, ops=()), hardware, simulator, batch, **used)
+    left = without_parts(workload, entry.without)
+    start, made = 0, []
+    for op, run in operations(left, hardware, empty.schedule, batch):
+        made.append((start, op, None if run is None else tuple(_stepped(run))))
+        start += op.cycles
+    costs = tuple(op for _, op, _ in made)
+    report = entry.report(workload, hardware, batch, empty.schedule, parameters, costs)
+    return Timeline(report, _slices(made))
+
+
+def _slices(made: Iterable[tuple[int, OpCost, Iterable[Slice] | None]]) -> tuple[Slice, ...]:
+    """Of operations (first cycle, cost, slices of its own or None): theirs, in turn."""
     slices: list[Slice] = []
     for start, op, inner in made:
         notes = {"kind": op.kind, "bottleneck": op.bottleneck, **op.phases}
         slices.append(Slice(OPERATIONS, op.name, start, start + op.cycles, op.cycles, notes))
         slices += (piece.moved(start) for piece in (_whole(op) if inner is None else inner))
-    return Timeline(report, tuple(_in_turn(slices)))
+    return tuple(_in_turn(slices))
 
 
 def _in_turn(slices: Iterable[Slice]) -> Iterator[Slice]:

@@ -23,7 +23,7 @@ from ..jit import cached, compiled
 
 BALANCED, ROUND_ROBIN, LOCKSTEP = range(3)
 POLICIES = {"balanced": BALANCED, "round_robin": ROUND_ROBIN, "lockstep": LOCKSTEP}
-"""`Hardware.assignment` as the compiled code knows it."""
+"""`Schedule.assignment` as the compiled code knows it."""
 
 DENSE_ROUND = np.int64(-1)
 """`round` of a piece of the denser engine, which lockstep does not hold back."""

@@ -22,7 +22,6 @@ twin in the tests, and the lines in Verilog (rtl/).
 
 from __future__ import annotations
 
-from ..hardware import Hardware
 from ..jit import cached_core, core, sources_digest
 from .dma_ddr4 import all_landed, serve_lines
 from .dma_flat import arrive, serve_dram
@@ -280,13 +279,13 @@ MEMORY_COUNTS = {
 """Counts of a trace that the controllers of a DDR4 memory keep, by their names there."""
 
 
-def run(program: Program, hardware: Hardware, mapping: Mapping) -> Trace:
-    """Step ``program`` on ``hardware`` to its end.
+def run(program: Program, mapping: Mapping) -> Trace:
+    """Step ``program`` on the mapping's hardware to its end.
 
     The first call on a machine compiles the core; see `compiled`. Raises RuntimeError where
     the machine comes to a stand: a fault of the program or of the engine.
     """
-    machine, state = machine_of(hardware, mapping), initial_state(program, hardware, mapping)
+    machine, state = machine_of(mapping), initial_state(program, mapping)
     trace = empty_trace(program, mapping)
     counts = trace.counts.view(COUNT)[0]
     if not _step(machine, program, state, trace, counts):

@@ -16,6 +16,7 @@ from ..arithmetic import Arithmetic, HeadMap, Quantized, quantize, quantize_head
 from ..hardware import Hardware, presets
 from ..integer_attention import checked_rules, fixed_bias, score_shift_for
 from ..report.report import OpCost
+from ..schedule import DEFAULT, Schedule
 from .executor import ProgramExecutor
 from .run import run_attention
 from .simulate import cost_of
@@ -93,6 +94,7 @@ def simulate_attention(
     bias: np.ndarray | None = None,
     score_shift: np.ndarray | int | None = None,
     arithmetic: Arithmetic | None = None,
+    schedule: Schedule = DEFAULT,
 ) -> FunctionalResult:
     """One attention call on the machine, with data: [(images,) heads, tokens, dim].
 
@@ -105,6 +107,7 @@ def simulate_attention(
     score_shift    places behind the point that a head's scores do without; None takes the
                    least at which no kept score saturates
     arithmetic     None takes the widths of ``hardware``
+    schedule       how the hardware is used; its mapping, if it has one, is checked for the call
 
     Raises ValueError for shapes that do not fit, operands beyond their width, sums that the
     accumulator might not hold, and a call that the machine's buffers cannot run.
@@ -122,7 +125,7 @@ def simulate_attention(
         score_shift = score_shift_for(largest, arithmetic)
     rules = checked_rules(*operands, v, softmax_scale, output_scale, arithmetic, score_shift)
     images = _images(v.values)
-    stepped = run_attention(op, hardware, len(images))
+    stepped = run_attention(op, hardware, len(images), schedule)
     added = None if bias is None else fixed_bias(bias, rules)
     memory = (_images(sides[0].stored.values), _images(sides[1].stored.values), images)
     decoders = (sides[0].decoder, sides[1].decoder)

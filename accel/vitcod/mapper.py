@@ -12,7 +12,8 @@ from functools import partial
 from ...workload import Attention
 from ..cache import LruCache
 from ..dram.ddr4 import LINE_BYTES
-from ..hardware import Hardware
+from ..hardware import Hardware, schedule_of
+from ..schedule import DEFAULT, Schedule, UserMapping
 from .estimate import WorkOfTiles, ranked
 from .mapping import Mapping, padded_bytes
 from .pattern import Pattern, patterns_of
@@ -25,37 +26,85 @@ WORK = LruCache(64 * 1024**2)
 """What tiles ask for, by the patterns of a call and the lines."""
 
 
-def choose(op: Attention, hardware: Hardware) -> Mapping:
+def choose(op: Attention, hardware: Hardware, schedule: Schedule = DEFAULT) -> Mapping:
     """The mapping of ``op`` that the closed forms put first; raises as `fitting`."""
-    return fitting(op, hardware)[0]
+    return fitting(op, hardware, schedule)[0]
 
 
-def fitting(op: Attention, hardware: Hardware) -> list[Mapping]:
-    """`candidates`, at least one.
+def fitting(op: Attention, hardware: Hardware, schedule: Schedule = DEFAULT) -> list[Mapping]:
+    """`candidates`, at least one; where ``schedule`` holds a mapping, that one alone.
 
-    Raises ValueError where a buffer cannot hold even one query's pass: which, and how much
-    it would need.
+    Raises ValueError where a buffer cannot hold even one query's pass, or cannot hold the
+    schedule's own mapping: which, and how much it would need.
     """
-    made = candidates(op, hardware)
+    schedule = schedule_of(hardware, schedule)
+    if schedule.mapping is not None:
+        return [_given(op, hardware, schedule, schedule.mapping)]
+    made = candidates(op, hardware, schedule)
     if not made:
-        raise ValueError(_refusal(op, hardware, patterns_of(op)))
+        raise ValueError(_refusal(op, hardware, schedule))
     return made
 
 
-def candidates(op: Attention, hardware: Hardware) -> list[Mapping]:
+def candidates(op: Attention, hardware: Hardware, schedule: Schedule = DEFAULT) -> list[Mapping]:
     """Mappings that fit the buffers, the most promising first.
 
     For each group of heads, order of stages and number of output regions: the fewest query
     tiles that fit, and a few more, which overlap more finely.
     """
-    patterns = patterns_of(op)
+    schedule, patterns = schedule_of(hardware, schedule), patterns_of(op)
     work = _work(op, patterns, hardware.lines)
     made: list[Mapping] = []
     for group in _groups(op):
         for ahead in (True, False):
-            given = Mapping(op, hardware, patterns, group, 1, 1, True, ahead, 2)
+            given = Mapping(op, hardware, schedule, patterns, group, 1, 1, True, ahead, 2)
             made += _tilings(given, work)
     return ranked(made, work)
+
+
+def _given(op: Attention, hardware: Hardware, schedule: Schedule, asked: UserMapping) -> Mapping:
+    """The user's own mapping of ``op``; raises ValueError where it does not suit the call or
+    does not fit the buffers."""
+    patterns = patterns_of(op)
+    work = _work(op, patterns, hardware.lines)
+    tiles = {"query_tile": op.queries, "key_tile": op.keys}
+    sizes = {name: getattr(asked, name) or most for name, most in tiles.items()}
+    _check_asked(op, asked, sizes, work)
+    made = Mapping(
+        op, hardware, schedule, patterns, asked.group, sizes["query_tile"], sizes["key_tile"],
+        asked.whole_queries, asked.ahead, asked.output_regions,
+    )  # fmt: skip
+    short = [f"{name} is {getattr(hardware, name)}, it needs {need}"
+             for name, need in _shortages(made, work)]  # fmt: skip
+    if short:
+        raise ValueError(
+            f"the schedule's mapping of {op.name} does not fit the machine "
+            f"{hardware.name!r}: {'; '.join(short)}"
+        )
+    return made
+
+
+def _check_asked(
+    op: Attention, asked: UserMapping, sizes: dict[str, int], work: WorkOfTiles
+) -> None:
+    """Raises ValueError for a mapping that the call cannot have, whatever the buffers."""
+
+    def refuse(field: str, must: str) -> None:
+        raise ValueError(
+            f"the schedule's mapping of {op.name}: {field} must be {must}, got "
+            f"{getattr(asked, field)}"
+        )
+
+    if asked.group not in _groups(op):
+        refuse("group", f"one of {', '.join(map(str, _groups(op)))}")
+    if sizes["query_tile"] > op.queries:
+        refuse("query_tile", f"None or at most its {op.queries} queries")
+    if sizes["key_tile"] > op.keys:
+        refuse("key_tile", f"None or at most its {op.keys} keys")
+    if asked.group > 1 and sizes["key_tile"] < op.keys:
+        refuse("key_tile", f"None or its {op.keys} keys for a group of {asked.group} heads")
+    if asked.group > 1 and not work.in_order and not asked.whole_queries:
+        refuse("whole_queries", "True for heads of a group that order their queries apart")
 
 
 def _work(op: Attention, patterns: tuple[Pattern, ...], lines: int) -> WorkOfTiles:
@@ -163,9 +212,10 @@ def _resident_queries(mapping: Mapping) -> int:
     return min(2 * tile, queries) if tile > 1 else 1
 
 
-def _refusal(op: Attention, hardware: Hardware, patterns: tuple[Pattern, ...]) -> str:
+def _refusal(op: Attention, hardware: Hardware, schedule: Schedule) -> str:
+    patterns = patterns_of(op)
     key_tile = max(_key_tile(op, hardware, 1), 1)
-    least = Mapping(op, hardware, patterns, 1, 1, key_tile, False, False, 1)
+    least = Mapping(op, hardware, schedule, patterns, 1, 1, key_tile, False, False, 1)
     short = "; ".join(
         f"{name} is {getattr(hardware, name)}, one pass needs at least {need}"
         for name, need in _shortages(least, WorkOfTiles(op, patterns, hardware.lines))

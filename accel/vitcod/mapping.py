@@ -16,12 +16,16 @@ from functools import cached_property
 
 from ...workload import Attention
 from ..hardware import Hardware
+from ..schedule import Schedule
+from .encodings import Widths, encoding_named
 from .pattern import Pattern
 
 
 @dataclass(frozen=True, eq=False)
 class Mapping:
     """Tiles and groups of one attention call, and the sizes that follow from them.
+
+    The call, the machine and its schedule travel inside it.
 
     ahead            scores of the next unit are computed before the values of this one
     output_regions   accumulators of how many units fit: 2 = a store runs beside the next
@@ -31,6 +35,7 @@ class Mapping:
 
     op: Attention
     hardware: Hardware
+    schedule: Schedule
     patterns: tuple[Pattern, ...]
     group: int
     query_tile: int
@@ -49,22 +54,27 @@ class Mapping:
         """Words of a value row: cycles of one kept entry in SpMM."""
         return -(-self.op.value_dim // self.hardware.macs_per_line)
 
+    @cached_property
+    def _widths(self) -> Widths:
+        most = max(len(pattern.columns[1]) for pattern in self.patterns)
+        encoding = encoding_named(self.schedule.index_encoding)
+        return encoding(self.op.queries, self.op.keys, most)
+
     @property
     def entry_bytes(self) -> int:
-        """An index entry: 1, 2 or 4 bytes by the number of tokens."""
-        return _unsigned_bytes(max(self.op.queries, self.op.keys))
+        """An index entry, by the schedule's encoding."""
+        return self._widths.entry_bytes
 
     @property
     def pointer_bytes(self) -> int:
         """A column or row pointer, by the entries that it may count."""
-        most = max(len(pattern.columns[1]) for pattern in self.patterns)
-        return max(_unsigned_bytes(most + 1), 2)
+        return self._widths.pointer_bytes
 
     @property
     def start_bytes(self) -> int:
         """Where a sparser vector begins: a pointer; under "balanced" also which vector it is,
         since lines do not take them in order."""
-        named = self.hardware.assignment == "balanced"
+        named = self.schedule.assignment == "balanced"
         return self.pointer_bytes + (self.entry_bytes if named else 0)
 
     @property
@@ -166,8 +176,3 @@ def _tiles(total: int, size: int) -> tuple[slice, ...]:
 def padded_bytes(dim: int, hardware: Hardware) -> int:
     """Bytes of a vector in a buffer: whole words."""
     return -(-dim // hardware.macs_per_line) * hardware.word_bytes
-
-
-def _unsigned_bytes(values: int) -> int:
-    """Bytes of an unsigned number below ``values``: 1, 2 or 4."""
-    return 1 if values <= 256 else 2 if values <= 256**2 else 4

@@ -13,7 +13,6 @@ import numpy as np
 
 from ...workload import Attention, PolarizedMask
 from ..cache import LruCache
-from ..hardware import Hardware
 from ..jit import cached
 from .assign import Assignment, assign
 
@@ -113,17 +112,17 @@ ASSIGNMENTS = LruCache(256 * 1024**2)
 
 
 def plan_tile(
-    pattern: Pattern, rows: slice, keys: slice, kind: int, hardware: Hardware
+    pattern: Pattern, rows: slice, keys: slice, kind: int, lines: int, policy: str
 ) -> Assignment:
     """The assignment of one tile of one head to the lines, made once for equal ones."""
 
     def make() -> Assignment:
-        return _planned(pattern, rows, keys, kind, hardware)
+        return _planned(pattern, rows, keys, kind, lines, policy)
 
     if not pattern.digest:
         return make()
     tile = (pattern.digest, rows.start, rows.stop, keys.start, keys.stop, kind)
-    return ASSIGNMENTS.get((*tile, hardware.lines, hardware.assignment), make, _held_bytes)
+    return ASSIGNMENTS.get((*tile, lines, policy), make, _held_bytes)
 
 
 def _held_bytes(made: Assignment) -> int:
@@ -131,7 +130,7 @@ def _held_bytes(made: Assignment) -> int:
 
 
 def _planned(
-    pattern: Pattern, rows: slice, keys: slice, kind: int, hardware: Hardware
+    pattern: Pattern, rows: slice, keys: slice, kind: int, lines: int, policy: str
 ) -> Assignment:
     dense = max(min(keys.stop, pattern.num_global) - keys.start, 0)
     low = max(keys.start, pattern.num_global) - pattern.num_global
@@ -143,7 +142,7 @@ def _planned(
     else:
         columns = _tile(*pattern.rows, rows.start, rows.stop, low, high, dense)
         shape, shift = (height, dense), 0
-    return assign(*columns, *shape, hardware.lines, hardware.assignment, shift)
+    return assign(*columns, *shape, lines, policy, shift)
 
 
 def _frozen(values: np.ndarray) -> np.ndarray:

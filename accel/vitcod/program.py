@@ -16,10 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...workload import Attention
 from ..dram.address import BURST, Span, bursts_of
 from ..dram.ddr4 import LINE_BYTES
-from ..hardware import Hardware
 from .assign import DENSE_ROUND, Assignment
 from .mapping import Mapping
 from .pattern import SDDMM, SPMM, plan_tile
@@ -113,8 +111,8 @@ class Counts:
 class _Builder:
     """Lists that grow while `build` walks the stages; `_arrays` ends it."""
 
-    def __init__(self, op: Attention, hardware: Hardware, mapping: Mapping) -> None:
-        self.op, self.hardware, self.mapping = op, hardware, mapping
+    def __init__(self, mapping: Mapping) -> None:
+        self.mapping, self.op, self.hardware = mapping, mapping.op, mapping.hardware
         self.plans: dict[tuple, int] = {}
         self.assignments: list[Assignment] = []
         self.stages: list[tuple[int, ...]] = []
@@ -134,7 +132,8 @@ class _Builder:
         """Number of the plan, which is made once for all windows."""
         key = (head, rows.start, keys.start, kind)
         if key not in self.plans:
-            made = plan_tile(self.mapping.patterns[head], rows, keys, kind, self.hardware)
+            pattern, policy = self.mapping.patterns[head], self.mapping.schedule.assignment
+            made = plan_tile(pattern, rows, keys, kind, self.hardware.lines, policy)
             self.plans[key] = len(self.assignments)
             self.assignments.append(made)
         return self.plans[key]
@@ -209,12 +208,10 @@ class _Builder:
         self.spans[INDEX].append(Span(0, start, start + size))
 
 
-def build(
-    op: Attention, hardware: Hardware, mapping: Mapping, instances: int
-) -> tuple[Program, Counts]:
-    """Arrays of ``instances`` windows (images x windows) of ``op`` under ``mapping``."""
-    builder = _Builder(op, hardware, mapping)
-    if op.codec is not None:
+def build(mapping: Mapping, instances: int) -> tuple[Program, Counts]:
+    """Arrays of ``instances`` windows (images x windows) of the mapping's call."""
+    builder = _Builder(mapping)
+    if mapping.op.codec is not None:
         builder.constants(0, mapping.codec_bytes, 0)
     if mapping.bias_stays:
         builder.constants(mapping.codec_bytes, mapping.bias_bytes, 0)

@@ -83,26 +83,58 @@ def _record(*fields: str) -> np.dtype:
 
 COUNT = _record(*COUNTS)
 
-MACHINE = _record(
-    "lines",
-    "index_entries",  # read from IdxBuf in a cycle
-    "entry_bytes",
-    "pipeline",
-    "softmax_lanes",
-    "softmax_latency",
-    "dram_numerator",  # units a cycle
-    "dram_denominator",  # units a byte
-    "dram_latency",
-    "ddr4",  # the DRAM is stepped command by command
-    "dram_clock_numerator",  # cycles of the memory in a cycle of the machine
-    "dram_clock_denominator",
-    "landing_latency",  # of what has been counted as landed: none in DDR4
-    "patience",  # cycles in which nothing moves that are no fault
-    "decode_cost",  # MACs a token of Q or K; 0: no codec
-    "decoder_rate",  # MACs a cycle
-    "codec_bytes",  # that must be there before anything is decoded
-)
-"""`Hardware` and `Mapping` as the integers that the core needs."""
+
+class Machine(NamedTuple):
+    """A `Mapping` and its hardware as the integers that the core needs: fields of MACHINE."""
+
+    lines: int
+    index_entries: int  # read from IdxBuf in a cycle
+    entry_bytes: int
+    pipeline: int
+    softmax_lanes: int
+    softmax_latency: int
+    dram_numerator: int  # units a cycle
+    dram_denominator: int  # units a byte
+    dram_latency: int
+    ddr4: bool  # the DRAM is stepped command by command
+    dram_clock_numerator: int  # cycles of the memory in a cycle of the machine
+    dram_clock_denominator: int
+    landing_latency: int  # of what has been counted as landed: none in DDR4
+    patience: int  # cycles in which nothing moves that are no fault
+    decode_cost: int  # MACs a token of Q or K; 0: no codec
+    decoder_rate: int  # MACs a cycle
+    codec_bytes: int  # that must be there before anything is decoded
+
+
+MACHINE = _record(*Machine._fields)
+
+
+def machine_of(mapping: Mapping) -> np.void:
+    """The MACHINE record of the mapping's hardware running it."""
+    hardware, latency = mapping.hardware, mapping.hardware.dram_latency_cycles
+    rate, timing = hardware.dram_bytes_per_cycle, DRAM_TIMINGS[hardware.dram_timing]
+    ddr4, clock = hardware.dram_model == "ddr4", Fraction(timing.clock_hz, hardware.clock_hz)
+    filled = Machine(
+        lines=hardware.lines,
+        index_entries=hardware.index_entries_per_cycle,
+        entry_bytes=mapping.entry_bytes,
+        pipeline=hardware.pipeline_cycles,
+        softmax_lanes=hardware.softmax_lanes,
+        softmax_latency=hardware.softmax_latency_cycles,
+        dram_numerator=rate.numerator,
+        dram_denominator=rate.denominator,
+        dram_latency=latency,
+        ddr4=ddr4,
+        dram_clock_numerator=clock.numerator,
+        dram_clock_denominator=clock.denominator,
+        landing_latency=0 if ddr4 else latency,
+        patience=latency + 8 + ddr4 * int(2 * timing.refi / clock),
+        decode_cost=mapping.decode_macs,
+        decoder_rate=mapping.decoder_rate,
+        codec_bytes=mapping.codec_bytes if mapping.decode_macs else 0,
+    )
+    return np.array([filled], MACHINE)[0]
+
 
 CHANNEL = _record(
     "current",  # transfer in work
@@ -220,36 +252,9 @@ class Trace(NamedTuple):
         return int(self.counts[COUNTS.index(name)])
 
 
-def machine_of(hardware: Hardware, mapping: Mapping) -> np.void:
-    """The MACHINE record of ``hardware`` running ``mapping``."""
-    rate, timing = hardware.dram_bytes_per_cycle, DRAM_TIMINGS[hardware.dram_timing]
-    ddr4, clock = hardware.dram_model == "ddr4", Fraction(timing.clock_hz, hardware.clock_hz)
-    machine = np.zeros(1, MACHINE)
-    machine[0] = (
-        hardware.lines,
-        hardware.index_entries_per_cycle,
-        mapping.entry_bytes,
-        hardware.pipeline_cycles,
-        hardware.softmax_lanes,
-        hardware.softmax_latency_cycles,
-        rate.numerator,
-        rate.denominator,
-        hardware.dram_latency_cycles,
-        ddr4,
-        clock.numerator,
-        clock.denominator,
-        0 if ddr4 else hardware.dram_latency_cycles,
-        hardware.dram_latency_cycles + 8 + ddr4 * int(2 * timing.refi / clock),
-        mapping.decode_macs,
-        mapping.decoder_rate,
-        mapping.codec_bytes if mapping.decode_macs else 0,
-    )
-    return machine[0]
-
-
-def initial_state(program: Program, hardware: Hardware, mapping: Mapping) -> State:
+def initial_state(program: Program, mapping: Mapping) -> State:
     """Empty buffers, nothing begun."""
-    run = np.zeros(1, RUN)
+    hardware, run = mapping.hardware, np.zeros(1, RUN)
     run["decoding"] = K
     run["split"] = program.stages["reconfigure"][0]
     rows = max(int(np.diff(program.unit_row).max()), 1)
@@ -257,7 +262,7 @@ def initial_state(program: Program, hardware: Hardware, mapping: Mapping) -> Sta
     dram = _dram(hardware)
     return State(
         run[0],
-        _channels(program, hardware, mapping),
+        _channels(program, mapping),
         np.zeros((CHANNELS, latency + 1), np.int64),
         np.zeros(hardware.lines, LINE),
         *(
@@ -287,8 +292,8 @@ _IDLE = new_dram(DRAM_TIMINGS["ddr4_2400"], "groups_interleaved", 1, 0)
 """Stands in the state of a flat memory; never stepped."""
 
 
-def _channels(program: Program, hardware: Hardware, mapping: Mapping) -> np.ndarray:
-    channels = np.zeros(CHANNELS, CHANNEL)
+def _channels(program: Program, mapping: Mapping) -> np.ndarray:
+    hardware, channels = mapping.hardware, np.zeros(CHANNELS, CHANNEL)
     channels["current"] = channels["freed"] = channels["whole"] = program.channel_first[:-1]
     channels["burst"] = channels["landing"] = program.channel_burst[:-1]
     channels["last"] = program.channel_first[1:]

@@ -12,8 +12,9 @@ from functools import cached_property
 import numpy as np
 
 from ...workload import Attention
-from ..hardware import Hardware
+from ..hardware import Hardware, schedule_of
 from ..report.report import HeadCost
+from ..schedule import DEFAULT, Schedule
 from . import engine
 from .mapper import fitting
 from .mapping import Mapping
@@ -43,13 +44,19 @@ _WORDS = tuple(zip(*(WAITS.get(name, (name, name)) for name in STALLS), strict=T
 class AttentionRun:
     """A run of the engine: what was run, and what it left. ``instances``: windows x images."""
 
-    op: Attention
-    hardware: Hardware
     mapping: Mapping
     instances: int
     program: Program
     counts: Counts
     trace: Trace
+
+    @property
+    def op(self) -> Attention:
+        return self.mapping.op
+
+    @property
+    def hardware(self) -> Hardware:
+        return self.mapping.hardware
 
     @cached_property
     def units(self) -> tuple[tuple[int, int, slice], ...]:
@@ -92,23 +99,27 @@ def named_phases(row: np.ndarray) -> dict[str, int]:
     return {name: cycles for name, cycles in zip(PHASES, row.tolist(), strict=True) if cycles}
 
 
-def run_attention(op: Attention, hardware: Hardware, batch: int = 1) -> AttentionRun:
+def run_attention(
+    op: Attention, hardware: Hardware, batch: int = 1, schedule: Schedule = DEFAULT
+) -> AttentionRun:
     """Map, build and run one attention call, all its windows and images.
 
-    Of ``hardware.mappings_stepped`` mappings, the first by the closed forms, the fastest.
+    Of ``schedule.mappings_stepped`` mappings, the first by the closed forms, the fastest.
+    Raises ValueError where no mapping fits the machine's buffers.
     """
     instances = op.windows * batch
-    tried = fitting(op, hardware)[: hardware.mappings_stepped]
+    schedule = schedule_of(hardware, schedule)
+    tried = fitting(op, hardware, schedule)[: schedule.mappings_stepped]
     if len(tried) == 1 or instances <= 2:
-        return min((_run(op, hardware, m, instances) for m in tried), key=lambda run: run.cycles)
-    two = min((_run(op, hardware, m, 2) for m in tried), key=lambda run: run.cycles)
-    return _run(op, hardware, two.mapping, instances)
+        return min((run_mapping(m, instances) for m in tried), key=lambda run: run.cycles)
+    two = min((run_mapping(m, 2) for m in tried), key=lambda run: run.cycles)
+    return run_mapping(two.mapping, instances)
 
 
-def _run(op: Attention, hardware: Hardware, mapping: Mapping, instances: int) -> AttentionRun:
-    program, counts = build(op, hardware, mapping, instances)
-    trace = engine.run(program, hardware, mapping)
-    return AttentionRun(op, hardware, mapping, instances, program, counts, trace)
+def run_mapping(mapping: Mapping, instances: int) -> AttentionRun:
+    """Build and run ``instances`` windows of the mapping's call."""
+    program, counts = build(mapping, instances)
+    return AttentionRun(mapping, instances, program, counts, engine.run(program, mapping))
 
 
 def head_costs(run: AttentionRun) -> tuple[HeadCost, ...]:

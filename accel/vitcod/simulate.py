@@ -1,7 +1,7 @@
 """The ViTCoD-style machine: every attention call stepped by the compiled engine, dense
-products on the same MAC lines, and the variants that leave a part of the idea out.
+products on the same MAC lines.
 
-ViTCoD, HPCA 2023, section V. What is modelled stands in `engine`, `mapping` and `dense`.
+ViTCoD, HPCA 2023, section V. What is modelled stands in `engine`, `mapping` and `products`.
 """
 
 from __future__ import annotations
@@ -9,89 +9,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ...workload import Attention, Conv, Gemm, HeadCodec, Op, Workload, polarize_head
+from ...workload import Attention, Conv, Gemm, HeadCodec, Op, Workload
 from ..hardware import Hardware
 from ..products import op_cost, product_cost
-from ..report.report import OpCost, Report, Traffic
-from .mapping import Mapping, codec_side_bytes
-from .program import CODEC, INDEX, STORE, Counts, K, Program, Q, V
+from ..report.report import OpCost, Traffic
+from ..schedule import DEFAULT, Schedule
+from .mapping import codec_side_bytes
+from .program import CODEC, INDEX, STORE, K, Program, Q, V
 from .registers import COUNTS
 from .run import AttentionRun, head_costs, run_attention
 
 CHANNELS = {Q: "Q", K: "K", V: "V", INDEX: "index", CODEC: "codec weights", STORE: "output"}
 
 
-def simulate_vitcod(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
-    """The workload as it is: masks polarized, codec used where it has one."""
-    return _report("vitcod", workload, hardware, batch)
-
-
-def simulate_no_codec(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
-    """Masks polarized, Q and K uncompressed."""
-    return _report("vitcod_no_codec", workload, hardware, batch)
-
-
-def simulate_no_reorder(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
-    """The codec, but no global keys: every kept entry goes through the sparser engine."""
-    return _report("vitcod_no_reorder", workload, hardware, batch)
-
-
-def simulate_plain(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
-    """Neither reordering nor codec: sparse attention alone."""
-    return _report("vitcod_plain", workload, hardware, batch)
-
-
-def simulate_dense(workload: Workload, hardware: Hardware, batch: int = 1) -> Report:
-    """The same machine with nothing pruned and nothing compressed."""
-    return _report("vitcod_dense", workload, hardware, batch)
-
-
-WITHOUT: dict[str, dict[str, bool]] = {
-    "vitcod": {},
-    "vitcod_no_codec": {"codec": False},
-    "vitcod_no_reorder": {"reorder": False},
-    "vitcod_plain": {"codec": False, "reorder": False},
-    "vitcod_dense": {"masks": False, "codec": False},
-}
-"""What each variant by name leaves out of a workload's attention."""
-
-
-def _changed(
-    workload: Workload, *, masks: bool = True, codec: bool = True, reorder: bool = True
-) -> Workload:
-    """``workload`` with parts of its attention taken away."""
-
-    def change(op: Op) -> Op:
-        if not isinstance(op, Attention):
-            return op
-        kept = op.masks if masks else None
-        if kept is not None and not reorder:
-            made = {id(m): polarize_head(m.dense(), m.queries) for m in kept}
-            kept = tuple(made[id(m)] for m in kept)
-        return replace(op, masks=kept, codec=op.codec if codec else None)
-
-    return replace(workload, ops=tuple(change(op) for op in workload.ops))
-
-
-def _report(name: str, workload: Workload, hardware: Hardware, batch: int) -> Report:
-    costs = tuple(cost for cost, _ in operations(name, workload, hardware, batch))
-    return Report(name, workload.name, hardware, batch, costs, _names(workload))
-
-
 def operations(
-    name: str, workload: Workload, hardware: Hardware, batch: int
+    workload: Workload, hardware: Hardware, schedule: Schedule, batch: int
 ) -> Iterator[tuple[OpCost, AttentionRun | None]]:
-    """The operations of variant ``name`` in order, attention with the run behind its cost."""
+    """The operations of ``workload`` in order, attention with the run behind its cost."""
     repeated: dict[Attention, tuple[OpCost, AttentionRun]] = {}
     plain: dict[tuple, OpCost | None] = {}  # layers repeat: each product is charged once
-    ops = _changed(workload, **WITHOUT[name]).ops
-    encoders = encoded_products(ops)
-    for index, op in enumerate(ops):
+    encoders = encoded_products(workload.ops)
+    for index, op in enumerate(workload.ops):
         if isinstance(op, Attention):
             key = replace(op, name="")
             made = repeated.get(key) if op.masks is None else None
             if made is None:
-                run = run_attention(op, hardware, batch)
+                run = run_attention(op, hardware, batch, schedule)
                 made = cost_of(run, batch), run
             if op.masks is None:  # equal dense layers take equal time
                 repeated[key] = made
@@ -99,17 +42,13 @@ def operations(
             continue
         encoded = encoders.get(index)
         if encoded is not None:
-            yield _projection_cost(op, encoded, hardware, batch), None
+            yield _projection_cost(op, encoded, hardware, schedule, batch), None
             continue
         alike = (type(op), *(value for key, value in vars(op).items() if key != "name"))
         if alike not in plain:
-            plain[alike] = op_cost(op, hardware, batch)
+            plain[alike] = op_cost(op, hardware, batch, schedule)
         if plain[alike] is not None:
             yield replace(plain[alike], name=op.name), None
-
-
-def _names(workload: Workload) -> tuple[str, ...]:
-    return tuple(op.name for op in workload.unknown)
 
 
 @dataclass(frozen=True)
@@ -177,7 +116,9 @@ def _sum(sizes: dict[str, int], part: str) -> int:
     return sum(sizes[side] for side in part)
 
 
-def _projection_cost(op: Gemm | Conv, encoded: _Encoded, hardware: Hardware, batch: int) -> OpCost:
+def _projection_cost(
+    op: Gemm | Conv, encoded: _Encoded, hardware: Hardware, schedule: Schedule, batch: int
+) -> OpCost:
     """A Q or K projection with the encoder behind it: Q and K leave the chip compressed."""
     attention = encoded.attention
     codec: HeadCodec = attention.codec
@@ -186,7 +127,7 @@ def _projection_cost(op: Gemm | Conv, encoded: _Encoded, hardware: Hardware, bat
     macs = codec.macs(vectors, attention.key_dim)
     cycles = -(-macs // hardware.encoder_macs)
     saved = min(saved, op.elements_written * batch)
-    cost = product_cost(op, hardware, batch, saved, cycles)
+    cost = product_cost(op, hardware, batch, saved, cycles, schedule=schedule)
     weights = len(encoded.sides) * codec_side_bytes(attention, hardware, decoder=False)
     loaded = (
         Traffic("codec weights", "dram", weights, 0),
@@ -196,9 +137,11 @@ def _projection_cost(op: Gemm | Conv, encoded: _Encoded, hardware: Hardware, bat
     return replace(cost, macs=every, kept_macs=every, codec_macs=macs, traffic=traffic)
 
 
-def attention_cost(op: Attention, hardware: Hardware, batch: int = 1) -> OpCost:
+def attention_cost(
+    op: Attention, hardware: Hardware, batch: int = 1, schedule: Schedule = DEFAULT
+) -> OpCost:
     """One attention call, all its windows and images, stepped cycle by cycle."""
-    return cost_of(run_attention(op, hardware, batch), batch)
+    return cost_of(run_attention(op, hardware, batch, schedule), batch)
 
 
 def cost_of(run: AttentionRun, batch: int) -> OpCost:
@@ -217,7 +160,7 @@ def cost_of(run: AttentionRun, batch: int) -> OpCost:
         run.phases(),
         macs=computed + decoded,
         kept_macs=kept + decoded,
-        traffic=_traffic(op, hardware, mapping, run.program, counts, got),
+        traffic=_traffic(run, got),
         stalls=stalls,
         busy={
             "MAC lines": stalls.get("busy", 0) // hardware.lines,
@@ -249,16 +192,10 @@ def _memory_details(hardware: Hardware, got: dict[str, int]) -> dict[str, int | 
     return details
 
 
-def _traffic(
-    op: Attention,
-    hardware: Hardware,
-    mapping: Mapping,
-    program: Program,
-    counts: Counts,
-    got: dict[str, int],
-) -> tuple[Traffic, ...]:
+def _traffic(run: AttentionRun, got: dict[str, int]) -> tuple[Traffic, ...]:
     """Bytes by tensor: DRAM from the transfers, buffers and lines from what was granted."""
-    moved = _dram_bytes(program)
+    op, hardware, mapping, counts = run.op, run.hardware, run.mapping, run.counts
+    moved = _dram_bytes(run.program)
     word = hardware.word_bytes
     weights = mapping.codec_bytes if op.codec else 0
     rows = [

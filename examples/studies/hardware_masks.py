@@ -3,7 +3,7 @@
     python examples/studies/hardware_masks.py DATA --out hardware_masks.json
 
 DATA holds train/ and test/ photos. The plain rule's mask at each sparsity sets two budgets: its
-simulated attention cycles under the ``min_kept`` that makes it fastest, and the entries that a
+simulated attention cycles under the global threshold that makes it fastest, and the entries that a
 GPU kernel computes which gathers keys for tiles of queries. Masks are learned from photos of
 train; how much rows are evened out (``fairness``) is chosen on other photos of train; the
 first test photos judge. At 90 and 95 % all are recovered by the same steps. Draws a picture beside
@@ -24,7 +24,7 @@ from rows import Rows
 from sievit.figure import blank, save
 from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import create, trace
-from sievit.pipeline.networks import WHOLE_COLUMNS, attention_cycles
+from sievit.pipeline.networks import attention_cycles
 from sievit.sparsify import (
     attach,
     average_attention,
@@ -39,7 +39,7 @@ from sievit.workload import AttentionMask
 
 SPARSITIES, RECOVERED = (0.7, 0.8, 0.9, 0.95), (0.9, 0.95)
 FAIRNESS = (0.5, 1.0, 2.0)
-MIN_KEPT = (50, 128, 200, WHOLE_COLUMNS)
+THRESHOLDS = (50, 128, 200, "all")
 ROWS = 32
 """Queries of a GPU kernel's tile, in natural order or in blocks of the token grid."""
 COSTS = ("cycles", "tile area")
@@ -70,11 +70,11 @@ class Study:
     def at(self, sparsity: float) -> None:
         """The plain mask, and those within what it costs; some also recovered."""
         plain, name = threshold(self.maps, sparsity=sparsity), f"{sparsity:.0%}"
-        prices = {m: attention_cycles(self.workload, min_kept=m)(plain) for m in MIN_KEPT}
-        min_kept = min(prices, key=prices.get)
-        spent = {"cycles": prices[min_kept], "tile area": self.costs["tile area"](plain)}
+        prices = {t: attention_cycles(self.workload, global_threshold=t)(plain) for t in THRESHOLDS}
+        threshold_used = min(prices, key=prices.get)
+        spent = {"cycles": prices[threshold_used], "tile area": self.costs["tile area"](plain)}
         if f"{name}, plain" not in self.out:
-            row = {"min_kept": min_kept, "mass": kept_mass(self.maps, plain)}
+            row = {"global_threshold": threshold_used, "mass": kept_mass(self.maps, plain)}
             row |= {kind.replace(" ", "_"): cost for kind, cost in spent.items()}
             self.out.add(f"{name}, plain", row | self.judged(plain))
         best = {kind: self.best_within(name, kind, spent[kind]) for kind in COSTS}

@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from sievit.accel import presets
+from sievit.accel import Schedule, presets
 from sievit.accel.vitcod.run import run_attention
 from sievit.files import write_json
 from sievit.provenance import versions
@@ -39,10 +39,10 @@ def main(mask: str, out: str) -> None:
         for name, fields in MACHINES.items():
             row = {"machine": name, "codec": codec is not None, "stepped": {}}
             for count in STEPPED:
-                hardware = replace(VITCOD, mappings_stepped=count, **fields)
-                run_attention(calls[0], hardware)  # compiles where needed
+                hardware, schedule = replace(VITCOD, **fields), Schedule(mappings_stepped=count)
+                run_attention(calls[0], hardware, 1, schedule)  # compiles where needed
                 begin = time.process_time()
-                cycles = sum(run_attention(call, hardware).cycles for call in calls)
+                cycles = sum(run_attention(call, hardware, 1, schedule).cycles for call in calls)
                 seconds = time.process_time() - begin
                 name_of = "all" if count == STEPPED[-1] else str(count)
                 row["stepped"][name_of] = {"cycles": cycles, "cpu_seconds": round(seconds, 3)}

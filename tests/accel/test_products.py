@@ -10,6 +10,7 @@ import pytest
 
 from sievit.accel import Hardware, OpCost, Traffic, compare, presets, simulate
 from sievit.accel.products import array_cycles, as_product, op_cost, product_cost
+from sievit.accel.schedule import Schedule
 from sievit.accel.simulators.registry import SIMULATORS
 from sievit.accel.vitcod.simulate import encoded_products
 from sievit.workload import (
@@ -27,10 +28,11 @@ from sievit.workload import (
 VITCOD = presets["vitcod"]
 
 
-def machine(height: int, width: int, dataflow: str, fill: str = "per_tile") -> Hardware:
-    return replace(
-        VITCOD, lines=height, macs_per_line=width, dense_dataflow=dataflow, dense_fill=fill
-    )
+def machine(
+    height: int, width: int, dataflow: str, fill: str = "per_tile"
+) -> tuple[Hardware, Schedule]:
+    hardware = replace(VITCOD, lines=height, macs_per_line=width)
+    return hardware, Schedule(dense_dataflow=dataflow, dense_fill=fill)
 
 
 def test_published_closed_forms_on_random_shapes():
@@ -44,10 +46,15 @@ def test_published_closed_forms_on_random_shapes():
             "is": ceil(k / h) * ceil(m / w) * (n + 2 * h + w - 2),
         }
         for dataflow, cycles in expected.items():
-            assert array_cycles(m, n, k, machine(h, w, dataflow)) == cycles
+            assert array_cycles(m, n, k, *machine(h, w, dataflow)) == cycles
 
 
 # ---------------------------------------------------------------- the array, stepped
+
+
+def fed(stream, at):
+    """(tile, step, number) of what a stream feeds, number -1 before its begin and after its end."""
+    return (*stream[at], at) if 0 <= at < len(stream) else ((0, 0), 0, -1)
 
 
 def stepped(left, right, height, width, tiles):
@@ -66,17 +73,14 @@ def stepped(left, right, height, width, tiles):
     while done < len(tiles) * k * height * width:
         row_in[:, 1:], col_in[1:] = row_in[:, :-1].copy(), col_in[:-1].copy()
         tags[:, 1:] = tags[:, :-1].copy()
-        for lane in range(max(height, width)):
-            at = cycle - lane
-            (top, left_col), step = stream[at] if 0 <= at < len(stream) else ((0, 0), 0)
-            live = 0 <= at < len(stream)
-            if lane < height:
-                inside = live and top + lane < m
-                row_in[lane, 0] = left[top + lane, step] if inside else 0
-                tags[lane, 0] = at if live else -1
-            if lane < width:
-                inside = live and left_col + lane < n
-                col_in[0, lane] = right[step, left_col + lane] if inside else 0
+        for lane in range(height):
+            (top, _), step, tags[lane, 0] = fed(stream, cycle - lane)
+            inside = tags[lane, 0] >= 0 and top + lane < m
+            row_in[lane, 0] = left[top + lane, step] if inside else 0
+        for lane in range(width):
+            (_, left_col), step, tag = fed(stream, cycle - lane)
+            inside = tag >= 0 and left_col + lane < n
+            col_in[0, lane] = right[step, left_col + lane] if inside else 0
         for i, j in np.argwhere(tags >= 0):
             (top, left_col), _ = stream[tags[i, j]]
             if top + i < m and left_col + j < n:
@@ -139,9 +143,9 @@ def test_closed_forms_are_those_of_a_stepped_array(dataflow):
         cycles, product = walk(tiles)
         wanted = left @ right
         assert np.array_equal(product, wanted.T if dataflow == "is" else wanted)
-        assert array_cycles(m, n, k, machine(h, w, dataflow, "back_to_back")) == cycles
+        assert array_cycles(m, n, k, *machine(h, w, dataflow, "back_to_back")) == cycles
         apart = sum(walk([tile])[0] for tile in tiles)
-        assert array_cycles(m, n, k, machine(h, w, dataflow)) == apart
+        assert array_cycles(m, n, k, *machine(h, w, dataflow)) == apart
 
 
 @pytest.mark.parametrize(
@@ -156,7 +160,7 @@ def test_closed_forms_are_those_of_a_stepped_array(dataflow):
 )
 def test_a_peers_printed_cycles(shape, dataflow, reported):
     """SCALE-Sim prints the index of the last cycle: one less than their number."""
-    assert array_cycles(*shape, machine(64, 8, dataflow)) - 1 == reported
+    assert array_cycles(*shape, *machine(64, 8, dataflow)) - 1 == reported
 
 
 @pytest.mark.parametrize("dataflow", ["os", "ws", "is"])
@@ -164,8 +168,8 @@ def test_tiles_back_to_back_are_between_the_ideal_and_the_skewed(dataflow):
     generator = np.random.default_rng(1)
     for _ in range(50):
         m, n, k = (int(x) for x in generator.integers(1, 600, 3))
-        tight = array_cycles(m, n, k, machine(64, 8, dataflow, "back_to_back"))
-        assert m * n * k / 512 <= tight <= array_cycles(m, n, k, machine(64, 8, dataflow))
+        tight = array_cycles(m, n, k, *machine(64, 8, dataflow, "back_to_back"))
+        assert m * n * k / 512 <= tight <= array_cycles(m, n, k, *machine(64, 8, dataflow))
 
 
 def bytes_at(cost: OpCost, level: str) -> int:
@@ -236,7 +240,7 @@ def network(tokens: int = 40, heads: int = 2, dim: int = 16) -> Workload:
     keep = generator.random((heads, tokens, tokens)) < 0.15
     keep[:, 0] = keep[:, :, :3] = True
     return Workload("small", ops).with_attention(
-        AttentionMask((keep,)), HeadCodec(heads, heads // 2), min_kept=20
+        AttentionMask((keep,)), HeadCodec(heads, heads // 2), global_threshold=20
     )
 
 
@@ -355,9 +359,9 @@ def test_bad_arguments_are_named(arguments, message):
 @pytest.mark.parametrize("dataflow", ["os", "ws", "is"])
 def test_systolic_attention_counts_every_tensor_at_every_level(dataflow):
     """Operand reads against a walk over the tiles."""
-    machine = replace(VITCOD, lines=4, macs_per_line=3, dense_dataflow=dataflow)
+    machine, schedule = replace(VITCOD, lines=4, macs_per_line=3), Schedule(dense_dataflow=dataflow)
     op = Attention("attn", 2, 10, 7, 5, 6)
-    (cost,) = simulate(Workload("one", (op,)), machine, "systolic").attention
+    (cost,) = simulate(Workload("one", (op,)), machine, "systolic", schedule=schedule).attention
     at = {(row.tensor, row.level): row for row in cost.traffic}
 
     def walked(m, n, k):

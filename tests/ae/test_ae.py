@@ -130,7 +130,7 @@ def test_the_turn_is_free_and_makes_heads_agree(groups):
     moments = HeadMoments.of(q), HeadMoments.of(k)
     shape = HeadCodec(4, 2, groups)
     _, plain = fit_closed_form(*moments, shape)
-    codec, turned = fit_closed_form(*moments, shape, turn=True)
+    codec, turned = fit_closed_form(*moments, shape, rotation=True)
     turn = codec.turn.double()
     identity = torch.eye(6, dtype=torch.float64).expand(4, 6, 6)
     torch.testing.assert_close(turn @ turn.transpose(1, 2), identity, rtol=1e-5, atol=1e-5)
@@ -261,7 +261,7 @@ def test_a_lossless_codec_changes_nothing_and_a_handle_restores():
     names = list(model.state_dict())
     with torch.no_grad():
         before = features(model, images)
-        fitted = fit_codecs(head_moments(model, [images]), latent_heads=4, turn=True)
+        fitted = fit_codecs(head_moments(model, [images]), latent_heads=4, rotation=True)
         handle = attach_codec(model, fitted.codecs)
         coded = features(model, images)
         handle.remove()
@@ -274,7 +274,7 @@ def test_a_lossless_codec_changes_nothing_and_a_handle_restores():
 def test_fold_moves_the_turn_into_the_projections():
     model = tiny_vit()
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-    fitted = fit_codecs(head_moments(model, [images]), turn=True)
+    fitted = fit_codecs(head_moments(model, [images]), rotation=True)
     with torch.no_grad():
         plain = features(model, images)
         with attach_codec(model, fitted.codecs):
@@ -292,7 +292,7 @@ def test_fold_refuses_a_model_without_key_bias():
         "vit_tiny", image_size=32, patch_size=8, dim=32, depth=1, heads=4, qkv_bias=False
     )
     images = torch.randn(2, 3, 32, 32)
-    fitted = fit_codecs(head_moments(model, [images]), turn=True)
+    fitted = fit_codecs(head_moments(model, [images]), rotation=True)
     with pytest.raises(ValueError, match=r"blocks\.0\.attn"):
         fold(model, fitted.codecs)
 
@@ -300,7 +300,7 @@ def test_fold_refuses_a_model_without_key_bias():
 def test_errors_of_a_layer_by_hand():
     model = tiny_vit(6)
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(6))
-    codecs = fit_codecs(head_moments(model, [images]), latent_heads=2, turn=True).codecs
+    codecs = fit_codecs(head_moments(model, [images]), latent_heads=2, rotation=True).codecs
     seen: list = []
 
     class Recorder(AttentionHook):
@@ -343,7 +343,7 @@ def test_errors_of_a_lossless_codec_are_none_and_need_images():
 def test_training_moves_the_codecs_alone(published):
     teacher, student = tiny_vit(3), tiny_vit(3)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    fitted = fit_codecs(head_moments(student, [images]), latent_heads=2, turn=True)
+    fitted = fit_codecs(head_moments(student, [images]), latent_heads=2, rotation=True)
     weights = {n: v.clone() for n, v in student.state_dict().items()}
     recipe = replace(CODEC_RECIPE, learning_rate=5e-3, warmup_steps=2, bf16=False)
     log = train_codec(

@@ -84,7 +84,7 @@ def test_masks_within_simulated_cycles(photos, tmp_path):
     assert done.exit_code == 0, done.output
     assert "simulated cycles of attention" in done.output
     done = run("simulate", "--model", "deit_tiny", "--mask", mask, "--image-size", "64",
-               "--min-kept", "0.999999999", "--simulator", "vitcod_no_codec",
+               "--global-threshold", "all", "--simulator", "vitcod_no_codec",
                "--json", report)  # fmt: skip
     assert done.exit_code == 0, done.output
     cycles = json.loads(report.read_text())["vitcod_no_codec"]["attention"]["cycles"]

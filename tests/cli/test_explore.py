@@ -27,27 +27,37 @@ def dense():
     return trace(create("deit_tiny"), 64)
 
 
-def test_axes_of_model_and_machine(tmp_path, dense):
-    results, made = tmp_path / "deep" / "r.jsonl", tmp_path / "e.json"
+@pytest.fixture(scope="module")
+def axes(tmp_path_factory):
+    """(folder, arguments, output) of an exploration along axes of the model and of the machine."""
+    folder = tmp_path_factory.mktemp("axes")
     arguments = [
         *SMALL,
         *("--sparsity", "0.5,0.75", "--latent-heads", "none,2,5", "--lines", "8,0,16"),
         *("--qkv-buffer", "0.5,53", "--bandwidth", "38.4", "--set", "v_banks=8,16"),
-        *("--results", results, "--json", made, "--plots", tmp_path / "plots"),
+        *("--results", folder / "deep" / "r.jsonl", "--json", folder / "e.json"),
+        *("--plots", folder / "plots"),
     ]
     done = run(*arguments)
     assert done.exit_code == 0, done.output
-    assert max(map(len, done.output.splitlines())) <= 80
-    assert "made by chance (seed 0)" in done.output
-    assert "48 points: 32 simulated, 16 failed." in done.output
-    assert "lines must be an integer >= 1, got 0" in " ".join(done.output.split())
-    assert "latent_heads must be in 1..heads" in " ".join(done.output.split())
-    assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == [
-        "front.png",
-        "sensitivity.png",
-    ]
-    assert results.read_bytes().count(b"\n") == 32
-    data = json.loads(made.read_text())
+    return folder, arguments, done.output
+
+
+def test_axes_of_model_and_machine_are_told_in_lines_of_80(axes):
+    output = axes[2]
+    assert max(map(len, output.splitlines())) <= 80
+    assert "made by chance (seed 0)" in output
+    assert "48 points: 32 simulated, 16 failed." in output
+    assert "lines must be an integer >= 1, got 0" in " ".join(output.split())
+    assert "latent_heads must be in 1..heads" in " ".join(output.split())
+
+
+def test_axes_of_model_and_machine_are_written(axes, dense):
+    folder = axes[0]
+    names = sorted(p.name for p in (folder / "plots").iterdir())
+    assert names == ["front.png", "sensitivity.png"]
+    assert (folder / "deep" / "r.jsonl").read_bytes().count(b"\n") == 32
+    data = json.loads((folder / "e.json").read_text())
     assert len(data["points"]) == 48
     assert len(data["refused"]) == 2
     assert set(data["sensitivity"]["seconds"]) == {
@@ -58,6 +68,11 @@ def test_axes_of_model_and_machine(tmp_path, dense):
     assert len(by_key) == 48
     for point in data["points"]:
         assert point["figures"] == by_key[point["workload"], json.dumps(point["labels"])]
+
+
+def test_a_second_run_takes_what_is_written(axes):
+    folder, arguments, _ = axes
+    results = folder / "deep" / "r.jsonl"
     text = results.read_bytes()
     again = run(*arguments)
     assert "32 simulated (32 of them" in again.output

@@ -207,3 +207,28 @@ def test_bad_input_is_one_clear_line(mask_file, tmp_path):
         assert lines[0].startswith("error: "), (name, lines)
         assert all(word in lines[0] for word in words), (name, lines)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.json", "file", "wrong.toml"]
+
+
+def test_fields_are_set_and_figures_printed_as_json(mask_file):
+    many = ("compare", "deit_tiny", "--mask", mask_file, *SMALL, "--simulator", "spatten",
+            "--simulator", "vitcod", "--format", "json")  # fmt: skip
+    done = run(*many, "--set", "q_banks+k_banks=8", "--set", "assignment=lockstep", "--set",
+               "spatten.lsb_share=0.25")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    made = json.loads(done.stdout)["machines"]
+    assert made["vitcod"]["schedule"]["assignment"] == "lockstep"
+    assert made["vitcod"]["hardware"]["k_banks"] == 8
+    assert made["spatten"]["parameters"]["lsb_share"] == 0.25
+    usual = json.loads(run(*many).stdout)["machines"]
+    assert usual["vitcod"]["attention"]["cycles"] < made["vitcod"]["attention"]["cycles"]
+    shown = run(*many[:-1], "table", "--set", "assignment=lockstep")
+    assert "assignment lockstep" in shown.output
+    for arguments, words in {
+        ("--format", "xml"): "--format must be one of table, json, got 'xml'",
+        ("--set", "linez=3"): "no such field: linez",
+        ("--set", "lines=3,4"): "--set takes one value of lines here",
+        ("--set", "sanger.mask_bits_per_cycle=3"): "of the simulators run, spatten, vitcod",
+    }.items():
+        refused = run(*many[:-2], *arguments)
+        assert refused.exit_code == 1
+        assert words in " ".join(refused.output.split())

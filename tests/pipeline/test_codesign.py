@@ -26,7 +26,7 @@ from sievit.workload import HeadCodec
 SMALL = Settings(
     image_size=32,
     sparsity=0.6,
-    min_kept=8,
+    global_threshold=8,
     learn_crops=6,
     judge_crops=4,
     codec_steps=2,

@@ -171,7 +171,7 @@ def test_mask_and_codec_come_back_from_a_file(case, tmp_path):
     if len({keep.shape[0] for keep in mask.keep}) > 1:
         codecs = None  # one number of latent heads would not fit all layers
     else:
-        codecs = fit_codecs(head_moments(model, images.split(2)), turn=False).codecs
+        codecs = fit_codecs(head_moments(model, images.split(2)), rotation=False).codecs
     made = Attachments(images.shape[-1], mask, codecs, {"sparsity": 0.7})
     made.save(tmp_path / "attachments.safetensors")
     with made.attach(model):

@@ -102,7 +102,7 @@ def test_factors_over_processors_by_hand(study, cases):
     )
 
 
-def test_shares_area_and_power_by_hand(study, cases):
+def test_shares_of_data_movement_by_hand(study, cases):
     top = [simulate(c.workload, VITCOD, "vitcod_no_codec") for c in cases if c.sparsity == 0.9]
     waited = [
         sum(r.phases().get(name, 0) for name in ("load", "decode", "store")) / r.attention_cycles
@@ -113,18 +113,26 @@ def test_shares_area_and_power_by_hand(study, cases):
     assert 0 < coded.released < plain.released < 1
     blocks = [row for row in of(study, "movement_codec") if "small blocks" in row.against]
     assert blocks[0].ours < coded.ours
-    lop = PROFILES["horowitz-28nm-lop"]
+
+
+LOP = PROFILES["horowitz-28nm-lop"]
+
+
+def test_area_and_power_by_hand(study, cases):
     assert of(study, "area")[0].ours == pytest.approx(area(VITCOD).total_mm2)
     coded = [simulate(c.workload, VITCOD) for c in cases if c.sparsity == 0.9]
     milliwatts = []
     for report in coded:
-        spent = energy(report, lop)
+        spent = energy(report, LOP)
         chip = spent.total_pj() - spent.components_pj()["DRAM"]
         milliwatts.append(chip * 1e-12 / report.attention_seconds * 1e3)
     assert of(study, "power")[1].ours == pytest.approx(fmean(milliwatts))
+
+
+def test_energy_against_sanger_by_hand(study, cases):
     ratios = [
-        energy(simulate(c.workload, VITCOD, "sanger"), lop).total_pj()
-        / energy(simulate(c.workload, VITCOD, own), lop).total_pj()
+        energy(simulate(c.workload, VITCOD, "sanger"), LOP).total_pj()
+        / energy(simulate(c.workload, VITCOD, own), LOP).total_pj()
         for own in ("vitcod", "vitcod_no_codec")
         for c in cases
         if c.sparsity == 0.9

@@ -82,7 +82,7 @@ def network() -> Workload:
 
 def test_masks_go_to_the_calls_in_order():
     keep = tuple(np.random.default_rng(i).random((2, 6, 6)) < 0.5 for i in range(2))
-    masked = network().with_attention(AttentionMask(keep), HeadCodec(2, 1), min_kept=3)
+    masked = network().with_attention(AttentionMask(keep), HeadCodec(2, 1), global_threshold=3)
     assert [type(op) for op in masked.ops] == [type(op) for op in network().ops]
     for op, layer in zip(masked.attention, keep, strict=True):
         assert np.array_equal(np.stack([m.dense() for m in op.masks]), layer)

@@ -96,7 +96,9 @@ def test_any_executor_and_none_give_the_same(tmp_path):
 
 
 def test_tasks_and_outcomes_go_through_pickle():
-    chunk = _Chunk(_settings("vitcod", 1, "aladdin-28nm"), "a", _workload(), (("k", SMALL),))
+    chunk = _Chunk(
+        _settings("vitcod", 1, "aladdin-28nm"), "a", _workload(), (("k", configured(SMALL, {})),)
+    )
     sent = pickle.loads(pickle.dumps(chunk))
     outcomes = _simulated(sent)
     assert pickle.loads(pickle.dumps(outcomes)) == outcomes == _simulated(chunk)
@@ -108,7 +110,9 @@ def test_resume_computes_only_what_is_missing(tmp_path, monkeypatch):
     text = path.read_bytes()
     simulated = []
     module = sys.modules["sievit.accel.explore.sweep"]
-    monkeypatch.setattr(module, "simulate", lambda *a: simulated.append(a) or simulate(*a))
+    monkeypatch.setattr(
+        module, "simulate", lambda *a, **k: simulated.append(a) or simulate(*a, **k)
+    )
     found = explore(
         {"renamed": _workload()},
         [configured(replace(SMALL, name="other name"), one) for one in GRID],
@@ -183,7 +187,7 @@ def test_a_bad_configuration_is_reported_and_the_rest_goes_on(tmp_path):
 def test_an_error_that_is_no_verdict_is_tried_again(tmp_path, monkeypatch):
     path = tmp_path / "r.jsonl"
 
-    def full(*_args):
+    def full(*_args, **_named):
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:

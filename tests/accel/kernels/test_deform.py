@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from golden_data import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ from sievit.models.families import dcn
 from sievit.models.families.internimage import BlockStyle, InternImage
 from sievit.pipeline.networks import create_to_run
 
-CASES = ("a_base", "b_nonsquare", "c_removecenter", "d_stride2")
+CASES = cases("golden/dcn_core.npz")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 

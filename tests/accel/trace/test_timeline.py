@@ -156,13 +156,20 @@ def test_the_trace_is_valid(timelines, tmp_path):
     write_trace(timelines.values(), path)
     trace = json.loads(path.read_text())
     assert set(trace) == {"displayTimeUnit", "traceEvents"}
-    threads, last = {}, defaultdict(float)
     kinds = {"M": {"args"}, "X": {"ts", "dur", "args", "cat"}, "C": {"ts", "args"}}
     for event in trace["traceEvents"]:
         assert set(event) == {"name", "ph", "pid", "tid"} | kinds[event["ph"]], event
         assert isinstance(event["pid"], int)
         assert isinstance(event["tid"], int)
         assert isinstance(event["name"], str)
+        if event["ph"] == "C":
+            assert all(value >= 0 for value in event["args"].values())
+
+
+def test_slices_of_a_thread_follow_each_other(timelines, tmp_path):
+    write_trace(timelines.values(), tmp_path / "trace.json")
+    threads, last = {}, defaultdict(float)
+    for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]:
         if event["ph"] == "M" and event["name"] == "thread_name":
             threads[event["pid"], event["tid"]] = event["args"]["name"]
         if event["ph"] == "X":
@@ -171,8 +178,6 @@ def test_the_trace_is_valid(timelines, tmp_path):
             assert event["dur"] >= 0
             assert event["ts"] >= last[place] - 1e-9
             last[place] = event["ts"] + event["dur"]
-        if event["ph"] == "C":
-            assert all(value >= 0 for value in event["args"].values())
     assert {pid for pid, _ in threads} == set(range(1, len(timelines) + 1))
     assert len(set(threads.values())) >= 12
 
@@ -186,6 +191,11 @@ def test_a_trace_sums_to_the_report(timelines):
     assert times == sorted(times)
     whole = sum(event["dur"] for event in slices if event["cat"] == "operations")
     assert whole == pytest.approx(report.seconds * 1e6, abs=0.002)
+
+
+def test_lines_of_a_trace_sum_to_the_busy_cycles(timelines):
+    report = timelines["vitcod"].report
+    slices = [event for event in trace_events(timelines["vitcod"], 7) if event["ph"] == "X"]
     lines = [e for e in slices if e["cat"] in ("denser lines", "sparser lines")]
     busy = sum(event["args"]["work (line-cycles)"] for event in lines)
     assert busy == report.stalls()["busy"]

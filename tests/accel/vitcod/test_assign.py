@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from sievit.accel.hardware import ASSIGNMENTS
+from sievit.accel.schedule import ASSIGNMENTS
 from sievit.accel.vitcod.assign import DENSE_ROUND, assign, denser_length, split_lines
 
 

@@ -10,7 +10,8 @@ from naive_engine import Twin
 from numba import njit
 
 from sievit.accel import jit as compiled
-from sievit.accel.hardware import ASSIGNMENTS, Hardware, presets
+from sievit.accel.hardware import Hardware, presets
+from sievit.accel.schedule import ASSIGNMENTS, DEFAULT, Schedule
 from sievit.accel.vitcod import engine
 from sievit.accel.vitcod.mapper import choose
 from sievit.accel.vitcod.program import V, build
@@ -53,11 +54,11 @@ def attention(rng, *, queries, keys, dim=16, value_dim=None, heads=1, density=0.
                      masks=tuple(made) if masks else None, codec=codec)  # fmt: skip
 
 
-def both(op, hardware, instances=1):
+def both(op, hardware, instances=1, schedule=DEFAULT):
     """(program, trace, twin) of an attention call."""
-    mapping = choose(op, hardware)
-    program, _ = build(op, hardware, mapping, instances)
-    trace = engine.run(program, hardware, mapping)
+    mapping = choose(op, hardware, schedule)
+    program, _ = build(mapping, instances)
+    trace = engine.run(program, mapping)
     return program, trace, Twin(program, hardware, mapping).run()
 
 
@@ -170,9 +171,8 @@ EDGES = {
 @pytest.mark.parametrize("policy", ASSIGNMENTS)
 @pytest.mark.parametrize("masks", EDGES.values(), ids=EDGES)
 def test_edges(masks, policy):
-    hardware = replace(SMALL, assignment=policy)
     op = Attention("edge", len(masks), masks[0].queries, masks[0].keys, 12, 20, masks=masks)
-    _, trace, twin = both(op, hardware)
+    _, trace, twin = both(op, SMALL, schedule=Schedule(assignment=policy))
     assert_equal_runs(trace, twin)
 
 
@@ -192,11 +192,11 @@ def test_equals_its_twin_on_real_heads(deit_masks, layer, number):
 def test_a_machine_that_comes_to_a_stand_says_so():
     op = attention(np.random.default_rng(0), queries=12, keys=12)
     mapping = choose(op, SMALL)
-    program, _ = build(op, SMALL, mapping, 1)
+    program, _ = build(mapping, 1)
     first = program.channel_first[V]
     program.transfers["after"][first] = len(program.stages)  # V never comes
     with pytest.raises(RuntimeError, match="test stands still at cycle"):
-        engine.run(program, SMALL, mapping)
+        engine.run(program, mapping)
 
 
 def test_compiling_is_announced_once(caplog, monkeypatch):

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from sievit.accel import Arithmetic, Quantized, integer_attention, quantize, simulate_attention
 from sievit.accel.arithmetic import FixedPoint, quantize_head_map
-from sievit.accel.hardware import ASSIGNMENTS, Hardware, presets
+from sievit.accel.hardware import Hardware, presets
 from sievit.accel.integer_attention import checked_rules, integer_softmax
+from sievit.accel.schedule import ASSIGNMENTS, Schedule
 from sievit.accel.vitcod.executor import ProgramExecutor
 from sievit.accel.vitcod.functional import CodecWeights, arithmetic_of, coded_operands
 from sievit.accel.vitcod.mapper import candidates, choose
@@ -167,9 +168,14 @@ machines = st.builds(
     Hardware,
     lines=st.sampled_from([1, 3, 8, 64]),
     macs_per_line=st.sampled_from([1, 8]),
+    **{field: st.sampled_from([400, 900, 3000, 54272]) for field in BUFFERS},
+)
+
+
+schedules = st.builds(
+    Schedule,
     assignment=st.sampled_from(ASSIGNMENTS),
     mappings_stepped=st.sampled_from([1, 9]),
-    **{field: st.sampled_from([400, 900, 3000, 54272]) for field in BUFFERS},
 )
 
 
@@ -205,9 +211,17 @@ def random_codec(rng, shape: HeadCodec) -> CodecWeights:
     )
 
 
+def plain_attention(q, k, v, masks, codecs, arithmetic, **given):
+    """The same by the plain function: masks dense, latents decoded before."""
+    keep = None if masks is None else np.stack([mask.dense() for mask in masks])
+    if codecs:
+        q, k = (side.operands for side in coded_operands(q, k, codecs, arithmetic))
+    return integer_attention(q, k, v, keep, arithmetic=arithmetic, **given)
+
+
 @ALL
-@given(calls(), machines, st.sampled_from([None, 1, 2]), st.booleans())
-def test_the_schedule_gives_the_plain_result_bit_for_bit(call, hardware, images, biased):
+@given(calls(), machines, schedules, st.sampled_from([None, 1, 2]), st.booleans())
+def test_the_schedule_gives_the_plain_result_bit_for_bit(call, hardware, schedule, images, biased):
     rng, masks, shape, sizes = call
     batch = () if images is None else (images,)
     q, k, v = (
@@ -217,18 +231,15 @@ def test_the_schedule_gives_the_plain_result_bit_for_bit(call, hardware, images,
     codecs = tuple(random_codec(rng, shape) for _ in range(2)) if shape else None
     bias = rng.standard_normal(sizes[:3]) if biased else None
     try:
-        found = simulate_attention(q, k, v, masks, hardware, codecs=codecs, bias=bias)
+        found = simulate_attention(
+            q, k, v, masks, hardware, codecs=codecs, bias=bias, schedule=schedule
+        )
     except ValueError as error:
         assert "does not fit the machine" in str(error)  # noqa: PT017
         assume(False)
-    keep = None if masks is None else np.stack([mask.dense() for mask in masks])
-    arithmetic = arithmetic_of(hardware)
-    sides = coded_operands(q, k, codecs, arithmetic) if codecs else None
-    decoded = (q, k) if sides is None else tuple(side.operands for side in sides)
     assert found.score_shift.shape == (sizes[0],)
-    plain = integer_attention(
-        *decoded, v, keep, bias=bias, score_shift=found.score_shift, arithmetic=arithmetic
-    )
+    plain = plain_attention(q, k, v, masks, codecs, arithmetic_of(hardware), bias=bias,
+                            score_shift=found.score_shift)  # fmt: skip
     assert np.array_equal(found.output.values, plain.values)
     assert np.array_equal(found.output.scale, plain.scale)
     assert found.cost.details["scores_computed"] >= found.cost.details["scores_kept"]
@@ -269,7 +280,7 @@ def small_run(change):
     masks = (polarize_head(keep[0], 6),)
     op = Attention("call", 1, 12, 12, 8, 8, masks=masks)
     mapping = choose(op, presets["vitcod"])
-    program, _ = build(op, presets["vitcod"], mapping, 1)
+    program, _ = build(mapping, 1)
     program = change(program)
     q, k, v = (quantize(x) for x in operands(rng, 1, 12, 12, 8, 8))
     rules = checked_rules(q, k, v, None, None, Arithmetic())

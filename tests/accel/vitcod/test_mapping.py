@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sievit.accel.hardware import presets
+from sievit.accel.schedule import Schedule
 from sievit.accel.vitcod.estimate import WorkOfTiles, busiest_line, estimate_cycles
 from sievit.accel.vitcod.mapper import candidates, choose
 from sievit.accel.vitcod.mapping import codec_side_bytes
@@ -78,7 +79,7 @@ def test_what_is_resident_fits(op):
 
 @pytest.mark.parametrize("op", CALLS.values(), ids=CALLS)
 def test_no_chunk_is_larger_than_its_buffer(op):
-    program, _ = build(op, VITCOD, choose(op, VITCOD), 1)
+    program, _ = build(choose(op, VITCOD), 1)
     sizes = (VITCOD.q_buffer_bytes, VITCOD.k_buffer_bytes, VITCOD.v_buffer_bytes)
     for channel, size in enumerate(sizes):
         first, last = program.channel_first[channel : channel + 2]
@@ -91,18 +92,18 @@ def test_a_codec_block_is_decoded_in_one_pass_where_it_fits():
     assert mapping.group == 3
     assert mapping.token_bytes == 2 * 64
     assert mapping.decode_macs == 3 * 2 * 64  # heads * latent_heads * d, once a token
-    program, _ = build(op, VITCOD, mapping, 1)
+    program, _ = build(mapping, 1)
     assert program.dram_bytes(0) == program.dram_bytes(1) == 197 * 2 * 64
     # 12 heads x 197 tokens x 64 B do not fit: the latents come once for each group.
     base = CALLS["DeiT-Base, codec"]
     mapping = next(mapping for mapping in candidates(base, VITCOD) if mapping.group == 4)
-    program, _ = build(base, VITCOD, mapping, 1)
+    program, _ = build(mapping, 1)
     assert program.dram_bytes(1) == 3 * 197 * 6 * 64
     # Blocks of 4 heads: each is decoded in one pass, and nothing is loaded twice.
     grouped = CALLS["DeiT-Base, codec in groups"]
     mapping = next(mapping for mapping in candidates(grouped, VITCOD) if mapping.group == 4)
     assert mapping.latent_heads == 2
-    program, _ = build(grouped, VITCOD, mapping, 1)
+    program, _ = build(mapping, 1)
     assert program.dram_bytes(1) == 197 * 6 * 64
 
 
@@ -167,7 +168,7 @@ def test_estimated_lines_are_near_the_assignment():
     """The closed form of a split against the pieces that lines really get."""
     op = CALLS["DeiT-Tiny"]
     mapping = choose(op, VITCOD)
-    program, _ = build(op, VITCOD, mapping, 1)
+    program, _ = build(mapping, 1)
     taken = [0, 0]
     for stage in program.stages:
         plan = int(stage["plan"])
@@ -196,15 +197,16 @@ def test_the_first_candidate_is_near_the_fastest(name):
     estimates = [estimate_cycles(mapping, work) for mapping in made]
     assert estimates[0] <= 1.01 * min(estimates)
     fewer = [
-        run_attention(op, replace(VITCOD, mappings_stepped=count)).cycles for count in (1, 3, 99)
+        run_attention(op, VITCOD, 1, Schedule(mappings_stepped=count)).cycles
+        for count in (1, 3, 99)
     ]
     assert fewer[0] >= fewer[1] >= fewer[2] > 0
     assert fewer[0] <= 1.1 * fewer[2]
 
 
 def test_a_batch_takes_the_mapping_that_two_images_found_fastest():
-    op, hardware = CALLS["DeiT-Tiny, codec"], replace(VITCOD, mappings_stepped=4)
-    two, five = run_attention(op, hardware, 2), run_attention(op, hardware, 5)
+    op, schedule = CALLS["DeiT-Tiny, codec"], Schedule(mappings_stepped=4)
+    two, five = (run_attention(op, VITCOD, images, schedule) for images in (2, 5))
     assert two.mapping.query_tile == five.mapping.query_tile
     assert two.instances == 2
     assert five.instances == 5
@@ -227,12 +229,12 @@ def test_a_learned_bias_is_loaded_once_where_it_fits_and_for_each_pass_where_it_
     assert mapping.bias_stays
     assert mapping.staging_tokens < without.staging_tokens
     weights = mapping.codec_bytes
-    program, _ = build(op, VITCOD, mapping, 3)
+    program, _ = build(mapping, 3)
     assert program.dram_bytes(4) == weights + 4 * 196 * 2
     tight = replace(VITCOD, other_buffer_bytes=1200)
     mapping = choose(op, tight)
     assert not mapping.bias_stays
-    program, _ = build(op, tight, mapping, 3)
+    program, _ = build(mapping, 3)
     assert program.dram_bytes(4) == weights + 3 * 4 * 196 * 2
     with pytest.raises(ValueError, match="other_buffer_bytes is 500, one pass needs at least"):
         choose(op, replace(VITCOD, other_buffer_bytes=500))

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 import sievit.accel
-from sievit.accel.hardware import ASSIGNMENTS, Hardware
+from sievit.accel.hardware import Hardware
+from sievit.accel.schedule import ASSIGNMENTS
 from sievit.accel.vitcod import engine
 from sievit.accel.vitcod.mapper import choose
 from sievit.accel.vitcod.program import SDDMM, SPMM, build
@@ -172,8 +173,8 @@ class Case:
 def compare(case, compiled, folder):
     """All four products of a case in Verilog, against the engine and plain integers."""
     mapping = choose(case.op, case.hardware)
-    program, _ = build(case.op, case.hardware, mapping, 2)
-    trace = engine.run(program, case.hardware, mapping)
+    program, _ = build(mapping, 2)
+    trace = engine.run(program, mapping)
     assert program.stages["kind"].tolist() == [SDDMM, SDDMM, SPMM, SPMM]
     assert trace.stage_stalls[:, STALLS.index("softmax")].sum() == 0
     totals = Counter()

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_data import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sievit.models.families.dcn import DCNv3, DCNv4, deform_core, kernel_points, split_offset_mask
 
-CASES = ("a_base", "b_nonsquare", "c_removecenter", "d_stride2")
+CASES = cases("golden/dcn_core.npz")
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -74,19 +75,22 @@ def test_merged_tensor_of_dcnv4_is_the_released_one(core_cases, case):
     assert (out - arrays["dcnv4_output"]).abs().max() < 2e-5
 
 
+MODULES = {
+    ("dcnv3_module", "plain"): lambda: DCNv3(32, 2),
+    ("dcnv3_module", "cfs_dw5"): lambda: DCNv3(32, 2, dw_kernel=5, center_feature_scale=True),
+    ("dcnv4_module", "plain_g2"): lambda: DCNv4(32, 2),
+    ("dcnv4_module", "cfs"): lambda: DCNv4(32, 2, center_feature_scale=True),
+}
+
+
 @pytest.mark.parametrize(
-    ("file", "case", "build"),
-    [
-        ("dcnv3_module", "plain", lambda: DCNv3(32, 2)),
-        ("dcnv3_module", "cfs_dw5", lambda: DCNv3(32, 2, dw_kernel=5, center_feature_scale=True)),
-        ("dcnv4_module", "plain_g2", lambda: DCNv4(32, 2)),
-        ("dcnv4_module", "cfs", lambda: DCNv4(32, 2, center_feature_scale=True)),
-    ],
+    ("file", "case"),
+    [(f, c) for f in ("dcnv3_module", "dcnv4_module") for c in cases(f"golden/{f}.npz")],
 )
-def test_modules_give_the_released_outputs(golden, file, case, build):
+def test_modules_give_the_released_outputs(golden, file, case):
     with np.load(golden(f"golden/{file}.npz")) as data:
         arrays = {k.removeprefix(case + "/"): torch.tensor(data[k]) for k in data if case in k}
-    module = build().double().eval()
+    module = MODULES[file, case]().double().eval()
     state = {k.removeprefix("sd/"): v for k, v in arrays.items() if k.startswith("sd/")}
     assert list(module.state_dict()) == list(state)
     module.load_state_dict(state)

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from golden_data import cases
 from torch import nn
 
 from sievit.models import find_attention, trace
@@ -118,7 +119,7 @@ def test_parameters_of_the_parts():
     assert params(Block(128, 4, 14, (5, 5, 5, 5))) == 162692
 
 
-@pytest.mark.parametrize("name", ["M0", "M5"])
+@pytest.mark.parametrize("name", cases("golden/efficientvit_state_shapes.json"))
 def test_state_dict_is_the_released_one(golden, name):
     released = json.loads(golden("golden/efficientvit_state_shapes.json").read_text())[name]
     with torch.device("meta"):
@@ -126,20 +127,20 @@ def test_state_dict_is_the_released_one(golden, name):
     assert [(k, list(v.shape)) for k, v in state.items()] == list(released.items())
 
 
-@pytest.mark.parametrize(
-    ("case", "build"),
-    [
-        ("cga_m0_stage1", lambda: CascadedGroupAttention(64, 4, 7, (5, 5, 5, 5))),
-        ("lwa_10_w7_pad", lambda: LocalWindowAttention(64, 4, 10, (5, 5, 5, 5))),
-        ("patchmerging_64_128", lambda: PatchMerging(64, 128)),
-        ("ffn_64", lambda: FFN(64)),
-    ],
-)
-def test_modules_give_the_released_outputs(golden, case, build):
+MODULES = {
+    "cga_m0_stage1": lambda: CascadedGroupAttention(64, 4, 7, (5, 5, 5, 5)),
+    "lwa_10_w7_pad": lambda: LocalWindowAttention(64, 4, 10, (5, 5, 5, 5)),
+    "patchmerging_64_128": lambda: PatchMerging(64, 128),
+    "ffn_64": lambda: FFN(64),
+}
+
+
+@pytest.mark.parametrize("case", cases("golden/efficientvit_modules.npz"))
+def test_modules_give_the_released_outputs(golden, case):
     with np.load(golden("golden/efficientvit_modules.npz")) as data:
         arrays = {k: torch.tensor(data[k]) for k in data.files if k.startswith(case + "/")}
     prefix = f"{case}/sd/"
-    module = build().double().eval()
+    module = MODULES[case]().double().eval()
     module.load_state_dict({k[len(prefix) :]: v for k, v in arrays.items() if prefix in k})
     expected = arrays[f"{case}/y"]
     error = (module(arrays[f"{case}/x"]) - expected).abs().max() / expected.abs().max()

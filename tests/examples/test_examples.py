@@ -12,7 +12,7 @@ from PIL import Image
 
 from sievit.workload import AttentionMask
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def load(name: str):

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from engine_laws import LAWS, computed_entries, expected_entries, made_run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sievit.accel.dram.ddr4 import ADDRESS_MAPS
-from sievit.accel.hardware import ASSIGNMENTS, Hardware, presets
-from sievit.accel.vitcod import engine
+from sievit.accel.hardware import Hardware, presets
+from sievit.accel.schedule import ASSIGNMENTS
 from sievit.accel.vitcod.mapper import candidates, choose
-from sievit.accel.vitcod.program import CHANNELS, CODEC, INDEX, SDDMM, STORE, K, Q, V, build
-from sievit.accel.vitcod.registers import COUNTS, STALLS
+from sievit.accel.vitcod.program import CHANNELS, INDEX, STORE, K, Q, V
+from sievit.accel.vitcod.registers import STALLS
 from sievit.accel.vitcod.run import run_attention
 from sievit.workload import Attention, AttentionMask, HeadCodec, polarize_head
 
@@ -70,98 +70,25 @@ machines = st.builds(
 
 
 def run(op, hardware, instances=1, mapping=None):
-    """(mapping, program, trace) of a call, its laws checked."""
-    mapping = mapping or choose(op, hardware)
-    program, counts = build(op, hardware, mapping, instances)
-    trace = engine.run(program, hardware, mapping)
-    assert_laws(op, hardware, mapping, program, counts, trace, instances)
-    return mapping, program, trace
+    """(mapping, program, trace) of a call, every law checked."""
+    made = made_run(op, hardware, instances, mapping)
+    for law in LAWS:
+        law(made)
+    return made.mapping, made.program, made.trace
 
 
-def computed_entries(op, mapping, program):
-    """(instance, head, kind) -> how often each entry [queries, keys] is computed."""
-    units = list(mapping.units(1 + max(int(u) for u in program.stages["unit"]) // op.heads))
-    tile_of = Counter()
-    done = {}
-    for stage in program.stages:
-        kind, number, plan = int(stage["kind"]), int(stage["unit"]), int(stage["plan"])
-        instance, head, rows = units[number]
-        keys = mapping.key_tiles[tile_of[number, kind]]
-        tile_of[number, kind] += 1
-        table = done.setdefault(
-            (instance, head, kind), np.zeros((op.queries, op.keys), dtype=np.int64)
-        )
-        for piece in program.pieces[program.line_piece[plan, 0] : program.line_piece[plan, -1]]:
-            operands = np.arange(piece["first"], piece["first"] + piece["length"])
-            if piece["round"] >= 0:
-                operands = program.entries["operand"][operands]
-            if kind == SDDMM:
-                table[rows.start + operands, keys.start + piece["vector"]] += 1
-            else:
-                table[rows.start + piece["vector"], keys.start + operands] += 1
-    return done
-
-
-def expected_entries(op, head):
-    """What the machine should compute of a head: the whole dense block, the kept rest."""
-    if op.masks is None:
-        return np.ones((op.queries, op.keys), dtype=np.int64)
-    expected = op.masks[head].reordered()
-    expected[:, : op.masks[head].num_global] = True
-    return expected.astype(np.int64)
-
-
-def assert_laws(op, hardware, mapping, program, counts, trace, instances):
-    """Conservation laws and lower bounds of one run."""
-    got = {name: trace.count(name) for name in COUNTS}
-    cycles, lines = got["cycles"], hardware.lines
-    computed = instances * sum(int(expected_entries(op, h).sum()) for h in range(op.heads))
-    sparser = 0 if op.masks is None else instances * sum(m.sparser_kept for m in op.masks)
-    assert counts.scores == computed
-    assert got["query_words"] == computed * mapping.key_words
-    assert got["value_words"] == computed * mapping.value_words
-    assert got["forwarded"] + got["waited"] == sparser
-    assert got["index_reads"] == counts.entries == 2 * sparser
-    assert got["drained_words"] == counts.pieces * mapping.value_words
-    for side in ("key", "query", "value"):
-        assert got[f"{side}_words"] / lines <= got[f"{side}_reads"] <= got[f"{side}_words"]
-    # Time: every line-cycle has one cause, every cycle one phase, stages follow each other.
-    spans = trace.stage_times[:, 1] - trace.stage_times[:, 0]
-    assert trace.stage_stalls.sum(axis=1).tolist() == (lines * spans).tolist()
-    assert trace.stage_times[0, 0] == 0
-    assert trace.stage_times[1:, 0].tolist() == trace.stage_times[:-1, 1].tolist()
-    assert trace.stage_phases.sum() == cycles == trace.stage_times[-1, 1] + got["tail_cycles"]
-    assert trace.stage_phases[:-1].sum(axis=1).tolist() == spans.tolist()
-    busy = int(trace.stage_stalls[:, STALLS.index("busy")].sum())
-    assert busy == computed * (mapping.key_words + mapping.value_words) <= lines * cycles
-    for resource in ("dram_cycles", "softmax_cycles", "decoder_cycles"):
-        assert got[resource] <= cycles
-    # Bytes: all transfers are done; no less than the distinct data, the output exactly once.
-    rate = hardware.dram_bytes_per_cycle
-    assert got["dram_units"] == int(program.transfers["bytes"].sum()) * rate.denominator
-    assert cycles * rate.numerator >= got["dram_units"]
-    ratio = op.codec.ratio if op.codec else 1
-    vectors = instances * op.heads * op.key_dim * ratio
-    assert program.dram_bytes(Q) >= vectors * op.queries
-    assert program.dram_bytes(K) >= vectors * op.keys
-    assert program.dram_bytes(V) >= instances * op.heads * op.keys * op.value_dim
-    assert program.dram_bytes(STORE) == instances * op.heads * op.queries * op.value_dim
-    bitmap = sum(m.global_keep.size // 8 for m in op.masks or () if not m.global_keep.all())
-    least = 2 * sparser * mapping.entry_bytes + instances * bitmap
-    assert program.dram_bytes(INDEX) == counts.index_dram_bytes >= least
-    constants = program.dram_bytes(CODEC) - (mapping.codec_bytes if op.codec else 0)
-    assert op.bias_params <= constants / hardware.score_bytes <= op.bias_params * instances
-    tokens = (program.dram_bytes(Q) + program.dram_bytes(K)) // mapping.token_bytes
-    assert got["decoder_macs"] == tokens * mapping.decode_macs
-    assert got["decoder_cycles"] * mapping.decoder_rate >= got["decoder_macs"]
-    assert got["softmax_cycles"] * hardware.softmax_lanes >= computed
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+@exhaustive
+@given(op=calls(), hardware=machines, instances=st.sampled_from([1, 2]))
+def test_law(law, op, hardware, instances):
+    law(made_run(op, hardware, instances))
 
 
 @exhaustive
 @given(calls(), machines, st.sampled_from([1, 2]))
-def test_laws_hold_on_any_call_and_machine(op, hardware, instances):
-    mapping, program, _ = run(op, hardware, instances)
-    entries = computed_entries(op, mapping, program)
+def test_every_entry_is_computed_once(op, hardware, instances):
+    made = made_run(op, hardware, instances)
+    entries = computed_entries(op, made.mapping, made.program)
     assert len(entries) == instances * op.heads * 2
     for (_, head, _), times in entries.items():
         assert np.array_equal(times, expected_entries(op, head))

@@ -1,4 +1,4 @@
-"""The training loop: budgets, accumulation, averages, checkpoints and several processes."""
+"""The training loop: budgets, accumulation, averages, bad input and several processes."""
 
 from __future__ import annotations
 
@@ -6,24 +6,29 @@ import copy
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_training
 import torch
 import torch.nn.functional as F
+from tiny_training import (
+    PLAIN,
+    Killed,
+    equal,
+    image_batch,
+    labelled_batch,
+    masked_student,
+    state_of,
+    tiny,
+)
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from sievit.models import create, features
+from sievit.models import features
 from sievit.models.running import images_for
 from sievit.models.training.blocks import checkpoint_activations, transformer_blocks
-from sievit.models.training.checkpoints import (
-    DamagedCheckpoint,
-    checkpoint_files,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-)
 from sievit.models.training.feeding import repeated
 from sievit.models.training.loop import Checkpointing, train
 from sievit.models.training.objectives import Labelled, TokenDistillation, TokenLoss
@@ -31,50 +36,6 @@ from sievit.models.training.processes import own_device
 from sievit.models.training.recipe import Recipe
 from sievit.sparsify import attach, average_attention, threshold
 from sievit.sparsify.finetune import GradualMask, finetune
-
-PLAIN = Recipe(learning_rate=2e-3, full_rate_loss=0.0, warmup_steps=2, bf16=False)
-
-
-def tiny(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    model = create(
-        "deit_tiny", image_size=32, patch_size=8, dim=16, heads=2, depth=2, num_classes=3
-    ).eval()
-    for block in model.blocks:  # so that attention matters
-        block.attn.qkv.weight.data *= 8
-        block.attn.proj.weight.data *= 3
-    return model
-
-
-def image_batch(index: int, count: int = 4) -> torch.Tensor:
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(index))
-
-
-def labelled_batch(index: int, count: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(index)
-    return image_batch(index, count), torch.randint(0, 3, (count,), generator=generator)
-
-
-def stream(start: int = 0):
-    index = start
-    while True:
-        yield labelled_batch(index)
-        index += 1
-
-
-def masked_student(seed: int = 1) -> tuple[nn.Module, nn.Module]:
-    teacher = tiny(seed)
-    student = copy.deepcopy(teacher)
-    attach(student, threshold(average_attention(teacher, [image_batch(0)]), sparsity=0.7))
-    return student, teacher
-
-
-def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def equal(one: dict, other: dict) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_labels_alone_train_the_whole_model():
@@ -208,140 +169,6 @@ def test_recomputing_leaves_the_model_as_it_was():
     assert all("forward" not in block.__dict__ for block in transformer_blocks(model))
 
 
-# ---------------------------------------------------------------- checkpoints
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the library catches it."""
-
-
-def run(folder, model, steps=9, every=2, kill_at=None, **more):
-    def killer(step, rate, terms, share):
-        if step == kill_at:
-            raise Killed
-
-    return finetune(model, stream, steps=steps, recipe=PLAIN, listener=killer,
-                    checkpointing=Checkpointing(folder, every, {"seed": 1} | more))  # fmt: skip
-
-
-@pytest.mark.parametrize("kill_at", [0, 1, 2, 5, 8])
-def test_a_killed_training_resumes_to_the_same_losses(tmp_path, kill_at):
-    whole, cut = tiny(), tiny()
-    wanted = run(tmp_path / "whole", whole)
-    with pytest.raises(Killed):
-        run(tmp_path / "cut", cut, kill_at=kill_at)
-    again = tiny(seed=5)  # another start: everything must come from the checkpoint
-    if kill_at < 2:
-        again = tiny()
-    got = run(tmp_path / "cut", again)
-    assert got.losses == wanted.losses
-    assert got.resumed_at == kill_at // 2 * 2
-    assert got.steps == 9 - got.resumed_at
-    assert equal(state_of(whole), state_of(again)) or kill_at >= 2
-    trained = [name for name, _ in whole.named_parameters()]
-    assert all(torch.equal(whole.get_parameter(n), again.get_parameter(n)) for n in trained)
-
-
-def test_a_finished_training_is_not_done_again(tmp_path):
-    model = tiny()
-    first = run(tmp_path, model)
-    again = run(tmp_path, model)
-    assert again.losses == first.losses
-    assert again.steps == 0
-
-
-def test_the_average_is_kept_in_the_checkpoint(tmp_path):
-    recipe = Recipe(**{**PLAIN.__dict__, "ema_decay": 0.9})
-    models = []
-    for name, kill_at in (("whole", None), ("cut", 5)):
-        model = tiny()
-        for kill in (kill_at, None)[kill_at is None :]:
-
-            def killer(step, rate, terms, share, kill=kill):
-                if step == kill:
-                    raise Killed
-
-            plan = Checkpointing(tmp_path / name, 2)
-            try:
-                finetune(model, stream, steps=8, recipe=recipe, listener=killer,
-                         checkpointing=plan)  # fmt: skip
-            except Killed:
-                model = tiny()
-        models.append(state_of(model))
-    assert equal(*models)
-
-
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(tmp_path, damage):
-    wanted = run(tmp_path / "whole", tiny())
-    with pytest.raises(Killed):
-        run(tmp_path / "cut", tiny(), kill_at=5)
-    newest = checkpoint_files(tmp_path / "cut")[-1]
-    content = bytearray(newest.read_bytes())
-    if damage == "flipped":
-        content[len(content) // 2] ^= 1
-    newest.write_bytes(content[: {"cut": -1, "flipped": None, "empty": 0}[damage]])
-    with pytest.raises(DamagedCheckpoint, match="checksum"):
-        load_checkpoint(newest)
-    with pytest.warns(UserWarning, match="the one before it is used"):
-        got = run(tmp_path / "cut", tiny())
-    assert got.resumed_at == 2
-    assert got.losses == wanted.losses
-
-
-def test_a_folder_of_damaged_checkpoints_is_said_not_restarted(tmp_path):
-    save_checkpoint(tmp_path, 1, {"a": 1})
-    checkpoint_files(tmp_path)[0].write_bytes(b"nonsense")
-    with (
-        pytest.warns(UserWarning, match="damaged"),
-        pytest.raises(DamagedCheckpoint, match="no checkpoint in"),
-    ):
-        newest_checkpoint(tmp_path)
-
-
-def test_two_checkpoints_are_kept(tmp_path):
-    for step in range(5):
-        save_checkpoint(tmp_path, step, {"step": step})
-    assert [path.name for path in checkpoint_files(tmp_path)] == [
-        "step-00000003.pt",
-        "step-00000004.pt",
-    ]
-    path, state = newest_checkpoint(tmp_path)
-    assert state == {"step": 4}
-    assert path.name == "step-00000004.pt"
-
-
-def test_a_checkpoint_that_cannot_be_written_names_the_last_good_one(tmp_path, monkeypatch):
-    good = save_checkpoint(tmp_path, 1, {"a": 1})
-
-    def full(path, mode="r"):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("builtins.open", full)
-    with pytest.raises(OSError, match="No space left") as error:
-        save_checkpoint(tmp_path, 2, {"a": 2})
-    monkeypatch.undo()
-    assert str(good) in str(error.value)
-    assert load_checkpoint(good) == {"a": 1}
-    assert [p.name for p in tmp_path.iterdir()] == [good.name]
-
-
-def test_a_resume_with_other_settings_says_which(tmp_path):
-    run(tmp_path, tiny(), steps=4)
-    with pytest.raises(ValueError, match=r"seed was 1, is 2; steps was 4, is 6"):
-        run(tmp_path, tiny(), steps=6, seed=2)
-
-
-def test_a_loss_that_is_not_finite_names_the_last_checkpoint(tmp_path):
-    def spoiled(start):
-        for index, (images, labels) in enumerate(stream(start), start):
-            yield (images * float("nan") if index == 3 else images), labels
-
-    with pytest.raises(FloatingPointError, match=r"nan at step 3, rate .*step-00000002\.pt"):
-        finetune(tiny(), spoiled, steps=6, recipe=PLAIN,
-                 checkpointing=Checkpointing(tmp_path, 2))  # fmt: skip
-
-
 # ---------------------------------------------------------------- data, masks, bad input
 
 
@@ -431,18 +258,17 @@ def test_recipes_that_make_no_sense(settings, match):
 
 # ---------------------------------------------------------------- several processes
 
+HELPERS = str(Path(tiny_training.__file__).parent)
 WORKER = """
 import sys, torch, torch.distributed as dist
-sys.path.insert(0, {tests!r})
-import importlib.util
-spec = importlib.util.spec_from_file_location("training_tests", {file!r})
-tests = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tests)
+sys.path.insert(0, {helpers!r})
+import tiny_training as tiny
+from sievit.sparsify import finetune
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-student, teacher = tests.masked_student()
-halves = [tests.image_batch(i, 8)[rank * 4 : rank * 4 + 4] for i in range(4)]
-log = tests.finetune(student, halves, teacher=teacher, steps=4, recipe=tests.PLAIN)
+student, teacher = tiny.masked_student()
+halves = [tiny.image_batch(i, 8)[rank * 4 : rank * 4 + 4] for i in range(4)]
+log = finetune(student, halves, teacher=teacher, steps=4, recipe=tiny.PLAIN)
 torch.save({{"losses": log.losses, "state": student.state_dict()}}, {out!r} + str(rank))
 dist.destroy_process_group()
 """
@@ -454,7 +280,7 @@ def test_two_processes_train_as_one_on_the_whole_batch(tmp_path):
                    recipe=PLAIN)  # fmt: skip
     script = tmp_path / "worker.py"
     out = str(tmp_path / "rank")
-    script.write_text(textwrap.dedent(WORKER).format(tests=str(tmp_path), file=__file__, out=out))
+    script.write_text(textwrap.dedent(WORKER).format(helpers=HELPERS, out=out))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                "--master_addr=127.0.0.1", "--master_port=0", "--rdzv_backend=c10d",
                "--rdzv_endpoint=127.0.0.1:0", str(script)]  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-PATH = Path(__file__).resolve().parents[1] / "examples" / "benchmarks" / "bench_simulator.py"
+PATH = Path(__file__).resolve().parents[2] / "examples" / "benchmarks" / "bench_simulator.py"
 
 
 @pytest.fixture(scope="module")

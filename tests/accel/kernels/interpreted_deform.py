@@ -1,4 +1,4 @@
-"""Run by `test_kernels_deform_gpu` in a process of its own with TRITON_INTERPRET=1: the GPU
+"""Run by `test_deform_gpu` in a process of its own with TRITON_INTERPRET=1: the GPU
 kernels on the CPU, JSON of [case, type, errors by norm of output and
 gradients]."""
 

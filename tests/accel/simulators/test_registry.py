@@ -1,0 +1,113 @@
+"""What every entry of the registry must be: found, said in words, checked, run."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
+
+import numpy as np
+import pytest
+
+from sievit.accel import Schedule, compare, presets, record, simulate
+from sievit.accel.explore.grid import PARAMETERS
+from sievit.accel.simulators.registry import SIMULATORS
+from sievit.accel.simulators.sanger import Sanger
+from sievit.accel.simulators.simulator import PARTS, Simulator, without_parts
+from sievit.accel.simulators.spatten import Spatten
+from sievit.accel.simulators.systolic import Systolic
+from sievit.workload import Attention, HeadCodec, Workload, polarize_head
+
+VITCOD = presets["vitcod"]
+
+
+def workload(codec=HeadCodec(2, 1)):
+    keep = np.random.default_rng(0).random((2, 70, 70)) < 0.3
+    keep[:, :, 0] = True
+    masks = tuple(polarize_head(head, 50) for head in keep)
+    return Workload("w", (Attention("call", 2, 70, 70, 16, 16, masks=masks, codec=codec),))
+
+
+@pytest.mark.parametrize("name", SIMULATORS)
+def test_every_entry_runs_and_says_what_it_is(name):
+    entry = SIMULATORS[name]
+    assert entry.name == name
+    assert entry.words
+    assert set(entry.without) <= set(PARTS)
+    report = simulate(workload(), simulator=name)
+    assert report.simulator == name
+    assert report.schedule == Schedule()
+    assert report.cycles > 0
+    same = simulate(workload(), simulator=name, parameters=replace(entry.parameters))
+    assert same.ops == report.ops == entry(workload(), VITCOD).ops
+    assert same.to_dict()["parameters"] == vars(entry.parameters)
+    assert bool(report.attention[0].heads) == entry.stepped
+    assert record(workload(), VITCOD, name).report == report
+    for item in fields(entry.parameters):
+        assert f"{name}.{item.name}" in PARAMETERS
+        with pytest.raises(FrozenInstanceError):
+            setattr(entry.parameters, item.name, 1)
+
+
+@pytest.mark.parametrize("name", SIMULATORS)
+def test_parameters_of_another_are_refused(name):
+    other = Spatten() if name != "spatten" else Sanger()
+    with pytest.raises(
+        ValueError, match=f"parameters of '{name}' are a .* got {type(other).__name__}"
+    ):
+        simulate(workload(), simulator=name, parameters=other)
+
+
+def test_parameters_are_reached():
+    def cycles(simulator, parameters):
+        return simulate(workload(), VITCOD, simulator, parameters=parameters)
+
+    slow = cycles("sanger", Sanger(mask_bits_per_cycle=1)).attention[0]
+    assert slow.busy["packing"] == 2 * 70 * 70
+    method = Spatten(lsb_share=1.0)
+    assert cycles("spatten", method).attention[0].details["queries_recomputed"] > 30
+    assert cycles("systolic", Systolic("ws")).ops == simulate(workload(), VITCOD, "systolic_ws").ops
+    one, other = compare(
+        workload(), simulators=("spatten", "sanger"), parameters={"spatten": method}
+    )
+    assert (one.parameters, other.parameters) == (method, None)
+    with pytest.raises(ValueError, match="parameters are of systolic, vitcod, got 'sanger'"):
+        compare(workload(), parameters={"sanger": Sanger()})
+
+
+@pytest.mark.parametrize("bits", [0, True, 1.5])
+def test_bad_parameters_are_named(bits):
+    with pytest.raises(
+        ValueError, match=f"mask_bits_per_cycle must be an integer >= 1, got {bits}"
+    ):
+        Sanger(mask_bits_per_cycle=bits)
+    with pytest.raises(ValueError, match="dataflow must be one of os, ws, is, got 'rs'"):
+        Systolic("rs")
+
+
+def test_parts_are_left_out():
+    whole = workload()
+    assert without_parts(whole, ()) is whole
+    (op,) = without_parts(whole, ("codec", "reorder")).attention
+    assert op.codec is None
+    assert [mask.num_global for mask in op.masks] == [0, 0]
+    assert all(
+        np.array_equal(one.dense(), other.dense())
+        for one, other in zip(op.masks, whole.attention[0].masks, strict=True)
+    )
+    assert without_parts(whole, ("masks",)).attention[0].masks is None
+
+
+def test_a_bad_entry_is_refused_and_a_new_one_is_one_line(monkeypatch):
+    @dataclass(frozen=True)
+    class Own:
+        share: float = 0.5
+
+    def costs(work, hardware, schedule, batch, own):
+        return SIMULATORS["systolic"].costs(work, hardware, schedule, batch, Systolic("is"))
+
+    monkeypatch.setitem(SIMULATORS, "mine", Simulator("mine", costs, "mine", parameters=Own()))
+    expected = simulate(workload(), simulator="systolic_is")
+    assert simulate(workload(), simulator="mine", parameters=Own(0.1)).ops == expected.ops
+    with pytest.raises(ValueError, match="without is of masks, codec, reorder, got 'heads'"):
+        Simulator("mine", costs, "mine", without=("heads",))
+    with pytest.raises(ValueError, match="parameters are a dataclass, got 3"):
+        Simulator("mine", costs, "mine", parameters=3)
