@@ -15,7 +15,7 @@ from sievit.models import create, trace
 from sievit.studies.variants import masks_by_chance, variants
 from sievit.workload import AttentionMask
 
-SMALL = ["deit_tiny", "--image-size", "64", "--min-kept", "10", "--jobs", "1"]
+SMALL = ["deit_tiny", "--image-size", "64", "--global-threshold", "10", "--jobs", "1"]
 
 
 def run(*arguments):

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from sievit.accel import presets, simulate
+from sievit.accel.explore.grid import Configuration, configured
+from sievit.accel.schedule import Schedule
 from sievit.studies import ladder
 from sievit.studies.ladder import FAULTS, Script, climb
 from sievit.workload import Attention, AttentionMask, HeadCodec, Workload, polarize_head
@@ -111,10 +113,15 @@ def test_without_a_switch_the_formulas_are_the_released_ones():
         assert Script().cycles(workload, VITCOD, NONE) == released
 
 
+def all_ideal() -> Configuration:
+    ideals = ladder._ideals(VITCOD, Schedule().assignment)
+    return configured(VITCOD, {k: v for _, part in ideals for k, v in part.items()})
+
+
 def test_each_rung_changes_what_it_names_and_nothing_else(small):
     made = climb(small)
     script, machine = Script(), None
-    moved = ladder._bytes_beside(small, VITCOD)
+    moved = ladder._bytes_beside(small, Configuration(VITCOD))
     for rung in made.rungs[1:]:
         if rung.model == "formulas":
             changed = replace(script, **rung.changed)
@@ -123,23 +130,24 @@ def test_each_rung_changes_what_it_names_and_nothing_else(small):
             assert changed.cycles(small, VITCOD, moved) == rung.cycles
             script = changed
         elif not rung.changed:
-            machine = replace(
-                VITCOD, **{k: v for _, p in ladder._ideals(VITCOD) for k, v in p.items()}
-            )
+            machine = all_ideal()
         else:
-            machine = replace(machine, **rung.changed)
-            assert all(getattr(VITCOD, name) == value for name, value in rung.changed.items())
+            machine = configured(machine.hardware, rung.changed, machine.schedule)
+            given = {**vars(VITCOD), **vars(Schedule())}
+            assert all(given[name] == value for name, value in rung.changed.items())
         if machine is not None:
-            assert simulate(small, machine).attention_cycles == rung.cycles
-    assert machine == VITCOD
+            hardware, schedule, _ = machine
+            assert simulate(small, hardware, schedule=schedule).attention_cycles == rung.cycles
+    assert machine == Configuration(VITCOD)
     assert set(asdict(script).values()) == {False}
     assert [rung.cause for rung in made.rungs[1:9]] == [cause for cause, _ in FAULTS]
 
 
 def test_ideal_parts_are_ideal(small):
     """No line waits for a bank, an entry takes its one cycle, and the ends cost nothing."""
-    ideal = replace(VITCOD, **{k: v for _, p in ladder._ideals(VITCOD) for k, v in p.items()})
-    stalls, real = simulate(small, ideal).stalls(), simulate(small, VITCOD).stalls()
+    hardware, schedule, _ = all_ideal()
+    stalls = simulate(small, hardware, schedule=schedule).stalls()
+    real = simulate(small, VITCOD).stalls()
     costs = {"Q bank", "V bank", "last results", "new split of the lines"}
     assert costs <= set(real)
     assert not costs & set(stalls)
