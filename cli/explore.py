@@ -34,7 +34,7 @@ from .options import (
     simulators_named,
     weights_source,
 )
-from .terminal import OUT, check_writable, one_line_errors, progress_bars
+from .terminal import OUT, check_targets, one_line_errors, progress_bars
 
 if TYPE_CHECKING:
     from ..accel import DesignPoint, Exploration
@@ -136,7 +136,7 @@ def explore(
         (simulator,) = simulators_named([simulator])
         settings = {"simulator": simulator, "batch": batch, "profile": profile_named(profile)}
         settings |= {"base": hardware_named(hardware), "jobs": jobs}
-        _check_targets(results, json_out, plots)
+        check_targets(results, json_out, folder=plots)
         given = {
             "lines": numbers("--lines", lines),
             "macs_per_line": numbers("--macs-per-line", macs_per_line),
@@ -177,17 +177,6 @@ class _Varied(NamedTuple):
     masks: Sequence[Path]
     sparsities: tuple[float, ...]
     codecs: tuple[Codec, ...]
-
-
-def _check_targets(results: Path, json_out: Path | None, plots: Path | None) -> None:
-    """Fail before the work rather than after it."""
-    for path in (results, json_out):
-        if path is not None:
-            check_writable(path.parent)
-            if path.is_dir():
-                raise ValueError(f"{str(path)!r} is a folder, a file was expected")
-    if plots is not None:
-        check_writable(plots)
 
 
 def _machines(

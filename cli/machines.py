@@ -34,7 +34,7 @@ from .options import (
 )
 from .paper import run_paper
 from .report_formats import Found, format_named, show
-from .terminal import OUT, check_writable, one_line_errors
+from .terminal import OUT, check_targets, one_line_errors
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -93,7 +93,7 @@ def simulate(
         costs = profile_named(profile)
         machine = configuration_of(hardware, fields, names)
         shown = format_named(output)
-        _check_targets(json_out, trace, plots)
+        check_targets(json_out, trace, folder=plots)
         saved = saved_mask(mask)
         workload = model_workload(
             model,
@@ -168,7 +168,7 @@ def compare(
         if paper:
             if fields or output != "table":
                 raise ValueError("--set and --format do not go with --paper")
-            _check_targets(json_out, None, plots)
+            check_targets(json_out, folder=plots)
             run_paper(model, mask, image_size, hardware, seed, measure, json_out, plots, quiet)
             return
         from ..pipeline.networks import sparse_workload
@@ -181,7 +181,7 @@ def compare(
         costs = profile_named(profile)
         machine = configuration_of(hardware, fields, names)
         shown = format_named(output)
-        _check_targets(json_out, trace, plots)
+        check_targets(json_out, trace, folder=plots)
         saved = saved_mask(mask)
         workload, about = sparse_workload(
             model,
@@ -215,17 +215,6 @@ def _run(
         return {name: run(workload, hardware, name, batch, **used[name]) for name in names}, {}
     timelines = {name: record(workload, hardware, name, batch, **used[name]) for name in names}
     return {name: timeline.report for name, timeline in timelines.items()}, timelines
-
-
-def _check_targets(json_out: Path | None, trace: Path | None, plots: Path | None) -> None:
-    """Fail before the work rather than after it."""
-    for path in (json_out, trace):
-        if path is not None:
-            check_writable(path.parent)
-            if path.is_dir():
-                raise ValueError(f"{str(path)!r} is a folder, a file was expected")
-    if plots is not None:
-        check_writable(plots)
 
 
 def _costs(report: Report, profile: EnergyProfile) -> tuple[Any, Any]:

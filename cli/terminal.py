@@ -84,6 +84,17 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"cannot write into {str(folder)!r}: {error.strerror or error}") from None
 
 
+def check_targets(*files: Path | None, folder: Path | None) -> None:
+    """As `check_writable`, for the files and the folder that are to be written; None: is not."""
+    for path in files:
+        if path is not None:
+            check_writable(path.parent)
+            if path.is_dir():
+                raise ValueError(f"{str(path)!r} is a folder, a file was expected")
+    if folder is not None:
+        check_writable(folder)
+
+
 class _Probe(Exception):
     """Leaves `written_whole` without keeping the file."""
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 import sievit
+from sievit.files import write_json
+from sievit.provenance import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SHIPPED = {"tests", "examples"}
@@ -39,6 +41,14 @@ def test_importing_sievit_loads_neither_torch_nor_matplotlib():
 def test_the_simulator_needs_no_torch():
     code = "import sys, sievit.accel, sievit.workload; print('torch' in sys.modules)"
     assert run([sys.executable, "-c", code]).strip() == "False"
+
+
+@pytest.mark.parametrize("module", ["sievit.result", "sievit.pipeline.result"])
+@pytest.mark.parametrize("name", ["versions", "write_json"])
+def test_names_that_moved_to_another_module_still_import_with_a_warning(module, name):
+    with pytest.warns(DeprecationWarning, match=f"has moved to sievit.*{name}"):
+        found = getattr(importlib.import_module(module), name)
+    assert found is {"versions": versions, "write_json": write_json}[name]
 
 
 @pytest.fixture(scope="module")
