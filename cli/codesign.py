@@ -50,7 +50,7 @@ def codesign(
     limit: Limit = 512,
     image_size: ImageSize = 224,
     normalization: PixelNormalization = "auto",
-    rule: RuleName = "information",
+    rule: RuleName = None,
     sparsity: Sparsity = None,
     theta: Theta = None,
     granularity: Granularity = "1x1",
@@ -92,7 +92,7 @@ def codesign(
         settings = Settings(
             image_size=image_size,
             normalization=normalization_named(normalization, source),
-            rule=rule,
+            rule=rule or Settings.rule,
             sparsity=Settings.sparsity if sparsity is None and theta is None else sparsity,
             theta=theta,
             granularity=block_shape(granularity),

@@ -44,7 +44,7 @@ def masks(
     limit: Limit = 512,
     image_size: ImageSize = 224,
     normalization: PixelNormalization = "auto",
-    rule: RuleName = "information",
+    rule: RuleName = None,
     sparsity: Sparsity = None,
     theta: Theta = None,
     granularity: Granularity = "1x1",
@@ -75,6 +75,7 @@ def masks(
             out,
             tile,
             granularity,
+            rule,
             sparsity=sparsity,
             theta=theta,
             cycles=cycles,
@@ -84,7 +85,7 @@ def masks(
         settings = Settings(
             image_size=image_size,
             normalization=normalization_named(normalization, source),
-            rule=rule,
+            rule=rule or Settings.rule,
             sparsity=Settings.sparsity if sparsity is None and theta is None else sparsity,
             theta=theta,
             granularity=block_shape(granularity),
@@ -117,7 +118,7 @@ def masks(
                 OUT.print(said, highlight=False)
 
 
-def _check(out: Path, tile: int, granularity: str, **given: float | None) -> None:
+def _check(out: Path, tile: int, granularity: str, rule: str | None, **given: float | None) -> None:
     """Of the rules ``given`` one at most, and what goes with it."""
     from ..accel.kernels.plan import TILES
 
@@ -125,7 +126,10 @@ def _check(out: Path, tile: int, granularity: str, **given: float | None) -> Non
     named = {name: f"{name} {value:g}" for name, value in options.items() if value is not None}
     if len(named) > 1:
         raise ValueError(f"give one of {', '.join(options)}; got {' and '.join(named.values())}")
-    if granularity != "1x1" and not {"--cycles", "--tile-entries"}.isdisjoint(named):
+    budgeted = not {"--cycles", "--tile-entries"}.isdisjoint(named)
+    if rule is not None and budgeted:
+        raise ValueError(f"--rule {rule} does not go with a budget, which has a rule of its own")
+    if granularity != "1x1" and budgeted:
         raise ValueError(f"--granularity {granularity} goes with --sparsity or --theta")
     if tile not in TILES:
         raise ValueError(f"--tile must be one of {', '.join(map(str, TILES))}, got {tile}")

@@ -43,7 +43,8 @@ Sparsity = Annotated[
     float | None, typer.Option(help="Share of attention entries to prune, in [0, 1).")
 ]
 RuleName = Annotated[
-    str, typer.Option("--rule", help="information, ratio, quota, or a control: random, window.")
+    str | None,
+    typer.Option("--rule", help="information, ratio, quota, or a control: random, window."),
 ]
 Theta = Annotated[
     float | None, typer.Option(help="Attention mass a row keeps, in (0, 1]; instead of sparsity.")

@@ -52,7 +52,7 @@ def train(
     mode: Annotated[
         str, typer.Option(help="mask, two-step (codec, then mask) or joint (both at once).")
     ] = "mask",
-    rule: RuleName = "information",
+    rule: RuleName = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Share of entries to prune. Default: 0.9.")
     ] = None,
@@ -96,8 +96,8 @@ def train(
 ) -> None:
     """Sparsify a pretrained ViT and train it to keep its accuracy.
 
-    Start it again with the same settings and it goes on from its last checkpoint; start it
-    with torchrun and several processes share each batch.
+    Started again with the same settings, it resumes from its last checkpoint; started with
+    torchrun, several processes share each batch.
     """
     with one_line_errors(quiet):
         from ..pipeline.train import TrainSettings
@@ -106,11 +106,13 @@ def train(
             raise ValueError(
                 f"give either --mask or --sparsity: a mask has its own, got {sparsity} too"
             )
+        if mask is not None and rule is not None:
+            raise ValueError(f"give either --mask or --rule: a mask has its own, got {rule} too")
         source = weights_source(model, weights)
         settings = TrainSettings(
             image_size=image_size,
             normalization=normalization_named(normalization, source),
-            rule=rule,
+            rule=rule or TrainSettings.rule,
             sparsity=TrainSettings.sparsity if sparsity is None else sparsity,
             mode=mode,
             latent_heads=latent_heads,

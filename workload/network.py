@@ -1,8 +1,6 @@
-"""The waist of sievit: a network for one image as a list of plain operations.
+"""A network for one image: its operations in order, with masks and codecs put into them.
 
-Models become a `Workload` (`sievit.models.costs.trace`), masks and codecs are put into it, and
-every machine reads it. Numpy only: neither a model nor a machine is known here. All
-sizes are elements; bytes = elements x the width that the machine gives them.
+All sizes are elements; bytes = elements x the width that the machine gives them.
 """
 
 from __future__ import annotations
@@ -11,31 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..moved import old_arguments
-from .masks import (
-    PUBLISHED_MIN_KEPT,
-    AttentionMask,
-    GlobalThreshold,
-    PolarizedMask,
-    polarize_head,
-)
-from .ops import Attention, Conv, Deform, Elementwise, Gemm, HeadCodec, Op, Unknown, Unused
-
-__all__ = [
-    "PUBLISHED_MIN_KEPT",
-    "Attention",
-    "AttentionMask",
-    "Conv",
-    "Deform",
-    "Elementwise",
-    "Gemm",
-    "HeadCodec",
-    "Op",
-    "PolarizedMask",
-    "Unknown",
-    "Unused",
-    "Workload",
-    "polarize_head",
-]
+from .masks import AttentionMask, GlobalThreshold, PolarizedMask, polarize_head
+from .ops import Attention, HeadCodec, Op, Unknown
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,13 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list, list[str]]]:
     AttentionMask((np.ones((3, 9, 9), bool),) * 12).save(folder / "mask9.npz")
     run_it = ["codesign", "--model", "deit_tiny", "--out", folder / "out", "--weights"]
     ready = [*run_it, "random"]
+    budget = ["masks", folder / "m.npz", "--cycles", "1000"]
     return {
+        "rule and budget": ([*budget, "--rule", "ratio"], ["--rule ratio", "budget"]),
+        "rule and mask": (
+            ["train", "--mask", folder / "mask9.npz", "--rule", "ratio"],
+            ["--mask or --rule", "ratio"],
+        ),
         "missing weights": ([*run_it, folder / "none.pth"], ["none.pth"]),
         "corrupt safetensors": ([*run_it, folder / "corrupt.safetensors"], ["corrupt.safeten"]),
         "corrupt pth": ([*run_it, folder / "corrupt.pth"], ["corrupt.pth"]),
