@@ -87,23 +87,17 @@ def product_cost(
     encode_cycles: int = 0,
     *,
     schedule: Schedule = DEFAULT,
+    kept_bytes: int = 0,
 ) -> OpCost:
     """A dense product with its loads and stores.
 
     saved_output_elements  of the output that an encoder keeps from DRAM
     encode_cycles          of that encoder, which runs beside the product
+    kept_bytes             of the scratchpad that hold results for the attention behind it
     """
     product = as_product(op, batch)
     width = hardware.operand_bytes
-    panel = (hardware.q_buffer_bytes + hardware.k_buffer_bytes + hardware.v_buffer_bytes) // 2
-    inputs, weights = product.input_elements * width, product.weight_elements * width
-    # One operand is held in half the Q, K and V buffers panel by panel and the other is
-    # streamed past each panel; the half that is not read takes the next panel.
-    held_inputs = inputs + weights * _ceil(inputs, panel)
-    held_weights = weights + inputs * _ceil(weights, panel)
-    again = min(held_inputs, held_weights) if weights else inputs
-    read_inputs = inputs * (again - weights) // inputs if again == held_weights else inputs
-    read_weights = again - read_inputs
+    read_inputs, read_weights = _operand_loads(product, hardware, schedule, kept_bytes)
     stored = (product.output_elements - saved_output_elements) * width
     compute = product.count * array_cycles(product.m, product.n, product.k, hardware, schedule)
     traffic = (
@@ -117,6 +111,57 @@ def product_cost(
     if encode_cycles:
         work["encoder"] = encode_cycles
     return overlapped(op.name, "dense", work, op.macs * batch, traffic, hardware)
+
+
+def _operand_loads(
+    product: Product, hardware: Hardware, schedule: Schedule, kept_bytes: int
+) -> tuple[int, int]:
+    """Bytes of inputs and of weights that DRAM reads.
+
+    One operand is held and the other is streamed past it. With four fixed buffers the held
+    one takes half of those of Q, K and V, panel by panel; the half that is not read takes the
+    next panel. In a shared scratchpad, with the output buffer beside it, it is held whole
+    where there is room for it and for two stripes of the other; else in panels of half.
+    """
+    width = hardware.operand_bytes
+    space, stripes = _panel_space(product, hardware, schedule)
+    inputs, weights = product.input_elements * width, product.weight_elements * width
+    if not weights:
+        return inputs, 0
+
+    def panels(held: int) -> int:
+        left = space - kept_bytes
+        return 1 if held + stripes <= left else _ceil(held, max(left // 2, 1))
+
+    held_inputs = inputs + weights * panels(inputs)
+    held_weights = weights + inputs * panels(weights)
+    if held_weights < held_inputs:
+        return held_weights - weights, weights
+    return inputs, held_inputs - inputs
+
+
+def _panel_space(product: Product, hardware: Hardware, schedule: Schedule) -> tuple[int, int]:
+    """(bytes for operands, of them for what streams past one that is held whole)."""
+    space = hardware.q_buffer_bytes + hardware.k_buffer_bytes + hardware.v_buffer_bytes
+    if schedule.scratchpad == "fixed":
+        return space, space // 2
+    results = 2 * hardware.macs * hardware.operand_bytes  # two tiles, on their way out
+    space += hardware.other_buffer_bytes + hardware.output_buffer_bytes - results
+    return space, 2 * hardware.macs_per_line * product.k * hardware.operand_bytes
+
+
+def spare_bytes(op: Gemm | Conv, hardware: Hardware, batch: int, schedule: Schedule) -> int:
+    """Of the scratchpad, what ``op`` can do without and load no byte more."""
+    product = as_product(op, batch)
+    least = sum(_operand_loads(product, hardware, schedule, 0))
+    low, high = 0, _panel_space(product, hardware, schedule)[0]
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum(_operand_loads(product, hardware, schedule, middle)) <= least:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def operand_reads(

@@ -9,13 +9,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-__all__ = ["ASSIGNMENTS", "DATAFLOWS", "DEFAULT", "FILLS", "Schedule", "UserMapping"]
+from ..workload import GlobalThreshold
+from ..workload.masks import check_global_threshold
+
+__all__ = [
+    "ASSIGNMENTS",
+    "DATAFLOWS",
+    "DEFAULT",
+    "FILLS",
+    "OBJECTIVES",
+    "ON_CHIP",
+    "SCRATCHPADS",
+    "Schedule",
+    "UserMapping",
+]
 
 ASSIGNMENTS = ("balanced", "round_robin", "lockstep")
 """How columns (rows) of the sparser part reach the lines; see `sievit.accel.vitcod.assign`."""
 
 DATAFLOWS = ("os", "ws", "is")
 """Dense products: output-, weight- or input-stationary; see `sievit.accel.products`."""
+
+OBJECTIVES = ("edp", "cycles", "energy", "bytes")
+"""What the mapper of attention looks for the least of: the product of energy and cycles,
+either of them, or the bytes that DRAM moves. Energy is that of the profile "aladdin-28nm"."""
+
+SCRATCHPADS = ("shared", "fixed")
+"""The buffers of Q, K, V and the rest are one scratchpad that is cut for each attention call,
+or four buffers of the hardware's sizes."""
+
+ON_CHIP = ("fitting", "nothing")
+"""What of Q, K and V (of latents) stays on chip between a projection and attention: the first
+heads, as many as fit, or none."""
 
 FILLS = ("back_to_back", "per_tile")
 """Tiles of a dense product follow each other, or each pays the array's skew."""
@@ -59,6 +84,11 @@ class UserMapping:
 class Schedule:
     """What a run does with the hardware.
 
+    global_threshold  which keys of a head are global, as `sievit.workload.polarize_head`;
+                      None: as the masks of the workload are polarized
+    objective         of the mapper, one of `OBJECTIVES`
+    scratchpad        one of `SCRATCHPADS`
+    on_chip           one of `ON_CHIP`
     assignment        one of `ASSIGNMENTS`
     mappings_stepped  how many of the mapper's best candidates the engine steps; the fastest
                       is taken
@@ -76,8 +106,17 @@ class Schedule:
     dense_fill: str = "back_to_back"
     index_encoding: str = "absolute"
     mapping: UserMapping | None = None
+    global_threshold: GlobalThreshold | None = None
+    objective: str = "edp"
+    scratchpad: str = "shared"
+    on_chip: str = "fitting"
 
     def __post_init__(self) -> None:
+        if self.global_threshold is not None:
+            check_global_threshold(self.global_threshold)
+        one_of("objective", self.objective, OBJECTIVES)
+        one_of("scratchpad", self.scratchpad, SCRATCHPADS)
+        one_of("on_chip", self.on_chip, ON_CHIP)
         one_of("assignment", self.assignment, ASSIGNMENTS)
         _at_least_one("mappings_stepped", self.mappings_stepped)
         one_of("dense_dataflow", self.dense_dataflow, DATAFLOWS)

@@ -50,26 +50,29 @@ def bursts_of(
     spans: Sequence[Sequence[Span]],
     token_bytes: Sequence[int],
     region_tokens: Sequence[int],
+    kept: Sequence[int],
 ) -> tuple[np.ndarray, np.ndarray]:
     """(BURST of all transfers, first of each channel and the end).
 
     spans          what each transfer moves, channel after channel
     token_bytes    of a token of each channel
     region_tokens  tokens of a region of each channel
+    kept           first transfers of each channel that move nothing
     """
     made, counts, transfer, base = [np.zeros(0, BURST)], [0], 0, 0
-    for moved, size, tokens in zip(spans, token_bytes, region_tokens, strict=True):
-        kept: dict[Span, np.ndarray] = {}
-        for span in moved:
-            if span not in kept:
-                kept[span] = _lines(
+    for moved, size, tokens, skipped in zip(spans, token_bytes, region_tokens, kept, strict=True):
+        known: dict[Span, np.ndarray] = {}
+        transfer += skipped
+        for span in moved[skipped:]:
+            if span not in known:
+                known[span] = _lines(
                     base + span.region * tokens * size, size, span, _order(op, span)
                 )
-            lines = kept[span].copy()
+            lines = known[span].copy()
             lines["closes"][-1] = transfer
             transfer += 1
             made.append(lines)
-        counts.append(sum(len(kept[span]) for span in moved))
+        counts.append(sum(len(known[span]) for span in moved[skipped:]))
         regions = max((span.region + 1 for span in moved), default=0)
         base += -(-regions * tokens * size // PAGE_BYTES) * PAGE_BYTES
     return np.concatenate(made), np.cumsum(counts)

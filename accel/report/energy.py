@@ -126,7 +126,7 @@ class _Rates:
 
     def __init__(self, hardware: Hardware, profile: EnergyProfile) -> None:
         self.hardware, self.profile = hardware, profile
-        self.leakage_mw = sum(_leakages_mw(hardware, profile))
+        self.leakage_mw = leakage_mw(hardware, profile)
         self._access_pj: dict[str, tuple[float, float]] = {}
 
     def access_pj(self, tensor: str) -> tuple[float, float]:
@@ -167,8 +167,9 @@ def _buffers(hardware: Hardware) -> dict[str, int]:
     return {k: v for k, v in asdict(hardware).items() if k.endswith("_buffer_bytes")}
 
 
-def _leakages_mw(hardware: Hardware, profile: EnergyProfile) -> list[float]:
-    return [profile.sram_leakage_mw(size) or 0.0 for size in _buffers(hardware).values()]
+def leakage_mw(hardware: Hardware, profile: EnergyProfile) -> float:
+    """Of all buffers; 0 where the profile has no figure."""
+    return sum(profile.sram_leakage_mw(size) or 0.0 for size in _buffers(hardware).values())
 
 
 def _not_charged(report: Report, profile: EnergyProfile) -> tuple[str, ...]:

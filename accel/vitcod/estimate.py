@@ -21,12 +21,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from ...workload import Attention
+from ..hardware import Hardware
+from ..report.energy import PROFILES, leakage_mw
 from .mapping import Mapping
 from .pattern import Pattern
+from .scratchpad import chunk_bytes, loaded_again
 
 BANK_WAITS = 1.3
 """Cycles of a line over the words it takes, about."""
@@ -87,14 +91,61 @@ class WorkOfTiles:
 
 
 def ranked(mappings: Sequence[Mapping], work: WorkOfTiles) -> list[Mapping]:
-    """The most promising first: of those near the least estimate the fewest bytes."""
-    cycles = {made: estimate_cycles(made, work) for made in mappings}
-    near = TOLERANCE * min(cycles.values(), default=0.0)
+    """The most promising first, by the objective of their schedule; of those near the least
+    estimate the fewest bytes."""
+    if not mappings:
+        return []
+    prices = Prices.of(mappings[0].hardware)
+    costs = {made: _cost(made, work, prices) for made in mappings}
+    near = TOLERANCE * min(costs.values())
 
     def rank(made: Mapping) -> tuple[float, float]:
-        return (_load_bytes(made) if cycles[made] <= near else math.inf, cycles[made])
+        return (load_bytes(made) if costs[made] <= near else math.inf, costs[made])
 
     return sorted(mappings, key=rank)
+
+
+def _cost(mapping: Mapping, work: WorkOfTiles, prices: Prices) -> float:
+    """Of one instance, in what the schedule's objective counts."""
+    objective = mapping.schedule.objective
+    if objective == "bytes":
+        return load_bytes(mapping) + 1.0
+    cycles = estimate_cycles(mapping, work)
+    if objective == "cycles":
+        return cycles
+    energy = estimate_pj(mapping, work, prices, cycles)
+    return energy if objective == "energy" else energy * cycles
+
+
+class Prices(NamedTuple):
+    """Picojoules of a MAC, a byte of DRAM, a byte that lines read, and a cycle (leakage)."""
+
+    mac: float
+    dram: float
+    read: float
+    cycle: float
+
+    @classmethod
+    def of(cls, hardware: Hardware) -> Prices:
+        """Under the profile "aladdin-28nm"."""
+        profile = PROFILES["aladdin-28nm"]
+        return cls(
+            profile.mac_pj,
+            8 * profile.dram_pj_per_bit,
+            profile.sram_read_pj(hardware.q_buffer_bytes),
+            leakage_mw(hardware, profile) * hardware.seconds(1) * 1e9,
+        )
+
+
+def estimate_pj(mapping: Mapping, work: WorkOfTiles, prices: Prices, cycles: float) -> float:
+    """About what one instance takes: only to rank mappings. Not the scores, the softmax unit
+    and the index, which are the same for all mappings of a call."""
+    op, hardware = mapping.op, mapping.hardware
+    macs = work.scores * (op.key_dim + op.value_dim) + _tokens(mapping) * mapping.decode_macs
+    stored = op.heads * op.queries * op.value_dim * hardware.operand_bytes
+    reads = work.scores * (mapping.key_words + mapping.value_words) * hardware.word_bytes
+    dram = load_bytes(mapping) + stored
+    return macs * prices.mac + dram * prices.dram + reads * prices.read + cycles * prices.cycle
 
 
 def estimate_cycles(mapping: Mapping, work: WorkOfTiles) -> float:
@@ -120,11 +171,12 @@ def estimate_cycles(mapping: Mapping, work: WorkOfTiles) -> float:
     if mapping.output_regions == 1:
         unit += store
     fill = max(_fill_cycles(mapping) - scores, 0.0)
-    fills = 1 if _loads_ahead(mapping) else op.heads // mapping.group
+    passes = 1 if _loads_ahead(mapping) else op.heads // mapping.group
+    fills = max(passes - min(mapping.kept.q, mapping.kept.k), 0)
     stages = STAGE_OVERHEAD_CYCLES * 2 * units * len(mapping.key_tiles)
     decode = _tokens(mapping) * mapping.decode_macs / hardware.decoder_macs
     body = units * unit + fills * fill + stages
-    return max(body, _load_bytes(mapping) / rate + store * units, decode) + tail + store
+    return max(body, load_bytes(mapping) / rate + store * units, decode) + tail + store
 
 
 def busiest_line(
@@ -152,13 +204,8 @@ def _fill_cycles(mapping: Mapping) -> float:
 
 def _loads_ahead(mapping: Mapping) -> bool:
     """Whether the next pass (or tile of keys) fills its buffers beside the one in work."""
-    op, hardware = mapping.op, mapping.hardware
-    row = mapping.group * mapping.key_words * hardware.word_bytes
-    queries = op.queries if mapping.whole_queries else mapping.query_tile
-    return (
-        2 * mapping.key_tile * row <= hardware.k_buffer_bytes
-        and 2 * queries * row <= hardware.q_buffer_bytes
-    )
+    queries, keys, _ = chunk_bytes(mapping)
+    return 2 * keys <= mapping.cut.k and 2 * queries <= mapping.cut.q
 
 
 def _tokens(mapping: Mapping) -> int:
@@ -169,13 +216,22 @@ def _tokens(mapping: Mapping) -> int:
 
 def _key_loads(mapping: Mapping) -> int:
     """How often K is loaded: where it comes in tiles, for each tile of queries."""
-    return len(mapping.query_tiles) if len(mapping.key_tiles) > 1 else 1
+    return len(mapping.query_tiles) if loaded_again(mapping)[1] else 1
 
 
-def _load_bytes(mapping: Mapping) -> int:
+def load_bytes(mapping: Mapping) -> int:
     """Q, K and V from DRAM for one instance."""
-    op, queries = mapping.op, len(mapping.query_tiles)
-    again = _key_loads(mapping) > 1 or (mapping.group > 1 and not mapping.whole_queries)
-    values = op.heads * op.keys * op.value_dim * mapping.hardware.operand_bytes
-    vectors = mapping.token_bytes * _tokens(mapping)
-    return vectors + values * (queries if again else 1)
+    op, width = mapping.op, mapping.hardware.operand_bytes
+    queries = len(mapping.query_tiles) if loaded_again(mapping)[2] else 1
+    values = op.heads * op.keys * op.value_dim * width
+    loaded = mapping.token_bytes * _tokens(mapping) + values * queries
+    return max(loaded - sum(kept_bytes(mapping)), 0)
+
+
+def kept_bytes(mapping: Mapping) -> tuple[int, int, int]:
+    """Of Q, K and V, what is on chip when the call begins, as DRAM would hold it."""
+    op, kept, keys = mapping.op, mapping.kept, mapping.key_tile
+    queries = op.queries if mapping.whole_queries else mapping.query_tile
+    value = op.value_dim * mapping.hardware.operand_bytes
+    size = mapping.token_bytes
+    return kept.q * queries * size, kept.k * keys * size, kept.v * keys * value

@@ -11,12 +11,13 @@ from functools import partial
 
 from ...workload import Attention
 from ..cache import LruCache
-from ..dram.ddr4 import LINE_BYTES
 from ..hardware import Hardware, schedule_of
 from ..schedule import DEFAULT, Schedule, UserMapping
 from .estimate import WorkOfTiles, ranked
-from .mapping import Mapping, padded_bytes
+from .mapping import Mapping
+from .needs import shortages
 from .pattern import Pattern, patterns_of
+from .scratchpad import Cut, cut_for, kept_chunks
 
 TILE_PARTS = (1, 2, 3)
 """Tiles of queries that are tried for each one that the buffers ask for."""
@@ -26,12 +27,24 @@ WORK = LruCache(64 * 1024**2)
 """What tiles ask for, by the patterns of a call and the lines."""
 
 
-def choose(op: Attention, hardware: Hardware, schedule: Schedule = DEFAULT) -> Mapping:
-    """The mapping of ``op`` that the closed forms put first; raises as `fitting`."""
-    return fitting(op, hardware, schedule)[0]
+def choose(
+    op: Attention,
+    hardware: Hardware,
+    schedule: Schedule = DEFAULT,
+    instances: int = 1,
+    on_chip_bytes: int = 0,
+) -> Mapping:
+    """The mapping of ``op`` that the closed forms put first; see `fitting`."""
+    return fitting(op, hardware, schedule, instances, on_chip_bytes)[0]
 
 
-def fitting(op: Attention, hardware: Hardware, schedule: Schedule = DEFAULT) -> list[Mapping]:
+def fitting(
+    op: Attention,
+    hardware: Hardware,
+    schedule: Schedule = DEFAULT,
+    instances: int = 1,
+    on_chip_bytes: int = 0,
+) -> list[Mapping]:
     """`candidates`, at least one; where ``schedule`` holds a mapping, that one alone.
 
     Raises ValueError where a buffer cannot hold even one query's pass, or cannot hold the
@@ -39,27 +52,37 @@ def fitting(op: Attention, hardware: Hardware, schedule: Schedule = DEFAULT) -> 
     """
     schedule = schedule_of(hardware, schedule)
     if schedule.mapping is not None:
-        return [_given(op, hardware, schedule, schedule.mapping)]
-    made = candidates(op, hardware, schedule)
-    if not made:
+        made = _given(op, hardware, schedule, schedule.mapping)
+        return [with_kept(made, instances, on_chip_bytes)]
+    found = candidates(op, hardware, schedule, instances, on_chip_bytes)
+    if not found:
         raise ValueError(_refusal(op, hardware, schedule))
-    return made
+    return found
 
 
-def candidates(op: Attention, hardware: Hardware, schedule: Schedule = DEFAULT) -> list[Mapping]:
-    """Mappings that fit the buffers, the most promising first.
+def candidates(
+    op: Attention,
+    hardware: Hardware,
+    schedule: Schedule = DEFAULT,
+    instances: int = 1,
+    on_chip_bytes: int = 0,
+) -> list[Mapping]:
+    """Mappings that fit the buffers, the most promising first by the schedule's objective.
 
     For each group of heads, order of stages and number of output regions: the fewest query
     tiles that fit, and a few more, which overlap more finely.
+
+    instances      windows of all images
+    on_chip_bytes  of Q, K and V that the projection before may leave in the scratchpad
     """
     schedule, patterns = schedule_of(hardware, schedule), patterns_of(op)
     work = _work(op, patterns, hardware.lines)
-    made: list[Mapping] = []
+    cut, made = Cut.fixed(hardware), []
     for group in _groups(op):
         for ahead in (True, False):
-            given = Mapping(op, hardware, schedule, patterns, group, 1, 1, True, ahead, 2)
+            given = Mapping(op, hardware, schedule, patterns, group, 1, 1, True, ahead, 2, cut)
             made += _tilings(given, work)
-    return ranked(made, work)
+    return ranked([with_kept(mapping, instances, on_chip_bytes) for mapping in made], work)
 
 
 def _given(op: Attention, hardware: Hardware, schedule: Schedule, asked: UserMapping) -> Mapping:
@@ -72,16 +95,15 @@ def _given(op: Attention, hardware: Hardware, schedule: Schedule, asked: UserMap
     _check_asked(op, asked, sizes, work)
     made = Mapping(
         op, hardware, schedule, patterns, asked.group, sizes["query_tile"], sizes["key_tile"],
-        asked.whole_queries, asked.ahead, asked.output_regions,
+        asked.whole_queries, asked.ahead, asked.output_regions, Cut.fixed(hardware),
     )  # fmt: skip
-    short = [f"{name} is {getattr(hardware, name)}, it needs {need}"
-             for name, need in _shortages(made, work)]  # fmt: skip
+    short = [f"{name} is {size}, it needs {need}" for name, size, need in shortages(made, work)]
     if short:
         raise ValueError(
             f"the schedule's mapping of {op.name} does not fit the machine "
             f"{hardware.name!r}: {'; '.join(short)}"
         )
-    return made
+    return with_cut(made)
 
 
 def _check_asked(
@@ -125,25 +147,54 @@ def _groups(op: Attention) -> list[int]:
 
 def _tilings(given: Mapping, work: WorkOfTiles) -> list[Mapping]:
     """``given`` with the largest query tile that fits, and with parts of it: two output
-    regions, and one where that makes the tile larger."""
+    regions, and one where that makes the tile larger. Keys come in tiles only where all of
+    them do not fit; then of the largest size that fits."""
+    made: list[Mapping] = []
+    for key_tile in _key_tiles(given):
+        tried = replace(given, key_tile=key_tile, query_tile=1, whole_queries=False)
+        if not shortages(replace(tried, output_regions=1), work):
+            made += _query_tilings(tried, work)
+        if made and (key_tile < given.op.keys or not _cramped(made)):
+            break
+    return made
+
+
+def _cramped(made: list[Mapping]) -> bool:
+    """Whether all keys leave room for so few queries that tiles of keys may be better."""
+    op, hardware = made[0].op, made[0].hardware
+    return max(mapping.query_tile for mapping in made) < min(op.queries, 2 * hardware.lines)
+
+
+def _query_tilings(given: Mapping, work: WorkOfTiles) -> list[Mapping]:
     op, residences = given.op, (True, False)
     if given.group > 1 and not work.in_order:
         residences = (True,)  # a tile of queries is not the same tokens for all its heads
-    key_tile = _key_tile(op, given.hardware, given.group)
-    if key_tile == 0 or (given.group > 1 and key_tile < op.keys):
-        return []
     made: dict[tuple[int, bool], Mapping] = {}
     for regions in (2, 1):
-        largest = replace(given, key_tile=key_tile, output_regions=regions)
+        largest = replace(given, output_regions=regions)
         largest = _largest_tile(largest, residences, work)
         for parts in TILE_PARTS if largest else ():
             size = -(-op.queries // (len(largest.query_tiles) * parts))
             for whole in residences:
                 tried = replace(largest, query_tile=size, whole_queries=whole)
                 same = (size, whole or size == op.queries)
-                if same not in made and not _shortages(tried, work):
+                if same not in made and not shortages(tried, work):
                     made[same] = tried
-    return list(made.values())
+    return [with_cut(mapping) for mapping in made.values()]
+
+
+def with_cut(mapping: Mapping) -> Mapping:
+    """A mapping that fits, with the scratchpad cut for it."""
+    if mapping.schedule.scratchpad == "fixed":
+        return mapping
+    return replace(mapping, cut=cut_for(mapping))
+
+
+def with_kept(mapping: Mapping, instances: int, on_chip_bytes: int) -> Mapping:
+    """The mapping with what stays on chip after the projection, where the schedule lets it."""
+    if mapping.schedule.on_chip == "nothing" or on_chip_bytes == 0:
+        return mapping
+    return replace(mapping, kept=kept_chunks(mapping, instances, on_chip_bytes))
 
 
 def _largest_tile(
@@ -155,69 +206,31 @@ def _largest_tile(
         tile = -(-queries // tiles)
         for whole in residences:
             made = replace(given, query_tile=tile, whole_queries=whole)
-            if not _shortages(made, work):
+            if not shortages(made, work):
                 return made
         if tile == 1:
             return None
         tiles = -(-queries // (tile - 1))
 
 
-def _key_tile(op: Attention, hardware: Hardware, group: int) -> int:
-    """Keys of a tile: all where K and V fit, else half a buffer, so that the next one loads
-    beside it (a buffer of one key holds that)."""
-    key_row = group * padded_bytes(op.key_dim, hardware)
-    value_row = padded_bytes(op.value_dim, hardware)
-    fit = min(hardware.k_buffer_bytes // key_row, hardware.v_buffer_bytes // value_row)
-    if fit >= op.keys:
-        return op.keys
-    half = min(hardware.k_buffer_bytes // 2 // key_row, hardware.v_buffer_bytes // 2 // value_row)
-    if half == 0:
-        return fit
-    tiles = -(-op.keys // half)
-    return -(-op.keys // tiles)
-
-
-def _shortages(mapping: Mapping, work: WorkOfTiles) -> list[tuple[str, int]]:
-    """(field of the hardware, bytes needed) of each buffer that the mapping overflows."""
-    op, hardware = mapping.op, mapping.hardware
-    units = op.heads * -(-op.queries // mapping.query_tile)
-    alive = 2 if mapping.ahead and units > 1 else 1
-    regions = min(mapping.output_regions, units)
-    accumulators = mapping.query_tile * mapping.value_words * hardware.macs_per_line
-    scores, bitmap = work.most(mapping.query_tile)
-    starts = max(mapping.query_tile, mapping.key_tile) + hardware.lines
-    row = mapping.key_words * hardware.word_bytes
-    latents = 2 * mapping.token_bytes + mapping.codec_bytes if op.codec else 0
-    burst = LINE_BYTES if hardware.dram_model == "ddr4" else 0  # enters IdxBuf whole
-    needs = {
-        "q_buffer_bytes": mapping.group * _resident_queries(mapping) * row,
-        "k_buffer_bytes": mapping.group * mapping.key_tile * row,
-        "v_buffer_bytes": mapping.key_tile * mapping.value_words * hardware.word_bytes,
-        "index_buffer_bytes": alive * bitmap
-        + starts * mapping.start_bytes
-        + max(hardware.lines * mapping.entry_bytes, burst),
-        "output_buffer_bytes": alive * scores * hardware.score_bytes
-        + regions * accumulators * hardware.accumulator_bytes,
-        "other_buffer_bytes": latents + (0 if mapping.bias_stays else mapping.pass_bias_bytes),
-    }
-    return [(name, need) for name, need in needs.items() if need > getattr(hardware, name)]
-
-
-def _resident_queries(mapping: Mapping) -> int:
-    """All of them, or two tiles, so that the next one loads beside the one in work (a buffer
-    of one query holds that)."""
-    tile, queries = mapping.query_tile, mapping.op.queries
-    if mapping.whole_queries:
-        return queries
-    return min(2 * tile, queries) if tile > 1 else 1
+def _key_tiles(given: Mapping) -> list[int]:
+    """Sizes of key tiles to try, the largest first: all keys; else so few that the next tile
+    loads beside the one in work, in equal parts; down to one."""
+    op = given.op
+    if given.group > 1:
+        return [op.keys]
+    sizes = [op.keys]
+    while sizes[-1] > 1:
+        sizes.append(-(-op.keys // -(-op.keys // (sizes[-1] - 1))))
+    return sizes
 
 
 def _refusal(op: Attention, hardware: Hardware, schedule: Schedule) -> str:
     patterns = patterns_of(op)
-    key_tile = max(_key_tile(op, hardware, 1), 1)
-    least = Mapping(op, hardware, schedule, patterns, 1, 1, key_tile, False, False, 1)
+    cut = Cut.fixed(hardware)
+    least = Mapping(op, hardware, schedule, patterns, 1, 1, 1, False, False, 1, cut)
     short = "; ".join(
-        f"{name} is {getattr(hardware, name)}, one pass needs at least {need}"
-        for name, need in _shortages(least, WorkOfTiles(op, patterns, hardware.lines))
+        f"{name} is {size}, one pass needs at least {need}"
+        for name, size, need in shortages(least, WorkOfTiles(op, patterns, hardware.lines))
     )
     return f"{op.name} does not fit the machine {hardware.name!r}: {short}"

@@ -19,6 +19,7 @@ from ..hardware import Hardware
 from ..schedule import Schedule
 from .encodings import Widths, encoding_named
 from .pattern import Pattern
+from .scratchpad import Cut, Kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,8 @@ class Mapping:
     ahead            scores of the next unit are computed before the values of this one
     output_regions   accumulators of how many units fit: 2 = a store runs beside the next
     whole_queries    all queries of a group are resident, tiles only limit the scores
+    cut              of the buffers
+    kept             what is in them when the call begins
     token_bytes      of one token of a group of Q or K in DRAM (latents, with a codec)
     """
 
@@ -43,6 +46,8 @@ class Mapping:
     whole_queries: bool
     ahead: bool
     output_regions: int
+    cut: Cut
+    kept: Kept = Kept()
 
     @property
     def key_words(self) -> int:
@@ -118,7 +123,7 @@ class Mapping:
     def bias_stays(self) -> bool:
         """The bias of all heads is loaded once and kept; else each pass loads its own."""
         latents = 2 * self.token_bytes + self.codec_bytes if self.op.codec else 0
-        return latents + self.bias_bytes <= self.hardware.other_buffer_bytes
+        return latents + self.bias_bytes <= self.cut.rest
 
     @property
     def staging_tokens(self) -> int:
@@ -126,7 +131,7 @@ class Mapping:
         if not self.op.codec:
             return 0
         bias = self.bias_bytes if self.bias_stays else self.pass_bias_bytes
-        left = self.hardware.other_buffer_bytes - self.codec_bytes - bias
+        left = self.cut.rest - self.codec_bytes - bias
         return left // (2 * self.token_bytes)
 
     @cached_property

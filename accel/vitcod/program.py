@@ -53,7 +53,8 @@ TRANSFER = np.dtype(
     [
         (name, np.int64)
         for name in (
-            "bytes",
+            "bytes",  # of DRAM; none for what is on chip from the beginning
+            "tokens",
             "room",  # bytes that a chunk of Q, K or V takes in its buffer
             "need",  # first stage that uses it: the DRAM serves the earliest need
             "after",  # stages that must be done before it starts
@@ -94,7 +95,7 @@ class Program(NamedTuple):
         if first == last:
             return 0
         final = self.transfers[last - 1]
-        return int(final["token"] + final["bytes"] // final["token_bytes"])
+        return int(final["token"] + final["tokens"])
 
 
 @dataclass(frozen=True)
@@ -146,19 +147,21 @@ class _Builder:
             self.spans[channel].append(span)
             start, tokens = self.tokens[channel], span.stop - span.start
             self.tokens[channel] += tokens
+            kept = len(self.transfers[channel]) < self.mapping.kept[channel]
+            size = 0 if kept else tokens * token_bytes
             self.transfers[channel].append(
-                [tokens * token_bytes, tokens * room, stage, 0, stage + 1, start, token_bytes]
+                [size, tokens, tokens * room, stage, 0, stage + 1, start, token_bytes]
             )
         transfer = self.transfers[channel][-1]
-        transfer[4] = stage + 1
-        return transfer[5]
+        transfer[5] = stage + 1
+        return transfer[6]
 
     def constants(self, start: int, size: int, after: int) -> None:
         """Load bytes ``start`` on of the codec's weights and the bias behind them, for the
         stage to come, once ``after`` stages are done."""
         if size:
             need, sent = len(self.stages), self.constant_bytes
-            self.transfers[CODEC].append([size, 0, need, after, 0, sent, 1])
+            self.transfers[CODEC].append([size, size, 0, need, after, 0, sent, 1])
             self.spans[CODEC].append(Span(0, start, start + size))
             self.constant_bytes += size
 
@@ -189,7 +192,7 @@ class _Builder:
         size = bitmaps[0] + held + stream
         if size:
             need = len(self.stages)
-            self.transfers[INDEX].append([size, 0, need, 0, need + 1, self.index_bytes, 1])
+            self.transfers[INDEX].append([size, size, 0, need, 0, need + 1, self.index_bytes, 1])
             self._place_index(plan, size)
         self.index_bytes += size
         split = (made.denser_lines, made.sparser_lines)
@@ -279,7 +282,7 @@ def _values(builder: _Builder, number: int, unit: tuple[int, int, slice]) -> Non
     stage = len(builder.stages)
     need = stage + 2 * len(mapping.key_tiles)
     out = (rows.stop - rows.start) * size
-    builder.transfers[STORE].append([out, 0, need, stage, 0, 0, 1])
+    builder.transfers[STORE].append([out, out, 0, need, stage, 0, 0, 1])
     builder.spans[STORE].append(Span(instance * op.heads + head, rows.start, rows.stop, head))
 
 
@@ -316,7 +319,8 @@ def _bursts(builder: _Builder) -> tuple[np.ndarray, np.ndarray]:
     token_bytes = [mapping.token_bytes, mapping.token_bytes, value, 1, 1, value]
     index = builder.index_end
     tokens = [op.queries, op.keys, op.keys, index, mapping.codec_bytes, op.queries]
-    return bursts_of(op, builder.spans, token_bytes, tokens)
+    kept = [*mapping.kept, 0, 0, 0]
+    return bursts_of(op, builder.spans, token_bytes, tokens, kept)
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

@@ -260,10 +260,11 @@ def initial_state(program: Program, mapping: Mapping) -> State:
     rows = max(int(np.diff(program.unit_row).max()), 1)
     latency = hardware.dram_latency_cycles if hardware.dram_model == "flat" else 0
     dram = _dram(hardware)
+    channels = _channels(program, mapping)
     return State(
         run[0],
-        _channels(program, mapping),
-        np.zeros((CHANNELS, latency + 1), np.int64),
+        channels,
+        channels["landed"][:, None].repeat(latency + 1, axis=1),
         np.zeros(hardware.lines, LINE),
         *(
             np.full(count, -1, np.int64).repeat(2).view(BANK_PORT)
@@ -299,19 +300,32 @@ def _channels(program: Program, mapping: Mapping) -> np.ndarray:
     channels["last"] = program.channel_first[1:]
     unit, word = hardware.dram_bytes_per_cycle.denominator, hardware.word_bytes
     sizes = {
-        Q: (hardware.q_buffer_bytes, hardware.q_banks),
-        K: (hardware.k_buffer_bytes, hardware.k_banks),
-        V: (hardware.v_buffer_bytes, hardware.v_banks),
+        Q: (mapping.cut.q, hardware.q_banks),
+        K: (mapping.cut.k, hardware.k_banks),
+        V: (mapping.cut.v, hardware.v_banks),
     }
     channels["capacity"] = channels["port"] = NEVER
     for channel, (size, banks) in sizes.items():
         channels[channel]["capacity"] = size * unit
         channels[channel]["port"] = banks * word * unit
     channels[INDEX]["capacity"] = hardware.index_buffer_bytes * unit
+    for channel, kept in zip((Q, K, V), mapping.kept, strict=True):
+        _keep(channels[channel : channel + 1], program, kept, unit)
     channels["staging"] = -1
     if mapping.decode_macs:
         channels["staging"][[Q, K]] = mapping.staging_tokens
     return channels
+
+
+def _keep(channel: np.ndarray, program: Program, kept: int, unit: int) -> None:
+    """The channel's first ``kept`` chunks are there from the beginning."""
+    first = int(channel["freed"][0])
+    chunks = program.transfers[first : first + kept]
+    for place in ("current", "whole"):
+        channel[place] = first + kept
+    for count in ("landed", "sent", "arrived", "asked"):
+        channel[count] = chunks["tokens"].sum()
+    channel["used"] = chunks["room"].sum() * unit
 
 
 def empty_trace(program: Program, mapping: Mapping) -> Trace:

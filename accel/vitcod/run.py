@@ -100,16 +100,22 @@ def named_phases(row: np.ndarray) -> dict[str, int]:
 
 
 def run_attention(
-    op: Attention, hardware: Hardware, batch: int = 1, schedule: Schedule = DEFAULT
+    op: Attention,
+    hardware: Hardware,
+    batch: int = 1,
+    schedule: Schedule = DEFAULT,
+    on_chip_bytes: int = 0,
 ) -> AttentionRun:
     """Map, build and run one attention call, all its windows and images.
 
     Of ``schedule.mappings_stepped`` mappings, the first by the closed forms, the fastest.
-    Raises ValueError where no mapping fits the machine's buffers.
+    ``on_chip_bytes`` of Q, K and V may be on chip from the projection on. Raises ValueError
+    where no mapping fits the machine's buffers.
     """
     instances = op.windows * batch
     schedule = schedule_of(hardware, schedule)
-    tried = fitting(op, hardware, schedule)[: schedule.mappings_stepped]
+    found = fitting(op, hardware, schedule, instances, on_chip_bytes)
+    tried = found[: schedule.mappings_stepped]
     if len(tried) == 1 or instances <= 2:
         return min((run_mapping(m, instances) for m in tried), key=lambda run: run.cycles)
     two = min((run_mapping(m, 2) for m in tried), key=lambda run: run.cycles)

@@ -7,14 +7,16 @@ ViTCoD, HPCA 2023, section V. What is modelled stands in `engine`, `mapping` and
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from ...workload import Attention, Conv, Gemm, HeadCodec, Op, Workload
+from ...workload import Attention, Conv, Gemm, Op, Workload
 from ..hardware import Hardware
-from ..products import op_cost, product_cost
+from ..producers import Producer, producers
+from ..products import op_cost, product_cost, spare_bytes
 from ..report.report import OpCost, Traffic
 from ..schedule import DEFAULT, Schedule
-from .mapping import codec_side_bytes
+from .estimate import kept_bytes
+from .mapping import Mapping, codec_side_bytes
 from .program import CODEC, INDEX, STORE, K, Program, Q, V
 from .registers import COUNTS
 from .run import AttentionRun, head_costs, run_attention
@@ -25,25 +27,27 @@ CHANNELS = {Q: "Q", K: "K", V: "V", INDEX: "index", CODEC: "codec weights", STOR
 def operations(
     workload: Workload, hardware: Hardware, schedule: Schedule, batch: int
 ) -> Iterator[tuple[OpCost, AttentionRun | None]]:
-    """The operations of ``workload`` in order, attention with the run behind its cost."""
-    repeated: dict[Attention, tuple[OpCost, AttentionRun]] = {}
+    """The operations of ``workload`` in order, attention with the run behind its cost.
+
+    An attention call is mapped when its first product is reached: what stays on chip between
+    them is not stored by the one, nor loaded by the other.
+    """
+    made = producers(workload.ops)
+    of_call = {call: tuple(p for p in made if p.attention == call) for call in {p.attention for p in made}}
+    calls = _Calls(workload.ops, hardware, schedule, batch)
     plain: dict[tuple, OpCost | None] = {}  # layers repeat: each product is charged once
-    encoders = encoded_products(workload.ops)
+    by_product = {p.product: p for p in made}
     for index, op in enumerate(workload.ops):
         if isinstance(op, Attention):
-            key = replace(op, name="")
-            made = repeated.get(key) if op.masks is None else None
-            if made is None:
-                run = run_attention(op, hardware, batch, schedule)
-                made = cost_of(run, batch), run
-            if op.masks is None:  # equal dense layers take equal time
-                repeated[key] = made
-            yield replace(made[0], name=op.name), made[1]
+            yield calls.of(index, of_call.get(index, ()))
             continue
-        encoded = encoders.get(index)
-        if encoded is not None:
-            yield _projection_cost(op, encoded, hardware, schedule, batch), None
-            continue
+        producer = by_product.get(index)
+        if producer is not None:
+            _, run = calls.of(producer.attention, of_call[producer.attention])
+            kept = kept_of(run.mapping, producer.sides)
+            if kept or run.op.codec:
+                yield _projection_cost(op, producer.sides, run, kept, hardware, schedule, batch), None
+                continue
         alike = (type(op), *(value for key, value in vars(op).items() if key != "name"))
         if alike not in plain:
             plain[alike] = op_cost(op, hardware, batch, schedule)
@@ -51,84 +55,63 @@ def operations(
             yield replace(plain[alike], name=op.name), None
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """What the encoder does behind one product: the sides it makes are Q, K or both."""
+class _Calls:
+    """The attention calls of a network, each stepped once; equal dense ones together."""
 
-    attention: Attention
-    sides: str
+    def __init__(self, ops: Sequence[Op], hardware: Hardware, schedule: Schedule, batch: int) -> None:
+        self.ops, self.hardware, self.schedule, self.batch = ops, hardware, schedule, batch
+        self.made: dict[int | tuple, tuple[OpCost, AttentionRun]] = {}
 
-    @property
-    def vectors(self) -> int:
-        """Tokens of a head that are encoded, for one image."""
-        op = self.attention
-        return op.windows * sum({"q": op.queries, "k": op.keys}[side] for side in self.sides)
+    def of(self, index: int, made_by: tuple[Producer, ...]) -> tuple[OpCost, AttentionRun]:
+        """The call at ``index``, made by those products."""
+        op = self.ops[index]
+        room = self._room(op, made_by)
+        key = (replace(op, name=""), room) if op.masks is None else index
+        if key not in self.made:
+            run = run_attention(op, self.hardware, self.batch, self.schedule, room)
+            self.made[key] = cost_of(run, self.batch), run
+        cost, run = self.made[key]
+        return replace(cost, name=op.name), run
 
-
-def encoded_products(ops: Sequence[Op]) -> dict[int, _Encoded]:
-    """The products that make the Q and K of each attention with a codec, by their place.
-
-    They are the last before it, after any attention before: one for Q, K and V together, or
-    several whose sizes are those of Q, K and V or of two of them. Equal sizes are taken in
-    the order Q, K, V, a pair for K and V. Else one of the size of all three makes both, or
-    the last product.
-    """
-    found: dict[int, _Encoded] = {}
-    since: list[int] = []
-    for index, op in enumerate(ops):
-        if isinstance(op, (Gemm, Conv)):
-            since.append(index)
-        elif isinstance(op, Attention):
-            if op.codec is not None and since:
-                sizes = [ops[place].elements_written for place in since]
-                for place, sides in _sides(op, sizes).items():
-                    found[since[place]] = _Encoded(op, sides)
-            since = []
-    return found
+    def _room(self, op: Attention, made_by: tuple[Producer, ...]) -> int:
+        """Bytes of Q, K and V that may wait in the scratchpad while their products run."""
+        if not made_by or self.schedule.on_chip == "nothing":
+            return 0
+        products = [self.ops[producer.product] for producer in made_by]
+        return min(spare_bytes(p, self.hardware, self.batch, self.schedule) for p in products)
 
 
-def _sides(op: Attention, sizes: Sequence[int]) -> dict[int, str]:
-    """Which of Q and K each of the last products makes, by its place in ``sizes``."""
-    of = {
-        "q": op.windows * op.heads * op.queries * op.key_dim,
-        "k": op.windows * op.heads * op.keys * op.key_dim,
-        "v": op.windows * op.heads * op.keys * op.value_dim,
-    }
-    for count in range(1, min(len(sizes), 3) + 1):
-        if sum(sizes[-count:]) == sum(of.values()):
-            made, missing = {}, "qkv"
-            for place in range(len(sizes) - count, len(sizes)):
-                fits = (p for p in PARTS if set(p) <= set(missing) and sizes[place] == _sum(of, p))
-                part = next(fits, "")
-                missing = "".join(side for side in missing if side not in part)
-                made[place] = part.replace("v", "")
-            if not missing:
-                return {place: sides for place, sides in made.items() if sides}
-    whole = [place for place, size in enumerate(sizes) if size == sum(of.values())]
-    return {(whole or [len(sizes) - 1])[-1]: "qk"}
-
-
-PARTS = ("qkv", "kv", "qk", "qv", "q", "k", "v")
-"""Of Q, K and V, what one product may make."""
-
-
-def _sum(sizes: dict[str, int], part: str) -> int:
-    return sum(sizes[side] for side in part)
+def kept_of(mapping: Mapping, sides: str) -> int:
+    """Bytes of ``sides`` of Q, K and V that are on chip when the call begins, as DRAM would
+    hold them."""
+    return sum(size for side, size in zip("qkv", kept_bytes(mapping), strict=True) if side in sides)
 
 
 def _projection_cost(
-    op: Gemm | Conv, encoded: _Encoded, hardware: Hardware, schedule: Schedule, batch: int
+    op: Gemm | Conv,
+    sides: str,
+    run: AttentionRun,
+    kept: int,
+    hardware: Hardware,
+    schedule: Schedule,
+    batch: int,
 ) -> OpCost:
-    """A Q or K projection with the encoder behind it: Q and K leave the chip compressed."""
-    attention = encoded.attention
-    codec: HeadCodec = attention.codec
-    vectors = encoded.vectors * batch
-    saved = vectors * attention.key_dim * (codec.heads - codec.latent_heads)
-    macs = codec.macs(vectors, attention.key_dim)
-    cycles = -(-macs // hardware.encoder_macs)
+    """A product of Q, K or V: what stays on chip is not stored, and with a codec the encoder
+    behind it lets Q and K leave the chip compressed."""
+    attention, codec = run.op, run.op.codec
+    coded = "".join(side for side in sides if side in "qk") if codec else ""
+    width = hardware.operand_bytes
+    saved, macs, cycles, weights = kept // width, 0, 0, 0
+    if codec and coded:
+        vectors = attention.windows * batch * sum({"q": attention.queries, "k": attention.keys}[side] for side in coded)
+        saved += vectors * attention.key_dim * (codec.heads - codec.latent_heads)
+        macs = codec.macs(vectors, attention.key_dim)
+        cycles = -(-macs // hardware.encoder_macs)
+        weights = len(coded) * codec_side_bytes(attention, hardware, decoder=False)
     saved = min(saved, op.elements_written * batch)
-    cost = product_cost(op, hardware, batch, saved, cycles, schedule=schedule)
-    weights = len(encoded.sides) * codec_side_bytes(attention, hardware, decoder=False)
+    cost = product_cost(op, hardware, batch, saved, cycles, schedule=schedule, kept_bytes=kept)
+    if not macs:
+        return cost
     loaded = (
         Traffic("codec weights", "dram", weights, 0),
         Traffic("codec weights", "buffer", weights, weights),

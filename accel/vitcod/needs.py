@@ -1,0 +1,47 @@
+"""What a mapping asks of each buffer, and what is short."""
+
+from __future__ import annotations
+
+from ..dram.ddr4 import LINE_BYTES
+from .estimate import WorkOfTiles
+from .mapping import Mapping
+from .scratchpad import Cut, least, scratchpad_bytes
+
+REGIONS = ("q_buffer_bytes", "k_buffer_bytes", "v_buffer_bytes", "other_buffer_bytes")
+"""Fields of the hardware, in the order of `Cut`."""
+SCRATCHPAD = " + ".join(REGIONS)
+
+
+def shortages(mapping: Mapping, work: WorkOfTiles) -> list[tuple[str, int, int]]:
+    """(field of the hardware, what it is, bytes needed) of each buffer that overflows."""
+    hardware, regions = mapping.hardware, least(mapping)
+    needs = _ports_needs(mapping, work)
+    found = [
+        (name, getattr(hardware, name), need)
+        for name, need in needs.items()
+        if need > getattr(hardware, name)
+    ]
+    if mapping.schedule.scratchpad == "fixed":
+        sides = zip(REGIONS, Cut.fixed(hardware), regions, strict=True)
+        return [side for side in sides if side[2] > side[1]] + found
+    space = scratchpad_bytes(hardware)
+    return [(SCRATCHPAD, space, sum(regions))] * (sum(regions) > space) + found
+
+
+def _ports_needs(mapping: Mapping, work: WorkOfTiles) -> dict[str, int]:
+    """Of the index and of the output buffer."""
+    op, hardware = mapping.op, mapping.hardware
+    units = op.heads * -(-op.queries // mapping.query_tile)
+    alive = 2 if mapping.ahead and units > 1 else 1
+    regions = min(mapping.output_regions, units)
+    accumulators = mapping.query_tile * mapping.value_words * hardware.macs_per_line
+    scores, bitmap = work.most(mapping.query_tile)
+    starts = max(mapping.query_tile, mapping.key_tile) + hardware.lines
+    burst = LINE_BYTES if hardware.dram_model == "ddr4" else 0  # enters IdxBuf whole
+    return {
+        "index_buffer_bytes": alive * bitmap
+        + starts * mapping.start_bytes
+        + max(hardware.lines * mapping.entry_bytes, burst),
+        "output_buffer_bytes": alive * scores * hardware.score_bytes
+        + regions * accumulators * hardware.accumulator_bytes,
+    }
