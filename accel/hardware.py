@@ -55,6 +55,7 @@ class Hardware:
     k_banks: int = 32  # choice
     v_banks: int = 32  # choice
     output_banks: int = 32  # choice: of macs_per_line accumulators, one add a cycle
+    latent_banks: int = 32  # choice: of the region that latents stay in
     index_entries_per_cycle: int = 8  # choice: what 64 lines use at 64 dimensions a head
 
     # Units beside the lines. The paper gives no counts: all choices.

@@ -17,6 +17,7 @@ __all__ = [
     "DATAFLOWS",
     "DEFAULT",
     "FILLS",
+    "LATENTS",
     "OBJECTIVES",
     "ON_CHIP",
     "SCRATCHPADS",
@@ -42,6 +43,12 @@ ON_CHIP = ("fitting", "nothing")
 """What of Q, K and V (of latents) stays on chip between a projection and attention: the first
 heads, as many as fit, or none."""
 
+LATENTS = ("best", "fill", "resident")
+"""Where latents of Q and K are decoded: as they are loaded, so that decoded heads fill the
+buffers and latents come again for each further group of heads; or from the scratchpad, where
+all latents of a codec block stay and each head is decoded when its turn comes; or whichever
+the mapper puts first."""
+
 FILLS = ("back_to_back", "per_tile")
 """Tiles of a dense product follow each other, or each pays the array's skew."""
 
@@ -56,6 +63,7 @@ class UserMapping:
     whole_queries    all queries of a group stay on chip, tiles only limit the scores
     ahead            scores of the next unit are computed before the values of this one
     output_regions   accumulators of how many units fit: 2 = a store runs beside the next
+    resident_latents latents of a codec block stay on chip, each head is decoded from there
 
     Whether it suits a call and the buffers is checked for each call by
     `sievit.accel.vitcod.mapper`. Raises ValueError, naming the field, for a size below 1.
@@ -67,13 +75,14 @@ class UserMapping:
     whole_queries: bool = True
     ahead: bool = True
     output_regions: int = 2
+    resident_latents: bool = False
 
     def __post_init__(self) -> None:
         for name in ("group", "query_tile", "key_tile"):
             value = getattr(self, name)
             if not (value is None and name != "group"):
                 _at_least_one(name, value)
-        for name in ("whole_queries", "ahead"):
+        for name in ("whole_queries", "ahead", "resident_latents"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.output_regions not in (1, 2) or isinstance(self.output_regions, bool):
@@ -89,6 +98,7 @@ class Schedule:
     objective         of the mapper, one of `OBJECTIVES`
     scratchpad        one of `SCRATCHPADS`
     on_chip           one of `ON_CHIP`
+    latents           one of `LATENTS`
     assignment        one of `ASSIGNMENTS`
     mappings_stepped  how many of the mapper's best candidates the engine steps; the fastest
                       is taken
@@ -110,6 +120,7 @@ class Schedule:
     objective: str = "edp"
     scratchpad: str = "shared"
     on_chip: str = "fitting"
+    latents: str = "best"
 
     def __post_init__(self) -> None:
         if self.global_threshold is not None:
@@ -117,6 +128,7 @@ class Schedule:
         one_of("objective", self.objective, OBJECTIVES)
         one_of("scratchpad", self.scratchpad, SCRATCHPADS)
         one_of("on_chip", self.on_chip, ON_CHIP)
+        one_of("latents", self.latents, LATENTS)
         one_of("assignment", self.assignment, ASSIGNMENTS)
         _at_least_one("mappings_stepped", self.mappings_stepped)
         one_of("dense_dataflow", self.dense_dataflow, DATAFLOWS)

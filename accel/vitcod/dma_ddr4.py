@@ -15,7 +15,7 @@ from ..dram.controller import advance, channel_of, has_room, offer, pending
 from ..dram.ddr4 import LINE_BYTES
 from ..jit import core, part
 from .dma_flat import free_chunks
-from .program import CHANNELS, INDEX, STORE
+from .program import INDEX, LATENT, STORE
 from .registers import TAGS
 
 
@@ -31,8 +31,9 @@ def serve_lines(machine, program, state, transfer_times, landed_at, counts):
         else:
             controller.now = time
     free_chunks(machine, run, state.channels, program.transfers)
-    for number in range(STORE):
-        _land(machine, program, state, number, transfer_times, landed_at, time)
+    for number in range(state.channels.size):
+        if number != STORE:
+            _land(machine, program, state, number, transfer_times, landed_at, time)
     _ask_lines(machine, program, state, transfer_times, counts)
 
 
@@ -76,7 +77,7 @@ def _ask_lines(machine, program, state, transfer_times, counts):
     run, channels = state.run, state.channels
     line = LINE_BYTES * machine.dram_denominator
     run.credit += machine.dram_numerator
-    for number in range(CHANNELS):
+    for number in range(channels.size):
         channel = channels[number]
         channel.port_left = channel.port + (min(channel.port_left, line) if channel.held_up else 0)
         channel.held_up = 0
@@ -102,7 +103,7 @@ def _carry_over(run, channels, number, line):
         channels[number].held_up = 1
         return
     waits = False
-    for waiting in range(CHANNELS):
+    for waiting in range(channels.size):
         waits = waits or channels[waiting].held_up == 1
     run.credit = min(run.credit, line) if waits else 0
 
@@ -112,10 +113,10 @@ def _next_channel(machine, program, state):
     """The channel to ask for a line, or -1."""
     run, channels, dram = state.run, state.channels, state.dram
     best, best_need = -1, 0
-    for step in range(CHANNELS):
-        number = (run.cycle + step) % CHANNELS
+    for step in range(channels.size):
+        number = (run.cycle + step) % channels.size
         channel = channels[number]
-        if channel.current == channel.last:
+        if channel.current == channel.last or channel.decoded:
             continue
         transfer = program.transfers[channel.current]
         if transfer.after > run.stage or (best >= 0 and transfer.need >= best_need):
@@ -154,7 +155,7 @@ def _ask(machine, program, state, number, transfer_times, counts):
     units = burst.bytes * machine.dram_denominator
     if channel.done == 0:
         transfer_times[channel.current, 0] = run.cycle
-        if number < INDEX:
+        if number < INDEX or number == LATENT:
             channel.used += transfer.room * machine.dram_denominator
     if number == INDEX:
         channel.used += units
@@ -181,8 +182,9 @@ def all_landed(machine, state):
     """Is all that was asked for there, and all written? Nothing more will be asked for."""
     channels, dram, time = state.channels, state.dram, _memory_time(machine, state.run)
     done = True
-    for number in range(STORE):
-        done = done and channels[number].landing == channels[number].burst
+    for number in range(channels.size):
+        if number != STORE:
+            done = done and channels[number].landing == channels[number].burst
     for number in range(dram.controllers.size):
         controller = dram.controllers[number]
         if controller.flush == 0:

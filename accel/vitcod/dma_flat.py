@@ -10,7 +10,8 @@ sent is usable after the DRAM's latency, latents of Q and K after decoding.
 from __future__ import annotations
 
 from ..jit import core
-from .program import CODEC, INDEX, STORE, K, Q
+from .decoder import decode_resident
+from .program import CODEC, INDEX, LATENT, STORE, K, Q
 
 
 @core
@@ -49,8 +50,10 @@ def serve_dram(machine, run, channels, transfers, transfer_times, landed_at, cou
 @core
 def free_chunks(machine, run, channels, transfers):
     """Give back the room of whole chunks that only stages before this one needed."""
-    for number in range(INDEX):
+    for number in range(channels.size):
         channel = channels[number]
+        if INDEX <= number < LATENT:
+            continue
         while channel.freed < channel.current:
             if transfers[channel.freed].release > run.stage:
                 break
@@ -65,7 +68,7 @@ def _next_channel(machine, run, channels, transfers):
     for step in range(channels.size):
         number = (run.cycle + step) % channels.size
         channel = channels[number]
-        if channel.current == channel.last:
+        if channel.current == channel.last or channel.decoded:
             continue
         transfer = transfers[channel.current]
         if transfer.after > run.stage or (best >= 0 and transfer.need >= best_need):
@@ -98,7 +101,7 @@ def _move(machine, run, channel, number, transfers, transfer_times, landed_at, g
     transfer = transfers[channel.current]
     if channel.done == 0:
         transfer_times[channel.current, 0] = run.cycle
-        if number < INDEX:
+        if number < INDEX or number == LATENT:
             channel.used += transfer.room * machine.dram_denominator
     if number == INDEX:
         channel.used += given
@@ -117,14 +120,16 @@ def _move(machine, run, channel, number, transfers, transfer_times, landed_at, g
 
 
 @core
-def arrive(machine, run, channels, history, decoded_at, counts):
+def arrive(machine, run, channels, program, history, decoded_at, counts):
     """Data that was sent a latency ago is usable; latents of Q and K pass the decoder."""
     run.arrived = 0
     now = run.slot
     then = now + 1 if now < machine.landing_latency else 0
     run.slot = then
-    for number in range(STORE):
+    for number in range(channels.size):
         channel = channels[number]
+        if number == STORE or channel.decoded:
+            continue
         history[number, now] = channel.landed
         if channel.sent != history[number, then]:
             channel.sent = history[number, then]
@@ -132,7 +137,10 @@ def arrive(machine, run, channels, history, decoded_at, counts):
         if channel.staging < 0:
             channel.arrived = channel.sent
     if machine.decode_cost > 0 and channels[CODEC].arrived >= machine.codec_bytes:
-        _decode(machine, run, channels, decoded_at, counts)
+        if channels[Q].decoded:
+            decode_resident(machine, run, channels, program, decoded_at, counts)
+        else:
+            _decode(machine, run, channels, decoded_at, counts)
     if run.arrived:
         run.still = 0
 

@@ -250,7 +250,7 @@ def _compiled(sources: str):
                 serve_dram(
                     machine, run, channels, transfers, trace.transfer_times, trace.landed_at, counts
                 )
-            arrive(machine, run, channels, state.history, trace.decoded_at, counts)
+            arrive(machine, run, channels, program, state.history, trace.decoded_at, counts)
             if ended:
                 counts.tail_cycles += 1
                 trace.stage_phases[run.stage, P_STORE] += 1
@@ -265,7 +265,7 @@ def _compiled(sources: str):
 _step = _compiled(
     sources_digest(
         "dram/address", "dram/controller", "dram/ddr4", "dram/state", "jit", "vitcod/assign",
-        "vitcod/dma_ddr4", "vitcod/dma_flat", "vitcod/engine", "vitcod/mac_lines",
+        "vitcod/decoder", "vitcod/dma_ddr4", "vitcod/dma_flat", "vitcod/engine", "vitcod/mac_lines",
         "vitcod/pattern", "vitcod/program", "vitcod/registers",
     )
 )  # fmt: skip

@@ -224,8 +224,11 @@ def load_bytes(mapping: Mapping) -> int:
     op, width = mapping.op, mapping.hardware.operand_bytes
     queries = len(mapping.query_tiles) if loaded_again(mapping)[2] else 1
     values = op.heads * op.keys * op.value_dim * width
-    loaded = mapping.token_bytes * _tokens(mapping) + values * queries
-    return max(loaded - sum(kept_bytes(mapping)), 0)
+    if mapping.resident_latents:
+        vectors = op.codec.groups * (op.queries + op.keys) * mapping.token_bytes
+    else:
+        vectors = _tokens(mapping) * mapping.token_bytes
+    return max(vectors + values * queries - sum(kept_bytes(mapping)), 0)
 
 
 def kept_bytes(mapping: Mapping) -> tuple[int, int, int]:
@@ -233,5 +236,6 @@ def kept_bytes(mapping: Mapping) -> tuple[int, int, int]:
     op, kept, keys = mapping.op, mapping.kept, mapping.key_tile
     queries = op.queries if mapping.whole_queries else mapping.query_tile
     value = op.value_dim * mapping.hardware.operand_bytes
-    size = mapping.token_bytes
-    return kept.q * queries * size, kept.k * keys * size, kept.v * keys * value
+    size, latents = mapping.token_bytes, kept.latents
+    q, k = kept.q * queries + latents * op.queries, kept.k * keys + latents * op.keys
+    return q * size, k * size, kept.v * keys * value

@@ -78,10 +78,12 @@ def candidates(
     schedule, patterns = schedule_of(hardware, schedule), patterns_of(op)
     work = _work(op, patterns, hardware.lines)
     cut, made = Cut.fixed(hardware), []
-    for group in _groups(op):
-        for ahead in (True, False):
-            given = Mapping(op, hardware, schedule, patterns, group, 1, 1, True, ahead, 2, cut)
-            made += _tilings(given, work)
+    given = Mapping(op, hardware, schedule, patterns, 1, 1, 1, True, True, 2, cut)
+    for ahead in (True, False):
+        for group in _groups(op) if schedule.latents != "resident" or not op.codec else ():
+            made += _tilings(replace(given, group=group, ahead=ahead), work)
+        if op.codec and schedule.latents != "fill":
+            made += _tilings(replace(given, ahead=ahead, resident_latents=True), work)
     return ranked([with_kept(mapping, instances, on_chip_bytes) for mapping in made], work)
 
 
@@ -96,6 +98,7 @@ def _given(op: Attention, hardware: Hardware, schedule: Schedule, asked: UserMap
     made = Mapping(
         op, hardware, schedule, patterns, asked.group, sizes["query_tile"], sizes["key_tile"],
         asked.whole_queries, asked.ahead, asked.output_regions, Cut.fixed(hardware),
+        resident_latents=asked.resident_latents,
     )  # fmt: skip
     short = [f"{name} is {size}, it needs {need}" for name, size, need in shortages(made, work)]
     if short:
@@ -125,6 +128,12 @@ def _check_asked(
         refuse("key_tile", f"None or at most its {op.keys} keys")
     if asked.group > 1 and sizes["key_tile"] < op.keys:
         refuse("key_tile", f"None or its {op.keys} keys for a group of {asked.group} heads")
+    if asked.resident_latents and op.codec is None:
+        refuse("resident_latents", "False for a call without codec")
+    if asked.resident_latents and asked.group > 1:
+        refuse("group", "1 where latents are resident: each head is decoded when it is due")
+    if asked.resident_latents and sizes["key_tile"] < op.keys:
+        refuse("key_tile", f"None or its {op.keys} keys where latents are resident")
     if asked.group > 1 and not work.in_order and not asked.whole_queries:
         refuse("whole_queries", "True for heads of a group that order their queries apart")
 
@@ -217,7 +226,7 @@ def _key_tiles(given: Mapping) -> list[int]:
     """Sizes of key tiles to try, the largest first: all keys; else so few that the next tile
     loads beside the one in work, in equal parts; down to one."""
     op = given.op
-    if given.group > 1:
+    if given.group > 1 or given.resident_latents:
         return [op.keys]
     sizes = [op.keys]
     while sizes[-1] > 1:
@@ -229,6 +238,8 @@ def _refusal(op: Attention, hardware: Hardware, schedule: Schedule) -> str:
     patterns = patterns_of(op)
     cut = Cut.fixed(hardware)
     least = Mapping(op, hardware, schedule, patterns, 1, 1, 1, False, False, 1, cut)
+    if op.codec and schedule.latents == "resident":
+        least = replace(least, resident_latents=True, key_tile=op.keys)
     short = "; ".join(
         f"{name} is {size}, one pass needs at least {need}"
         for name, size, need in shortages(least, WorkOfTiles(op, patterns, hardware.lines))

@@ -19,7 +19,7 @@ from ..hardware import Hardware
 from ..schedule import Schedule
 from .encodings import Widths, encoding_named
 from .pattern import Pattern
-from .scratchpad import Cut, Kept
+from .scratchpad import Cut, Kept, least_latents
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +33,7 @@ class Mapping:
     whole_queries    all queries of a group are resident, tiles only limit the scores
     cut              of the buffers
     kept             what is in them when the call begins
+    resident_latents all latents of a codec block stay on chip, heads are decoded from there
     token_bytes      of one token of a group of Q or K in DRAM (latents, with a codec)
     """
 
@@ -48,6 +49,7 @@ class Mapping:
     output_regions: int
     cut: Cut
     kept: Kept = Kept()
+    resident_latents: bool = False
 
     @property
     def key_words(self) -> int:
@@ -99,10 +101,21 @@ class Mapping:
 
     @property
     def decoder_rate(self) -> int:
-        """MACs that the decoder does in a cycle: no more than what it makes can be written."""
-        hardware, room = self.hardware, self.group * padded_bytes(self.op.key_dim, self.hardware)
+        """MACs that the decoder does in a cycle: no more than what it makes can be written,
+        and than the latents it takes can be read where they stay on chip."""
+        hardware, rate = self.hardware, self.hardware.decoder_macs
+        if self.resident_latents:
+            latents = self.latent_heads * padded_bytes(self.op.key_dim, hardware)
+            port = hardware.latent_banks * hardware.word_bytes
+            rate = min(rate, max(self.decode_macs * port // latents, 1))
+        room = self.group * padded_bytes(self.op.key_dim, hardware)
         port = min(hardware.q_banks, hardware.k_banks) * hardware.word_bytes
-        return min(hardware.decoder_macs, max(self.decode_macs * port // room, 1))
+        return min(rate, max(self.decode_macs * port // room, 1))
+
+    @property
+    def latent_room_bytes(self) -> int:
+        """Of a latent token in the scratchpad: whole words."""
+        return self.latent_heads * padded_bytes(self.op.key_dim, self.hardware)
 
     @property
     def codec_bytes(self) -> int:
@@ -122,17 +135,20 @@ class Mapping:
     @property
     def bias_stays(self) -> bool:
         """The bias of all heads is loaded once and kept; else each pass loads its own."""
-        latents = 2 * self.token_bytes + self.codec_bytes if self.op.codec else 0
-        return latents + self.bias_bytes <= self.cut.rest
+        return least_latents(self) + self.bias_bytes <= self.cut.rest
+
+    @property
+    def latent_space_bytes(self) -> int:
+        """Of the rest, what codec weights and bias leave to latents."""
+        bias = self.bias_bytes if self.bias_stays else self.pass_bias_bytes
+        return self.cut.rest - self.codec_bytes - bias
 
     @property
     def staging_tokens(self) -> int:
         """Latent tokens of Q (of K) that may wait for the decoder."""
-        if not self.op.codec:
+        if not self.op.codec or self.resident_latents:
             return 0
-        bias = self.bias_bytes if self.bias_stays else self.pass_bias_bytes
-        left = self.cut.rest - self.codec_bytes - bias
-        return left // (2 * self.token_bytes)
+        return self.latent_space_bytes // (2 * self.token_bytes)
 
     @cached_property
     def key_tiles(self) -> tuple[slice, ...]:

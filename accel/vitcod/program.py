@@ -22,9 +22,11 @@ from .assign import DENSE_ROUND, Assignment
 from .mapping import Mapping
 from .pattern import SDDMM, SPMM, plan_tile
 
-Q, K, V, INDEX, CODEC, STORE = range(6)
-CHANNELS = 6
-"""DMA channels: each serves its transfers in order; the DRAM serves the channels."""
+Q, K, V, INDEX, CODEC, STORE, LATENT = range(7)
+CHANNELS = 7
+"""DMA channels: each serves its transfers in order; the DRAM serves the channels. Where
+latents are resident they come by a channel of their own, and those of Q and K are served by
+the decoder."""
 
 STAGE = np.dtype(
     [
@@ -61,6 +63,8 @@ TRANSFER = np.dtype(
             "release",  # stages that must be done before its room is free
             "token",  # tokens (bytes) of its channel before it
             "token_bytes",
+            "source",  # first latent token that it is decoded from; -1: the DRAM brings it
+            "order",  # of `Program.orders`, where the latent of its first token stands
         )
     ]
 )
@@ -79,9 +83,10 @@ class Program(NamedTuple):
     stages: np.ndarray  # STAGE, in the order of execution
     unit_row: np.ndarray  # (units + 1) first of the unit's rows in row_scores
     row_scores: np.ndarray  # scores of each row, all key tiles
-    channel_first: np.ndarray  # (7) first transfer of each channel
+    orders: np.ndarray  # original token at each place, a head's queries or keys after another
+    channel_first: np.ndarray  # (8) first transfer of each channel
     transfers: np.ndarray  # TRANSFER, channel after channel
-    channel_burst: np.ndarray  # (7) first burst of each channel; zeros in the flat model
+    channel_burst: np.ndarray  # (8) first burst of each channel; zeros in the flat model
     bursts: np.ndarray  # BURST, transfer after transfer; none in the flat model
 
     def dram_bytes(self, channel: int) -> int:
@@ -120,7 +125,9 @@ class _Builder:
         self.transfers: list[list[list[int]]] = [[] for _ in range(CHANNELS)]
         self.spans: list[list[Span]] = [[] for _ in range(CHANNELS)]
         self.chunks: dict[int, tuple] = {}
-        self.tokens = [0, 0, 0]
+        self.tokens = [0] * CHANNELS
+        self.orders: list[np.ndarray] = []
+        self.order_places: dict[tuple[int, int], int] = {}
         self.constant_bytes = 0
         self.biased = (-1, -1)
         self.split = (0, 0)
@@ -139,29 +146,63 @@ class _Builder:
             self.assignments.append(made)
         return self.plans[key]
 
-    def chunk(self, channel: int, key: tuple, span: Span, token_bytes: int, room: int) -> int:
-        """First token of chunk ``key`` in its channel; a new one is loaded, an old one kept."""
-        stage = len(self.stages)
+    def chunk(
+        self,
+        channel: int,
+        key: tuple,
+        span: Span,
+        token_bytes: int,
+        room: int,
+        source: int = -1,
+    ) -> int:
+        """First token of chunk ``key`` in its channel; a new one is loaded, or decoded from
+        latent ``source`` on, an old one kept."""
         if self.chunks.get(channel) != key:
             self.chunks[channel] = key
             self.spans[channel].append(span)
-            start, tokens = self.tokens[channel], span.stop - span.start
+            stage, tokens, start = len(self.stages), span.stop - span.start, self.tokens[channel]
             self.tokens[channel] += tokens
-            kept = len(self.transfers[channel]) < self.mapping.kept[channel]
-            size = 0 if kept else tokens * token_bytes
-            self.transfers[channel].append(
-                [size, tokens, tokens * room, stage, 0, stage + 1, start, token_bytes]
-            )
+            here = source >= 0 or len(self.transfers[channel]) < _kept(self.mapping, channel)
+            size = 0 if here else tokens * token_bytes
+            order = self._order(channel, span.head) + span.start if source >= 0 else 0
+            row = [size, tokens, tokens * room, stage, 0, stage + 1, start, token_bytes]
+            self.transfers[channel].append([*row, source, order])
+        return self._used(channel)
+
+    def _used(self, channel: int) -> int:
+        """The stage to come uses the channel's last chunk: its first token."""
         transfer = self.transfers[channel][-1]
-        transfer[5] = stage + 1
+        transfer[5] = len(self.stages) + 1
         return transfer[6]
+
+    def _order(self, channel: int, head: int) -> int:
+        """Where in ``orders`` the head's queries (keys) begin."""
+        if (channel, head) not in self.order_places:
+            self.order_places[channel, head] = sum(map(len, self.orders))
+            tokens = self.op.queries if channel == Q else self.op.keys
+            order = np.arange(tokens)
+            if self.op.masks is not None:
+                mask = self.op.masks[head]
+                order = mask.query_order if channel == Q else mask.key_order
+            self.orders.append(order)
+        return self.order_places[channel, head]
+
+    def latents(self, instance: int, head: int) -> tuple[int, int]:
+        """First latent token of Q and of K of the head's codec block, which stay on chip; in
+        DRAM those of Q follow those of K."""
+        op, mapping = self.op, self.mapping
+        block = head * op.codec.groups // op.heads
+        span = Span(instance * op.codec.groups + block, 0, op.keys + op.queries)
+        size, room = mapping.token_bytes, mapping.latent_room_bytes
+        keys = self.chunk(LATENT, (instance, block), span, size, room)
+        return keys + op.keys, keys
 
     def constants(self, start: int, size: int, after: int) -> None:
         """Load bytes ``start`` on of the codec's weights and the bias behind them, for the
         stage to come, once ``after`` stages are done."""
         if size:
             need, sent = len(self.stages), self.constant_bytes
-            self.transfers[CODEC].append([size, size, 0, need, after, 0, sent, 1])
+            self.transfers[CODEC].append([size, size, 0, need, after, 0, sent, 1, -1, 0])
             self.spans[CODEC].append(Span(0, start, start + size))
             self.constant_bytes += size
 
@@ -192,7 +233,7 @@ class _Builder:
         size = bitmaps[0] + held + stream
         if size:
             need = len(self.stages)
-            self.transfers[INDEX].append([size, size, 0, need, 0, need + 1, self.index_bytes, 1])
+            self.transfers[INDEX].append([size, size, 0, need, 0, need + 1, self.index_bytes, 1, -1, 0])
             self._place_index(plan, size)
         self.index_bytes += size
         split = (made.denser_lines, made.sparser_lines)
@@ -209,6 +250,12 @@ class _Builder:
             self.index_end += -(-size // LINE_BYTES) * LINE_BYTES
         start = self.index_places[plan]
         self.spans[INDEX].append(Span(0, start, start + size))
+
+
+def _kept(mapping: Mapping, channel: int) -> int:
+    """First transfers of the channel that are on chip from the beginning."""
+    kept = mapping.kept
+    return {Q: kept.q, K: kept.k, V: kept.v, LATENT: kept.latents}.get(channel, 0)
 
 
 def build(mapping: Mapping, instances: int) -> tuple[Program, Counts]:
@@ -240,14 +287,15 @@ def _scores(builder: _Builder, number: int, unit: tuple[int, int, slice]) -> Non
     region = instance * regions + head * regions // op.heads
     alone = head if mapping.group == 1 else -1
     builder.bias(instance, group)
+    sources = builder.latents(instance, head) if mapping.resident_latents else (-1, -1)
     for keys in mapping.key_tiles:
         first = (instance, group, keys.start, *mapping.reload(unit))
         key_count, query_count = keys.stop - keys.start, tokens.stop - tokens.start
         span = Span(region, keys.start, keys.stop, alone, keys=True)
-        vector = builder.chunk(K, first, span, size, room)
+        vector = builder.chunk(K, first, span, size, room, sources[1])
         first = (instance, group, tokens.start)
         span = Span(region, tokens.start, tokens.stop, alone)
-        operand = builder.chunk(Q, first, span, size, room)
+        operand = builder.chunk(Q, first, span, size, room, sources[0])
         skipped = rows.start - tokens.start
         opens = keys.start == 0
         bitmap = mapping.bitmap_bytes(head, rows) if opens else 0
@@ -282,7 +330,7 @@ def _values(builder: _Builder, number: int, unit: tuple[int, int, slice]) -> Non
     stage = len(builder.stages)
     need = stage + 2 * len(mapping.key_tiles)
     out = (rows.stop - rows.start) * size
-    builder.transfers[STORE].append([out, out, 0, need, stage, 0, 0, 1])
+    builder.transfers[STORE].append([out, out, 0, need, stage, 0, 0, 1, -1, 0])
     builder.spans[STORE].append(Span(instance * op.heads + head, rows.start, rows.stop, head))
 
 
@@ -303,6 +351,7 @@ def _arrays(builder: _Builder) -> Program:
         stages=np.array(builder.stages, dtype=STAGE),
         unit_row=np.cumsum([0] + [len(rows) for rows in builder.rows]),
         row_scores=np.concatenate(builder.rows),
+        orders=np.concatenate([np.zeros(0, np.int64), *builder.orders]),
         channel_first=np.cumsum([0] + [len(queue) for queue in builder.transfers]),
         transfers=np.array(transfers, dtype=TRANSFER),
         channel_burst=channel_burst,
@@ -316,11 +365,14 @@ def _bursts(builder: _Builder) -> tuple[np.ndarray, np.ndarray]:
     if builder.hardware.dram_model == "flat":
         return np.zeros(0, BURST), np.zeros(CHANNELS + 1, np.int64)
     value = op.value_dim * builder.hardware.operand_bytes
-    token_bytes = [mapping.token_bytes, mapping.token_bytes, value, 1, 1, value]
+    size, both = mapping.token_bytes, op.keys + op.queries
+    token_bytes = [size, size, value, 1, 1, value, size]
     index = builder.index_end
-    tokens = [op.queries, op.keys, op.keys, index, mapping.codec_bytes, op.queries]
-    kept = [*mapping.kept, 0, 0, 0]
-    return bursts_of(op, builder.spans, token_bytes, tokens, kept)
+    tokens = [op.queries, op.keys, op.keys, index, mapping.codec_bytes, op.queries, both]
+    silent = [_kept(mapping, channel) for channel in range(CHANNELS)]
+    if mapping.resident_latents:
+        silent[Q], silent[K] = len(builder.spans[Q]), len(builder.spans[K])
+    return bursts_of(op, builder.spans, token_bytes, tokens, silent)
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

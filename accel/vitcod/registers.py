@@ -16,7 +16,7 @@ from ..dram.ddr4 import DRAM_TIMINGS
 from ..dram.state import Dram, new_dram
 from ..hardware import Hardware
 from .mapping import Mapping
-from .program import CHANNELS, INDEX, K, Program, Q, V
+from .program import CHANNELS, INDEX, LATENT, K, Program, Q, V
 
 STALLS = (
     "busy",
@@ -145,7 +145,8 @@ CHANNEL = _record(
     "freed",  # next transfer (Q, K, V) whose room is to be freed
     "port",  # units a cycle that its buffer takes
     "port_left",
-    "staging",  # latent tokens that may wait for the decoder; -1: not decoded
+    "staging",  # latent tokens that may wait for the decoder; -1: not decoded on arrival
+    "decoded",  # the decoder brings it, from latents on chip, instead of the DRAM
     "burst",  # DDR4: next line to be asked for, and to land
     "landing",
     "whole",  # DDR4: the transfer whose lines land
@@ -294,25 +295,30 @@ _IDLE = new_dram(DRAM_TIMINGS["ddr4_2400"], "groups_interleaved", 1, 0)
 
 
 def _channels(program: Program, mapping: Mapping) -> np.ndarray:
-    hardware, channels = mapping.hardware, np.zeros(CHANNELS, CHANNEL)
-    channels["current"] = channels["freed"] = channels["whole"] = program.channel_first[:-1]
-    channels["burst"] = channels["landing"] = program.channel_burst[:-1]
-    channels["last"] = program.channel_first[1:]
-    unit, word = hardware.dram_bytes_per_cycle.denominator, hardware.word_bytes
+    hardware = mapping.hardware
+    channels = np.zeros(CHANNELS if mapping.resident_latents else LATENT, CHANNEL)
+    first, burst = program.channel_first[: len(channels) + 1], program.channel_burst[:-1]
+    channels["current"] = channels["freed"] = channels["whole"] = first[:-1]
+    channels["burst"] = channels["landing"] = burst[: len(channels)]
+    channels["last"] = first[1:]
+    unit, word, cut = hardware.dram_bytes_per_cycle.denominator, hardware.word_bytes, mapping.cut
     sizes = {
-        Q: (mapping.cut.q, hardware.q_banks),
-        K: (mapping.cut.k, hardware.k_banks),
-        V: (mapping.cut.v, hardware.v_banks),
+        Q: (cut.q, hardware.q_banks, mapping.kept.q),
+        K: (cut.k, hardware.k_banks, mapping.kept.k),
+        V: (cut.v, hardware.v_banks, mapping.kept.v),
     }
+    if mapping.resident_latents:
+        sizes[LATENT] = (mapping.latent_space_bytes, hardware.latent_banks, mapping.kept.latents)
     channels["capacity"] = channels["port"] = NEVER
-    for channel, (size, banks) in sizes.items():
-        channels[channel]["capacity"] = size * unit
-        channels[channel]["port"] = banks * word * unit
+    for number, (size, banks, kept) in sizes.items():
+        channel = channels[number : number + 1]
+        channel["capacity"], channel["port"] = size * unit, banks * word * unit
+        _keep(channel, program, kept, unit)
     channels[INDEX]["capacity"] = hardware.index_buffer_bytes * unit
-    for channel, kept in zip((Q, K, V), mapping.kept, strict=True):
-        _keep(channels[channel : channel + 1], program, kept, unit)
     channels["staging"] = -1
-    if mapping.decode_macs:
+    if mapping.resident_latents:
+        channels["decoded"][[Q, K]] = 1
+    elif mapping.decode_macs:
         channels["staging"][[Q, K]] = mapping.staging_tokens
     return channels
 

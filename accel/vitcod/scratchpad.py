@@ -42,11 +42,13 @@ class Cut(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Chunks, the first of their channels, that are on chip when the call begins."""
+    """Chunks, the first of their channels, that are on chip when the call begins; a chunk of
+    latents is K's and Q's of a codec block."""
 
     q: int = 0
     k: int = 0
     v: int = 0
+    latents: int = 0
 
 
 def scratchpad_bytes(hardware: Hardware) -> int:
@@ -78,8 +80,18 @@ def _least_chunks(mapping: Mapping) -> tuple[int, int, int]:
 
 
 def _least_rest(mapping: Mapping) -> int:
-    latents = 2 * mapping.token_bytes + mapping.codec_bytes if mapping.op.codec else 0
-    return latents + mapping.pass_bias_bytes
+    return least_latents(mapping) + mapping.pass_bias_bytes
+
+
+def least_latents(mapping: Mapping) -> int:
+    """Bytes of the rest that codec weights and latents must have: a token of Q and of K that
+    waits for the decoder, or all tokens of a block."""
+    if mapping.op.codec is None:
+        return 0
+    if mapping.resident_latents:
+        tokens = mapping.op.queries + mapping.op.keys
+        return mapping.codec_bytes + tokens * mapping.latent_room_bytes
+    return mapping.codec_bytes + 2 * mapping.token_bytes
 
 
 def cut_for(mapping: Mapping) -> Cut | None:
@@ -88,7 +100,7 @@ def cut_for(mapping: Mapping) -> Cut | None:
     spare = scratchpad_bytes(mapping.hardware) - sum(need)
     if spare < 0:
         return None
-    if mapping.op.codec:
+    if mapping.op.codec and not mapping.resident_latents:
         tokens = mapping.op.queries + mapping.op.keys
         more = min(STAGING_BYTES, tokens * mapping.token_bytes, spare)
         need[3], spare = need[3] + more, spare - more
@@ -118,19 +130,23 @@ def chunk_counts(mapping: Mapping) -> tuple[int, int, int]:
 
 
 def kept_chunks(mapping: Mapping, instances: int, limit_bytes: int) -> Kept:
-    """What of Q, K and V stays on chip after the projection: the first heads, K, Q and V in
-    turn, as far as their regions and ``limit_bytes`` hold them.
+    """What of Q, K and V stays on chip after the projection: the latents of the first codec
+    block, where they are resident; then of the first heads K, Q and V in turn, as far as their
+    regions and ``limit_bytes`` hold them.
 
     Nothing of what is loaded again later, and no Q and K that pass the decoder.
     """
-    sizes = chunk_bytes(mapping)
+    sizes, left, latents = chunk_bytes(mapping), limit_bytes, 0
+    if mapping.resident_latents:
+        block = least_latents(mapping) - mapping.codec_bytes
+        latents, left = (1, left - block) if block <= left else (0, left)
     room = [region // size for region, size in zip(mapping.cut, sizes, strict=False)]
     most = [min(a, instances * b) for a, b in zip(room, chunk_counts(mapping), strict=True)]
     again = loaded_again(mapping)
     for side in range(3):
         if again[side] or (side < 2 and mapping.op.codec):
             most[side] = 0
-    counts, left, grown = [0, 0, 0], limit_bytes, True
+    counts, grown = [0, 0, 0], True
     while grown:
         grown = False
         for side in (1, 0, 2):
@@ -138,7 +154,7 @@ def kept_chunks(mapping: Mapping, instances: int, limit_bytes: int) -> Kept:
                 counts[side] += 1
                 left -= sizes[side]
                 grown = True
-    return Kept(*counts)
+    return Kept(*counts, latents)
 
 
 def loaded_again(mapping: Mapping) -> tuple[bool, bool, bool]:

@@ -17,11 +17,12 @@ from ..report.report import OpCost, Traffic
 from ..schedule import DEFAULT, Schedule
 from .estimate import kept_bytes
 from .mapping import Mapping, codec_side_bytes
-from .program import CODEC, INDEX, STORE, K, Program, Q, V
+from .program import CODEC, INDEX, LATENT, STORE, K, Program, Q, V
 from .registers import COUNTS
 from .run import AttentionRun, head_costs, run_attention
 
-CHANNELS = {Q: "Q", K: "K", V: "V", INDEX: "index", CODEC: "codec weights", STORE: "output"}
+CHANNELS = {Q: "Q", K: "K", V: "V", INDEX: "index", CODEC: "codec weights", STORE: "output",
+            LATENT: "latent Q and K"}  # fmt: skip
 
 
 def operations(
@@ -188,15 +189,12 @@ def _traffic(run: AttentionRun, got: dict[str, int]) -> tuple[Traffic, ...]:
         for channel, name in CHANNELS.items()
         if moved[channel] and (channel != CODEC or weights)
     ]
-    expand = mapping.group / mapping.latent_heads if op.codec else 1.0
-    sides = (("Q", Q, "query"), ("K", K, "key"), ("V", V, "value"))
-    for name, channel, side in sides:
-        filled = moved[channel] if channel == V else round(moved[channel] * expand)
-        rows.append(Traffic(name, "buffer", got[f"{side}_reads"] * word, filled))
+    filled = _buffer_fills(run)
+    for name, side in (("Q", "query"), ("K", "key"), ("V", "value")):
+        rows.append(Traffic(name, "buffer", got[f"{side}_reads"] * word, filled[name]))
         rows.append(Traffic(name, "lines", got[f"{side}_words"] * word, 0))
     if op.codec:
-        latents = moved[Q] + moved[K]
-        rows.append(Traffic("latent Q and K", "buffer", latents, latents))
+        rows.append(Traffic("latent Q and K", "buffer", *_latent_bytes(run)))
         rows.append(Traffic("codec weights", "buffer", weights, weights))
     if op.bias_params:  # each score that is computed reads its own
         added = counts.scores * hardware.score_bytes
@@ -214,6 +212,24 @@ def _traffic(run: AttentionRun, got: dict[str, int]) -> tuple[Traffic, ...]:
         Traffic("output", "buffer", sums + moved[STORE], sums),
     ]
     return tuple(rows)
+
+
+def _buffer_fills(run: AttentionRun) -> dict[str, int]:
+    """Bytes of Q, K and V that are written to their buffers: what comes from DRAM or from the
+    decoder, and what the projection left there."""
+    op, width, group = run.op, run.hardware.operand_bytes, run.mapping.group
+    vector = group * op.key_dim * width
+    sizes = (("Q", Q, vector), ("K", K, vector), ("V", V, op.value_dim * width))
+    return {name: run.program.tokens(channel) * size for name, channel, size in sizes}
+
+
+def _latent_bytes(run: AttentionRun) -> tuple[int, int]:
+    """(read, written): each token of a chunk of Q or K reads its latents once."""
+    program, mapping = run.program, run.mapping
+    read = (program.tokens(Q) + program.tokens(K)) * mapping.token_bytes
+    if not mapping.resident_latents:
+        return read, read
+    return read, program.tokens(LATENT) * mapping.token_bytes
 
 
 def _dram_bytes(program: Program) -> dict[int, int]:
