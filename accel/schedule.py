@@ -99,6 +99,9 @@ class Schedule:
     scratchpad        one of `SCRATCHPADS`
     on_chip           one of `ON_CHIP`
     latents           one of `LATENTS`
+    index_streams     1: SDDMM writes (key, score) into the lists of their rows, and SpMM reads
+                      its keys there; 2: each product has its own, and that of SDDMM says for
+                      each score where it is stored
     assignment        one of `ASSIGNMENTS`
     mappings_stepped  how many of the mapper's best candidates the engine steps; the fastest
                       is taken
@@ -114,13 +117,14 @@ class Schedule:
     mappings_stepped: int = 1  # choice
     dense_dataflow: str = "os"
     dense_fill: str = "back_to_back"
-    index_encoding: str = "absolute"
+    index_encoding: str = "relative"
     mapping: UserMapping | None = None
     global_threshold: GlobalThreshold | None = None
     objective: str = "edp"
     scratchpad: str = "shared"
     on_chip: str = "fitting"
     latents: str = "best"
+    index_streams: int = 1
 
     def __post_init__(self) -> None:
         if self.global_threshold is not None:
@@ -129,6 +133,8 @@ class Schedule:
         one_of("scratchpad", self.scratchpad, SCRATCHPADS)
         one_of("on_chip", self.on_chip, ON_CHIP)
         one_of("latents", self.latents, LATENTS)
+        if self.index_streams not in (1, 2) or isinstance(self.index_streams, bool):
+            raise ValueError(f"index_streams must be one of 1, 2, got {self.index_streams!r}")
         one_of("assignment", self.assignment, ASSIGNMENTS)
         _at_least_one("mappings_stepped", self.mappings_stepped)
         one_of("dense_dataflow", self.dense_dataflow, DATAFLOWS)

@@ -31,17 +31,22 @@ DENSE_ROUND = np.int64(-1)
 # Typed, so that a compiled function is not made again for each literal it is given.
 ZERO, ONE = np.int64(0), np.int64(1)
 
-PIECE = np.dtype([(name, np.int64) for name in ("line", "vector", "first", "length", "round")])
+PIECE = np.dtype(
+    [(name, np.int64) for name in ("line", "vector", "first", "length", "round", "place")]
+)
 """A part of one vector's work: key (SDDMM) or row (SpMM), counted inside the tile.
 
 first    denser: its first operand; sparser: its first entry in `Assignment.entries`
 length   operands, at least 1
 round    DENSE_ROUND, or the lockstep round (0 for other policies)
+place    its first operand's place in the compressed matrix, vector after vector
 """
 
-ENTRY = np.dtype([(name, np.int64) for name in ("operand", "arrival")])
+ENTRY = np.dtype([(name, np.int64) for name in ("operand", "arrival", "size")])
 """An operand of the sparser engine, and its place in the index stream: the lines' first
-entries, then their second ones, ...; under "lockstep" vector after vector."""
+entries, then their second ones, ...; under "lockstep" vector after vector. In a program
+``arrival`` is the byte of the stream with which it is whole, ``size`` the bytes that reading
+it frees."""
 
 
 class Assignment(NamedTuple):
@@ -110,6 +115,7 @@ def _cut(pieces, count, vector, first, total, parts, line, turn):
         begin = total * part // parts
         piece.line, piece.vector, piece.round = line + part, vector, turn
         piece.first, piece.length = first + begin, total * (part + 1) // parts - begin
+        piece.place = piece.first
     return count + parts
 
 

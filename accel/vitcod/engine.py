@@ -71,18 +71,19 @@ def _begin(program, state, stage):
         first = program.unit_row[stage.unit]
         for row in range(program.unit_row[stage.unit + 1] - first):
             rows[row].scores = rows[row].left = program.row_scores[first + row]
+            rows[row].list = program.row_lists[first + row]
 
 
 @core
 def _step_lines(machine, program, state, stage, counts):
     """One cycle of all lines: `state.counted` says how many did what."""
     run, lines, channels, counted = state.run, state.lines, state.channels, state.counted
-    rows = state.rows[stage.unit % 2]
+    rows, lists = state.rows[stage.unit % 2], state.lists[stage.unit % 2]
     pieces, entries = program.pieces, program.entries
     q, k, v, o = state.query_banks, state.key_banks, state.value_banks, state.output_banks
-    run.moved = run.index_reads = run.piece_done = 0
+    run.moved = run.index_reads = run.index_freed = run.piece_done = 0
     run.wake_at = NEVER
-    run.on_chip = (channels[INDEX].arrived - stage.index_bytes) // machine.entry_bytes
+    run.on_chip = channels[INDEX].arrived - stage.index_bytes
     counted[:] = 0
     first = run.cycle % lines.size
     for step in range(lines.size):
@@ -92,15 +93,14 @@ def _step_lines(machine, program, state, stage, counts):
         line = lines[number]
         if stage.kind == SDDMM:
             did = step_scores(
-                machine, run, stage, line, pieces, entries, channels, q, k, rows, counts
+                machine, run, stage, line, pieces, entries, channels, q, k, rows, lists, counts
             )
         else:
             did = step_values(
-                machine, run, stage, line, pieces, entries, channels, v, o, rows, counts
+                machine, run, stage, line, pieces, entries, channels, v, o, rows, lists, counts
             )
         counted[did] += 1
-    freed = run.index_reads * machine.entry_bytes * machine.dram_denominator
-    channels[INDEX].used -= freed
+    channels[INDEX].used -= run.index_freed * machine.dram_denominator
 
 
 @core

@@ -50,7 +50,7 @@ class WorkOfTiles:
         self.dense = np.array([p.num_global for p in patterns])[:, None]  # (heads, 1)
         self.masked = np.array([p.masked for p in patterns])[:, None]
         self.row_scores = np.stack([p.row_scores for p in patterns])  # (heads, queries)
-        self._most: dict[int, tuple[int, int]] = {}
+        self._most: dict[int, tuple[int, int, int]] = {}
         self._cycles: dict[int, tuple[int, int]] = {}
 
     @cached_property
@@ -70,12 +70,13 @@ class WorkOfTiles:
         rows = np.minimum(tile, self.op.queries - starts)
         return rows, np.add.reduceat(self.row_scores, starts, axis=1)
 
-    def most(self, tile: int) -> tuple[int, int]:
-        """(scores, bytes of a bitmap) of the largest unit."""
+    def most(self, tile: int) -> tuple[int, int, int]:
+        """(scores, bytes of a bitmap, scores of the sparser part) of the largest unit."""
         if tile not in self._most:
             rows, scores = self._units(tile)
             bitmaps = -(-rows * self.dense // 8) * self.masked
-            self._most[tile] = int(scores.max()), int(bitmaps.max())
+            entries = scores - rows * self.dense
+            self._most[tile] = int(scores.max()), int(bitmaps.max()), int(entries.max())
         return self._most[tile]
 
     def cycles(self, tile: int) -> tuple[int, int]:

@@ -6,7 +6,8 @@ word of a value row; a finished row drains word by word into the output buffer, 
 add what they get, so cut rows and the two engines' halves of a row cost a drain each.
 
 Pieces of the denser engine go through their operands in order; those of the sparser engine
-read them from IdxBuf, through two index registers a line. A line acts on its registers as
+read them from IdxBuf, through two index registers a line, or in SpMM from the list of their
+row, into which SDDMM has written the key of each score as it came out. A line acts on its registers as
 they were at the start of the cycle.
 """
 
@@ -38,12 +39,23 @@ def open_piece(line, pieces):
     if line.piece < line.last_piece:
         piece = pieces[line.piece]
         line.vector, line.round = piece.vector, piece.round
-        line.operand, line.left = piece.first, piece.length
+        line.operand, line.left = piece.place, piece.length
 
 
 @core
 def step_scores(
-    machine, run, stage, line, pieces, entries, channels, read_banks, other_banks, rows, counts
+    machine,
+    run,
+    stage,
+    line,
+    pieces,
+    entries,
+    channels,
+    read_banks,
+    other_banks,
+    rows,
+    lists,
+    counts,
 ):
     """A line of SDDMM, one cycle; returns what it did."""
     if line.piece == line.last_piece:
@@ -61,7 +73,11 @@ def step_scores(
     else:
         did = _query_word(run, stage, line, entries, channels[Q], read_banks, counts)
     if did == BUSY and _word_done(run, stage, line, read_banks):
-        _score_done(machine, run, rows[line.row], counts)
+        row = rows[line.row]
+        if machine.lists and line.round != DENSE_ROUND:
+            lists[row.list] = line.vector
+            row.list += 1
+        _score_done(machine, run, row, counts)
         if _operand_done(run, line, pieces):
             line.holds = 0
     _load_key(run, stage, line, pieces, preloading, channels[K], other_banks, counts)
@@ -70,14 +86,25 @@ def step_scores(
 
 @core
 def step_values(
-    machine, run, stage, line, pieces, entries, channels, read_banks, other_banks, rows, counts
+    machine,
+    run,
+    stage,
+    line,
+    pieces,
+    entries,
+    channels,
+    read_banks,
+    other_banks,
+    rows,
+    lists,
+    counts,
 ):
     """A line of SpMM, one cycle; returns what it did."""
     draining = line.draining
     if line.piece == line.last_piece:
         did = DRAIN if draining > 0 else IMBALANCE
     else:
-        known = line.round == DENSE_ROUND or line.fetched > line.consumed
+        known = machine.lists or line.round == DENSE_ROUND or line.fetched > line.consumed
         _read_index(machine, run, line, entries, counts)
         if line.round > run.turn:
             did = BARRIER
@@ -87,7 +114,8 @@ def step_values(
         elif not known:
             did = _index_stall(run, line, entries)
         else:
-            did = _value_word(run, stage, line, entries, channels[V], read_banks, counts)
+            operands = (entries, lists)
+            did = _value_word(machine, run, stage, line, operands, channels[V], read_banks, counts)
     if draining > 0:
         _drain(run, line, other_banks, counts)
     if did == BUSY:
@@ -103,7 +131,8 @@ def _read_index(machine, run, line, entries, counts):
     """Read an entry into a free index register, if IdxBuf has it and a port is left."""
     if line.fetched == line.last_entry or line.fetched - line.consumed == 2:
         return
-    if run.index_reads < machine.index_entries and entries[line.fetched].arrival < run.on_chip:
+    if run.index_reads < machine.index_entries and entries[line.fetched].arrival <= run.on_chip:
+        run.index_freed += entries[line.fetched].size
         line.fetched += 1
         run.index_reads += 1
         counts.index_reads += 1
@@ -112,7 +141,7 @@ def _read_index(machine, run, line, entries, counts):
 
 @core
 def _index_stall(run, line, entries):
-    return INDEX_PORT if entries[line.consumed].arrival < run.on_chip else INDEX_REFILL
+    return INDEX_PORT if entries[line.consumed].arrival <= run.on_chip else INDEX_REFILL
 
 
 @core
@@ -124,6 +153,15 @@ def _missing(channel):
 @core
 def _operand(line, entries):
     return line.operand if line.round == DENSE_ROUND else entries[line.consumed].operand
+
+
+@core
+def _listed_operand(machine, line, operands):
+    """... of SpMM: where one stream serves both products, from the list of the row."""
+    entries, lists = operands
+    if machine.lists and line.round != DENSE_ROUND:
+        return lists[line.operand]
+    return _operand(line, entries)
 
 
 @core
@@ -150,12 +188,12 @@ def _query_word(run, stage, line, entries, channel, banks, counts):
 
 
 @core
-def _value_word(run, stage, line, entries, channel, banks, counts):
+def _value_word(machine, run, stage, line, operands, channel, banks, counts):
     """Ask for the next word of the line's value row."""
     if line.draining > 0 and line.left == 1 and line.word == stage.words - 1:
         return DRAIN
     if line.address < 0:
-        operand = _operand(line, entries)
+        operand = _listed_operand(machine, line, operands)
         if stage.operand_token + operand >= channel.arrived:
             return DRAM
         line.address = (stage.operand_place + operand) * stage.words
@@ -186,9 +224,8 @@ def _operand_done(run, line, pieces):
     line.word = 0
     line.address = -1
     line.left -= 1
-    if line.round == DENSE_ROUND:
-        line.operand += 1
-    else:
+    line.operand += 1
+    if line.round != DENSE_ROUND:
         line.consumed += 1
     if line.left > 0:
         return False

@@ -61,28 +61,42 @@ class Mapping:
         """Words of a value row: cycles of one kept entry in SpMM."""
         return -(-self.op.value_dim // self.hardware.macs_per_line)
 
+    @property
+    def one_stream(self) -> bool:
+        """Whether SpMM takes its keys from the lists that SDDMM writes."""
+        return self.schedule.index_streams == 1
+
     @cached_property
-    def _widths(self) -> Widths:
-        most = max(len(pattern.columns[1]) for pattern in self.patterns)
+    def most_entries(self) -> int:
+        """Of the sparser part of a head."""
+        return max(len(pattern.columns[1]) for pattern in self.patterns)
+
+    @property
+    def named_starts(self) -> bool:
+        """Whether a start says which vector it is: under "balanced" lines do not take them in
+        order."""
+        return self.schedule.assignment == "balanced"
+
+    @cached_property
+    def widths(self) -> Widths:
+        """Bounds of the schedule's encoding for tiles of this size."""
         encoding = encoding_named(self.schedule.index_encoding)
-        return encoding(self.op.queries, self.op.keys, most)
+        tile = self.op.queries, self.op.keys
+        if encoding.tiled:
+            tile = self.query_tile, self.key_tile
+        return encoding.bounds(max(tile), max(tile), self.most_entries, self.named_starts)
 
     @property
-    def entry_bytes(self) -> int:
-        """An index entry, by the schedule's encoding."""
-        return self._widths.entry_bytes
+    def key_bytes(self) -> int:
+        """Of the key that a score carries in the list of its row: its number among the sparser
+        keys of a tile."""
+        keys = min(self.key_tile, max(len(p.columns[0]) - 1 for p in self.patterns))
+        return (1 if keys <= 256 else 2 if keys <= 256**2 else 4) if self.one_stream else 0
 
     @property
-    def pointer_bytes(self) -> int:
-        """A column or row pointer, by the entries that it may count."""
-        return self._widths.pointer_bytes
-
-    @property
-    def start_bytes(self) -> int:
-        """Where a sparser vector begins: a pointer; under "balanced" also which vector it is,
-        since lines do not take them in order."""
-        named = self.schedule.assignment == "balanced"
-        return self.pointer_bytes + (self.entry_bytes if named else 0)
+    def address_bytes(self) -> int:
+        """Of a score's place in the score buffer, where an index entry says it."""
+        return 0 if self.one_stream else (2 if self.most_entries <= 256**2 else 4)
 
     @property
     def latent_heads(self) -> int:
@@ -172,12 +186,13 @@ class Mapping:
         """Part of a chunk's name: with several key tiles each unit loads its own."""
         return (unit[1], unit[2].start) if len(self.key_tiles) > 1 else ()
 
-    def bitmap_bytes(self, head: int, rows: slice) -> int:
-        """One bit for each entry of the dense block in these rows."""
-        pattern = self.patterns[head]
-        if not pattern.masked:
-            return 0
-        return -(-(rows.stop - rows.start) * pattern.num_global // 8)
+    def unit_index_bytes(self, head: int, rows: slice) -> int:
+        """What a unit holds in IdxBuf from its first stage to its last: a bit for each entry
+        of its dense block, and how long the list of each row is."""
+        pattern, count = self.patterns[head], rows.stop - rows.start
+        bitmap = -(-count * pattern.num_global // 8) if pattern.masked else 0
+        listed = self.one_stream and len(pattern.columns[1]) > 0
+        return bitmap + (-(-count * self.widths.row_bits // 8) if listed else 0)
 
 
 def codec_side_bytes(op: Attention, hardware: Hardware, *, decoder: bool) -> int:

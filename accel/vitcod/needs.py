@@ -35,13 +35,15 @@ def _ports_needs(mapping: Mapping, work: WorkOfTiles) -> dict[str, int]:
     alive = 2 if mapping.ahead and units > 1 else 1
     regions = min(mapping.output_regions, units)
     accumulators = mapping.query_tile * mapping.value_words * hardware.macs_per_line
-    scores, bitmap = work.most(mapping.query_tile)
-    starts = max(mapping.query_tile, mapping.key_tile) + hardware.lines
+    scores, bitmap, entries = work.most(mapping.query_tile)
+    starts, widths = max(mapping.query_tile, mapping.key_tile) + hardware.lines, mapping.widths
+    lists = -(-mapping.query_tile * widths.row_bits // 8) if mapping.one_stream else 0
     burst = LINE_BYTES if hardware.dram_model == "ddr4" else 0  # enters IdxBuf whole
+    entry = -(-widths.entry_bits // 8) + mapping.address_bytes
     return {
-        "index_buffer_bytes": alive * bitmap
-        + starts * mapping.start_bytes
-        + max(hardware.lines * mapping.entry_bytes, burst),
-        "output_buffer_bytes": alive * scores * hardware.score_bytes
+        "index_buffer_bytes": alive * (bitmap + lists)
+        + -(-starts * widths.start_bits // 8)
+        + max(hardware.lines * entry, burst),
+        "output_buffer_bytes": alive * (scores * hardware.score_bytes + entries * mapping.key_bytes)
         + regions * accumulators * hardware.accumulator_bytes,
     }

@@ -18,9 +18,10 @@ import numpy as np
 
 from ..dram.address import BURST, Span, bursts_of
 from ..dram.ddr4 import LINE_BYTES
-from .assign import DENSE_ROUND, Assignment
+from .assign import DENSE_ROUND
+from .coded import Coded, coded_tile
 from .mapping import Mapping
-from .pattern import SDDMM, SPMM, plan_tile
+from .pattern import SDDMM, SPMM
 
 Q, K, V, INDEX, CODEC, STORE, LATENT = range(7)
 CHANNELS = 7
@@ -83,6 +84,8 @@ class Program(NamedTuple):
     stages: np.ndarray  # STAGE, in the order of execution
     unit_row: np.ndarray  # (units + 1) first of the unit's rows in row_scores
     row_scores: np.ndarray  # scores of each row, all key tiles
+    row_lists: np.ndarray  # where the list of each row begins among its unit's
+    list_entries: int  # of the largest unit
     orders: np.ndarray  # original token at each place, a head's queries or keys after another
     channel_first: np.ndarray  # (8) first transfer of each channel
     transfers: np.ndarray  # TRANSFER, channel after channel
@@ -110,8 +113,9 @@ class Counts:
     pieces: int  # of SpMM: partial output rows that drain
     output_rows: int  # rows with at least one piece, summed over units
     scores: int  # computed
-    entries: int  # of index streams, both products
-    index_dram_bytes: int
+    entries: int  # of index streams
+    stream_bits: int  # of those entries
+    listed: int  # keys that SDDMM writes into lists
 
 
 class _Builder:
@@ -120,7 +124,7 @@ class _Builder:
     def __init__(self, mapping: Mapping) -> None:
         self.mapping, self.op, self.hardware = mapping, mapping.op, mapping.hardware
         self.plans: dict[tuple, int] = {}
-        self.assignments: list[Assignment] = []
+        self.coded: list[Coded] = []
         self.stages: list[tuple[int, ...]] = []
         self.transfers: list[list[list[int]]] = [[] for _ in range(CHANNELS)]
         self.spans: list[list[Span]] = [[] for _ in range(CHANNELS)]
@@ -135,15 +139,14 @@ class _Builder:
         self.index_places: dict[int, int] = {}
         self.index_end = 0
         self.rows: list[np.ndarray] = []
+        self.lists: list[np.ndarray] = []  # of them, those of the sparser part
 
     def plan(self, head: int, rows: slice, keys: slice, kind: int) -> int:
         """Number of the plan, which is made once for all windows."""
         key = (head, rows.start, keys.start, kind)
         if key not in self.plans:
-            pattern, policy = self.mapping.patterns[head], self.mapping.schedule.assignment
-            made = plan_tile(pattern, rows, keys, kind, self.hardware.lines, policy)
-            self.plans[key] = len(self.assignments)
-            self.assignments.append(made)
+            self.plans[key] = len(self.coded)
+            self.coded.append(coded_tile(self.mapping, head, rows, keys, kind))
         return self.plans[key]
 
     def chunk(
@@ -222,25 +225,26 @@ class _Builder:
         opens: bool,
         words: int,
         place: tuple[int, int, int, int],
-        bitmaps: tuple[int, int],
+        units: tuple[int, int],
         stores: int = 0,
     ) -> None:
-        """Queue a stage's index bytes and the stage; ``bitmaps``: bytes loaded and freed."""
-        mapping, made = self.mapping, self.assignments[plan]
-        held = made.starts * mapping.start_bytes
-        stream = len(made.entries) * mapping.entry_bytes
-        before = self.index_bytes + bitmaps[0] + held
-        size = bitmaps[0] + held + stream
+        """Queue a stage's index bytes and the stage; ``units``: bytes loaded and freed of what
+        its unit holds."""
+        coded = self.coded[plan]
+        made, held = coded.assignment, coded.held_bytes
+        before = self.index_bytes + units[0] + held
+        size = units[0] + held + coded.stream_bytes
         if size:
             need = len(self.stages)
-            self.transfers[INDEX].append([size, size, 0, need, 0, need + 1, self.index_bytes, 1, -1, 0])
+            row = [size, size, 0, need, 0, need + 1, self.index_bytes, 1, -1, 0]
+            self.transfers[INDEX].append(row)
             self._place_index(plan, size)
         self.index_bytes += size
         split = (made.denser_lines, made.sparser_lines)
         changed = bool(self.stages) and self.split != split
         self.split = split
         cycles = self.hardware.reconfigure_cycles if changed else 0
-        frees = bitmaps[1] + held
+        frees = units[1] + held
         self.stages.append((kind, plan, unit, opens, words, *place, before, frees, stores, cycles))
 
     def _place_index(self, plan: int, size: int) -> None:
@@ -298,7 +302,7 @@ def _scores(builder: _Builder, number: int, unit: tuple[int, int, slice]) -> Non
         operand = builder.chunk(Q, first, span, size, room, sources[0])
         skipped = rows.start - tokens.start
         opens = keys.start == 0
-        bitmap = mapping.bitmap_bytes(head, rows) if opens else 0
+        held = mapping.unit_index_bytes(head, rows) if opens else 0
         plan = builder.plan(head, rows, keys, SDDMM)
         place = (
             vector,
@@ -306,8 +310,10 @@ def _scores(builder: _Builder, number: int, unit: tuple[int, int, slice]) -> Non
             vector * mapping.group + member * key_count,
             operand * mapping.group + member * query_count + skipped,
         )
-        builder.stage(SDDMM, number, plan, opens, mapping.key_words, place, (bitmap, 0))
-    builder.rows.append(mapping.patterns[head].row_scores[rows])
+        builder.stage(SDDMM, number, plan, opens, mapping.key_words, place, (held, 0))
+    pattern = mapping.patterns[head]
+    builder.rows.append(pattern.row_scores[rows])
+    builder.lists.append(pattern.row_scores[rows] - pattern.num_global)
 
 
 def _values(builder: _Builder, number: int, unit: tuple[int, int, slice]) -> None:
@@ -321,11 +327,11 @@ def _values(builder: _Builder, number: int, unit: tuple[int, int, slice]) -> Non
         span = Span(instance * op.heads + head, keys.start, keys.stop, head, keys=True)
         operand = builder.chunk(V, first, span, size, room)
         stores = max(number + 1 - mapping.output_regions, 0) if keys.start == 0 else 0
-        bitmap = mapping.bitmap_bytes(head, rows) if keys.stop == op.keys else 0
+        held = mapping.unit_index_bytes(head, rows) if keys.stop == op.keys else 0
         plan = builder.plan(head, rows, keys, SPMM)
         place = (0, operand, 0, operand)
         builder.stage(
-            SPMM, number, plan, False, mapping.value_words, place, (0, bitmap), stores
+            SPMM, number, plan, False, mapping.value_words, place, (0, held), stores
         )  # fmt: skip
     stage = len(builder.stages)
     need = stage + 2 * len(mapping.key_tiles)
@@ -335,7 +341,7 @@ def _values(builder: _Builder, number: int, unit: tuple[int, int, slice]) -> Non
 
 
 def _arrays(builder: _Builder) -> Program:
-    made = builder.assignments
+    made = [coded.assignment for coded in builder.coded]
     piece_base = np.cumsum([0] + [len(a.pieces) for a in made])
     entry_base = np.cumsum([0] + [len(a.entries) for a in made])
     pieces = _joined([a.pieces for a in made])
@@ -351,6 +357,8 @@ def _arrays(builder: _Builder) -> Program:
         stages=np.array(builder.stages, dtype=STAGE),
         unit_row=np.cumsum([0] + [len(rows) for rows in builder.rows]),
         row_scores=np.concatenate(builder.rows),
+        row_lists=np.concatenate([np.cumsum(count) - count for count in builder.lists]),
+        list_entries=max(int(count.sum()) for count in builder.lists),
         orders=np.concatenate([np.zeros(0, np.int64), *builder.orders]),
         channel_first=np.cumsum([0] + [len(queue) for queue in builder.transfers]),
         transfers=np.array(transfers, dtype=TRANSFER),
@@ -382,12 +390,13 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _counts(builder: _Builder) -> Counts:
-    of_plan = [(len(a.pieces), len(a.entries)) for a in builder.assignments]
+    of_plan = [(len(c.assignment.pieces), len(c.assignment.entries), c.stream_bits) for c in builder.coded]
     used = [(stage[0], *of_plan[stage[1]]) for stage in builder.stages]
     return Counts(
-        pieces=sum(pieces for kind, pieces, _ in used if kind == SPMM),
+        pieces=sum(pieces for kind, pieces, *_ in used if kind == SPMM),
         output_rows=sum(int(np.count_nonzero(rows)) for rows in builder.rows),
         scores=sum(int(rows.sum()) for rows in builder.rows),
-        entries=sum(entries for _, _, entries in used),
-        index_dram_bytes=builder.index_bytes,
+        entries=sum(entries for _, _, entries, _ in used),
+        stream_bits=sum(bits for *_, bits in used),
+        listed=sum(int(count.sum()) for count in builder.lists) if builder.mapping.one_stream else 0,
     )

@@ -89,7 +89,7 @@ class Machine(NamedTuple):
 
     lines: int
     index_entries: int  # read from IdxBuf in a cycle
-    entry_bytes: int
+    lists: bool  # SDDMM writes keys into the lists that SpMM reads
     pipeline: int
     softmax_lanes: int
     softmax_latency: int
@@ -117,7 +117,7 @@ def machine_of(mapping: Mapping) -> np.void:
     filled = Machine(
         lines=hardware.lines,
         index_entries=hardware.index_entries_per_cycle,
-        entry_bytes=mapping.entry_bytes,
+        lists=mapping.one_stream,
         pipeline=hardware.pipeline_cycles,
         softmax_lanes=hardware.softmax_lanes,
         softmax_latency=hardware.softmax_latency_cycles,
@@ -183,8 +183,9 @@ LINE = _record(
 BANK_PORT = _record("cycle", "address")
 """The last read of a bank."""
 
-ROW = _record("scores", "left", "ready_at")
-"""Of a unit in flight: scores, those still missing, first cycle of the probabilities."""
+ROW = _record("scores", "left", "ready_at", "list")
+"""Of a unit in flight: scores, those still missing, first cycle of the probabilities, where in
+its list the next key goes."""
 
 RUN = _record(
     "cycle",
@@ -196,7 +197,8 @@ RUN = _record(
     "slot",  # of the history
     "credit",  # DDR4: units that may still be asked for
     "index_reads",  # in this cycle
-    "on_chip",  # entries of the stage's index stream
+    "index_freed",  # bytes
+    "on_chip",  # bytes of the stage's index stream
     "piece_done",  # by a line in this cycle, or a drain
     "denser_end",  # cycle after the last piece of each engine in the stage
     "sparser_end",
@@ -230,6 +232,7 @@ class State(NamedTuple):
     value_banks: np.ndarray
     output_banks: np.ndarray
     rows: np.ndarray  # (2, rows) ROW of the two units in flight
+    lists: np.ndarray  # (2, entries) keys of the scores of their rows
     counted: np.ndarray  # lines by what they did in this cycle
     dram: Dram  # in the flat model an idle one
     ask_times: np.ndarray  # (lines on their way) cycle in which each was asked for
@@ -277,6 +280,7 @@ def initial_state(program: Program, mapping: Mapping) -> State:
             )
         ),
         np.zeros((2, rows), ROW),
+        np.zeros((2, program.list_entries), np.int64),
         np.zeros(len(STALLS), np.int64),
         dram,
         np.zeros(len(dram.done), np.int64),

@@ -202,12 +202,13 @@ def _traffic(run: AttentionRun, got: dict[str, int]) -> tuple[Traffic, ...]:
         rows.append(Traffic("attention bias", "buffer", added, moved[CODEC] - weights))
     # Scores: written once, read for the maximum and again for the exponential, written as
     # probabilities after the division and read once by SpMM.
-    scores = counts.scores * hardware.score_bytes
+    # Keys in the lists of rows: written and read once.
+    scores, keys = counts.scores * hardware.score_bytes, counts.listed * mapping.key_bytes
     sums = got["drained_words"] * hardware.macs_per_line * hardware.accumulator_bytes
     rows += [
         Traffic("index", "buffer", moved[INDEX], moved[INDEX]),  # pointers and bitmaps too
-        Traffic("index", "lines", got["index_reads"] * mapping.entry_bytes, 0),
-        Traffic("scores", "buffer", 3 * scores, 2 * scores),
+        Traffic("index", "lines", -(-counts.stream_bits // 8), 0),
+        Traffic("scores", "buffer", 3 * scores + keys, 2 * scores + keys),
         Traffic("scores", "lines", scores, 0),
         Traffic("output", "buffer", sums + moved[STORE], sums),
     ]

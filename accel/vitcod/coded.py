@@ -1,0 +1,110 @@
+"""One tile of a head as a stage runs it: its assignment, and its index as DRAM holds it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..cache import LruCache
+from .assign import Assignment
+from .encodings import Stream, encoding_named
+from .mapping import Mapping
+from .pattern import SDDMM, SPMM, Pattern, plan_tile
+
+CODED = LruCache(256 * 1024**2)
+"""By what `plan_tile` depends on, the encoding, and the addresses beside the entries."""
+
+
+class Coded(NamedTuple):
+    """held_bytes: what is there before the stream begins; stream_bits: of all entries."""
+
+    assignment: Assignment
+    held_bytes: int
+    stream_bits: int
+
+    @property
+    def stream_bytes(self) -> int:
+        return -(-self.stream_bits // 8)
+
+
+def coded_tile(mapping: Mapping, head: int, rows: slice, keys: slice, kind: int) -> Coded:
+    """The tile's stage of ``kind``, made once for equal ones."""
+    pattern, schedule = mapping.patterns[head], mapping.schedule
+
+    def make() -> Coded:
+        made = plan_tile(pattern, rows, keys, kind, mapping.hardware.lines, schedule.assignment)
+        if kind == SPMM and mapping.one_stream:
+            return _listed(mapping, pattern, made, rows, keys)
+        return _streamed(mapping, pattern, made, rows, keys, kind)
+
+    if not pattern.digest:
+        return make()
+    tile = (pattern.digest, rows.start, rows.stop, keys.start, keys.stop, kind)
+    how = (schedule.assignment, schedule.index_encoding, schedule.index_streams)
+    sizes = (mapping.hardware.lines, mapping.op.queries, mapping.op.keys, mapping.most_entries)
+    return CODED.get((*tile, *how, *sizes), make, _held_bytes)
+
+
+def _held_bytes(made: Coded) -> int:
+    return sum(array.nbytes for array in made.assignment[:4])
+
+
+def _stream(
+    mapping: Mapping, pattern: Pattern, made: Assignment, rows: slice, keys: slice, kind: int
+) -> Stream:
+    dense = max(min(keys.stop, pattern.num_global) - keys.start, 0)
+    queries, count = rows.stop - rows.start, keys.stop - keys.start
+    if kind == SDDMM:
+        sizes = (queries, 0, count, dense)
+    else:
+        sizes = (count, dense, queries, 0)
+    whole = max(mapping.op.queries, mapping.op.keys)
+    return Stream(made, mapping.named_starts, *sizes, mapping.most_entries, whole)
+
+
+def _streamed(
+    mapping: Mapping, pattern: Pattern, made: Assignment, rows: slice, keys: slice, kind: int
+) -> Coded:
+    """With its entries as the schedule's encoding writes them."""
+    encoding = encoding_named(mapping.schedule.index_encoding)
+    coded = encoding.encode(_stream(mapping, pattern, made, rows, keys, kind))
+    address = 8 * mapping.address_bytes if kind == SDDMM else 0
+    ends = np.cumsum(coded.entry_bits + address)
+    whole = -(-ends // 8)
+    entries = made.entries.copy()
+    order = entries["arrival"]
+    entries["size"] = np.diff(whole, prepend=0)[order]
+    entries["arrival"] = whole[order]
+    bits = int(ends[-1]) if len(ends) else 0
+    return Coded(made._replace(entries=entries), -(-coded.held_bits // 8), bits)
+
+
+def _listed(
+    mapping: Mapping, pattern: Pattern, made: Assignment, rows: slice, keys: slice
+) -> Coded:
+    """Without entries: ``place`` of a piece is where in the lists of its unit its keys begin.
+    The keys of earlier tiles come first in the list of a row."""
+    pieces = made.pieces.copy()
+    if len(mapping.key_tiles) > 1:
+        before, inside = _lists_before(pattern, rows, keys)
+        sparser = pieces["round"] >= 0
+        pieces["place"][sparser] += (before - inside)[pieces["vector"][sparser]]
+    encoding = encoding_named(mapping.schedule.index_encoding)
+    coded = encoding.encode(_stream(mapping, pattern, made, rows, keys, SPMM))
+    none = made._replace(
+        pieces=pieces, entries=made.entries[:0], line_entry=np.zeros_like(made.line_entry)
+    )
+    return Coded(none, -(-coded.held_bits // 8), 0)
+
+
+def _lists_before(pattern: Pattern, rows: slice, keys: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row, where its list goes on with this tile, among the lists of the unit; and
+    where its entries begin among those of the tile."""
+    indptr, columns = pattern.rows
+    low, high = (max(key - pattern.num_global, 0) for key in (keys.start, keys.stop))
+    spans = [columns[indptr[row] : indptr[row + 1]] for row in range(rows.start, rows.stop)]
+    earlier = np.array([np.searchsorted(span, low) for span in spans])
+    inside = np.array([np.searchsorted(span, high) for span in spans]) - earlier
+    whole = np.diff(indptr[rows.start : rows.stop + 1])
+    return np.cumsum(whole) - whole + earlier, np.cumsum(inside) - inside
