@@ -61,6 +61,7 @@ class Hardware:
     # Units beside the lines. The paper gives no counts: all choices.
     softmax_lanes: int = 8
     softmax_latency_cycles: int = 16
+    sorted_lists: bool = True  # choice: see `sievit.accel.vitcod.coded`
     encoder_macs: int = 64
     decoder_macs: int = 256
     vector_lanes: int = 64  # norms, activations, residual adds
@@ -95,6 +96,10 @@ class Hardware:
         }
         for name, value in asdict(self).items():
             if isinstance(value, str):
+                continue
+            if name == "sorted_lists":
+                if not isinstance(value, bool):
+                    raise ValueError(f"{name} must be True or False, got {value!r}")
                 continue
             least = 0 if name in may_be_zero else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

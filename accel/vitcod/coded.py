@@ -1,4 +1,12 @@
-"""One tile of a head as a stage runs it: its assignment, and its index as DRAM holds it."""
+"""One tile of a head as a stage runs it: its assignment, and its index as DRAM holds it.
+
+With one stream for both products SDDMM writes each score with its key into the list of its
+row, one behind the other as they come out. Choice (`Hardware.sorted_lists`): the softmax unit,
+which goes over a row three times, notes its keys in a bitmap in the first pass, and in the last
+one writes each probability to the place that the keys below it leave (a count of bits, as
+sparse machines with bitmaps have it), so that SpMM meets the keys of all rows in ascending order
+and lines share reads of a value. Without it SpMM takes them as they were written.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +25,12 @@ CODED = LruCache(256 * 1024**2)
 
 
 class Coded(NamedTuple):
-    """held_bytes: what is there before the stream begins; stream_bits: of all entries."""
+    """held_bytes: what is there before the stream begins; streamed: entries that IdxBuf holds;
+    stream_bits: of all of them."""
 
     assignment: Assignment
     held_bytes: int
+    streamed: int
     stream_bits: int
 
     @property
@@ -41,7 +51,8 @@ def coded_tile(mapping: Mapping, head: int, rows: slice, keys: slice, kind: int)
     if not pattern.digest:
         return make()
     tile = (pattern.digest, rows.start, rows.stop, keys.start, keys.stop, kind)
-    how = (schedule.assignment, schedule.index_encoding, schedule.index_streams)
+    lists = mapping.one_stream * (1 + mapping.hardware.sorted_lists)
+    how = (schedule.assignment, schedule.index_encoding, lists)
     sizes = (mapping.hardware.lines, mapping.op.queries, mapping.op.keys, mapping.most_entries)
     return CODED.get((*tile, *how, *sizes), make, _held_bytes)
 
@@ -77,7 +88,7 @@ def _streamed(
     entries["size"] = np.diff(whole, prepend=0)[order]
     entries["arrival"] = whole[order]
     bits = int(ends[-1]) if len(ends) else 0
-    return Coded(made._replace(entries=entries), -(-coded.held_bits // 8), bits)
+    return Coded(made._replace(entries=entries), -(-coded.held_bits // 8), len(entries), bits)
 
 
 def _listed(
@@ -92,10 +103,11 @@ def _listed(
         pieces["place"][sparser] += (before - inside)[pieces["vector"][sparser]]
     encoding = encoding_named(mapping.schedule.index_encoding)
     coded = encoding.encode(_stream(mapping, pattern, made, rows, keys, SPMM))
-    none = made._replace(
-        pieces=pieces, entries=made.entries[:0], line_entry=np.zeros_like(made.line_entry)
-    )
-    return Coded(none, -(-coded.held_bits // 8), 0)
+    listed = made._replace(pieces=pieces)
+    if not mapping.hardware.sorted_lists:
+        nowhere = np.zeros_like(made.line_entry)
+        listed = listed._replace(entries=made.entries[:0], line_entry=nowhere)
+    return Coded(listed, -(-coded.held_bits // 8), 0, 0)
 
 
 def _lists_before(pattern: Pattern, rows: slice, keys: slice) -> tuple[np.ndarray, np.ndarray]:

@@ -74,7 +74,7 @@ def step_scores(
         did = _query_word(run, stage, line, entries, channels[Q], read_banks, counts)
     if did == BUSY and _word_done(run, stage, line, read_banks):
         row = rows[line.row]
-        if machine.lists and line.round != DENSE_ROUND:
+        if machine.lists == 1 and line.round != DENSE_ROUND:
             lists[row.list] = line.vector
             row.list += 1
         _score_done(machine, run, row, counts)
@@ -104,8 +104,9 @@ def step_values(
     if line.piece == line.last_piece:
         did = DRAIN if draining > 0 else IMBALANCE
     else:
-        known = machine.lists or line.round == DENSE_ROUND or line.fetched > line.consumed
-        _read_index(machine, run, line, entries, counts)
+        known = machine.lists > 0 or line.round == DENSE_ROUND or line.fetched > line.consumed
+        if machine.lists == 0:
+            _read_index(machine, run, line, entries, counts)
         if line.round > run.turn:
             did = BARRIER
         elif run.cycle < rows[line.vector].ready_at:
@@ -159,7 +160,7 @@ def _operand(line, entries):
 def _listed_operand(machine, line, operands):
     """... of SpMM: where one stream serves both products, from the list of the row."""
     entries, lists = operands
-    if machine.lists and line.round != DENSE_ROUND:
+    if machine.lists == 1 and line.round != DENSE_ROUND:
         return lists[line.operand]
     return _operand(line, entries)
 

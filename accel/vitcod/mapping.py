@@ -18,6 +18,7 @@ from ...workload import Attention
 from ..hardware import Hardware
 from ..schedule import Schedule
 from .encodings import Widths, encoding_named
+from .encodings.stream import bits_below
 from .pattern import Pattern
 from .scratchpad import Cut, Kept, least_latents
 
@@ -87,11 +88,11 @@ class Mapping:
         return encoding.bounds(max(tile), max(tile), self.most_entries, self.named_starts)
 
     @property
-    def key_bytes(self) -> int:
+    def key_bits(self) -> int:
         """Of the key that a score carries in the list of its row: its number among the sparser
         keys of a tile."""
         keys = min(self.key_tile, max(len(p.columns[0]) - 1 for p in self.patterns))
-        return (1 if keys <= 256 else 2 if keys <= 256**2 else 4) if self.one_stream else 0
+        return bits_below(keys) if self.one_stream else 0
 
     @property
     def address_bytes(self) -> int:

@@ -390,7 +390,7 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _counts(builder: _Builder) -> Counts:
-    of_plan = [(len(c.assignment.pieces), len(c.assignment.entries), c.stream_bits) for c in builder.coded]
+    of_plan = [(len(c.assignment.pieces), c.streamed, c.stream_bits) for c in builder.coded]
     used = [(stage[0], *of_plan[stage[1]]) for stage in builder.stages]
     return Counts(
         pieces=sum(pieces for kind, pieces, *_ in used if kind == SPMM),

@@ -89,7 +89,7 @@ class Machine(NamedTuple):
 
     lines: int
     index_entries: int  # read from IdxBuf in a cycle
-    lists: bool  # SDDMM writes keys into the lists that SpMM reads
+    lists: int  # SpMM reads keys from lists of rows: as SDDMM wrote them (1), sorted (2)
     pipeline: int
     softmax_lanes: int
     softmax_latency: int
@@ -117,7 +117,7 @@ def machine_of(mapping: Mapping) -> np.void:
     filled = Machine(
         lines=hardware.lines,
         index_entries=hardware.index_entries_per_cycle,
-        lists=mapping.one_stream,
+        lists=mapping.one_stream * (1 + hardware.sorted_lists),
         pipeline=hardware.pipeline_cycles,
         softmax_lanes=hardware.softmax_lanes,
         softmax_latency=hardware.softmax_latency_cycles,

@@ -203,7 +203,7 @@ def _traffic(run: AttentionRun, got: dict[str, int]) -> tuple[Traffic, ...]:
     # Scores: written once, read for the maximum and again for the exponential, written as
     # probabilities after the division and read once by SpMM.
     # Keys in the lists of rows: written and read once.
-    scores, keys = counts.scores * hardware.score_bytes, counts.listed * mapping.key_bytes
+    scores, keys = counts.scores * hardware.score_bytes, -(-counts.listed * mapping.key_bits // 8)
     sums = got["drained_words"] * hardware.macs_per_line * hardware.accumulator_bytes
     rows += [
         Traffic("index", "buffer", moved[INDEX], moved[INDEX]),  # pointers and bitmaps too
