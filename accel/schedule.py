@@ -103,6 +103,8 @@ class Schedule:
                       its keys there; 2: each product has its own, and that of SDDMM says for
                       each score where it is stored
     assignment        one of `ASSIGNMENTS`
+    sparser_percent   what an entry of the sparser engine takes of a line's time, of what an
+                      operand of the denser one takes: lines are split accordingly
     mappings_stepped  how many of the mapper's best candidates the engine steps; the fastest
                       is taken
     dense_dataflow    one of `DATAFLOWS`
@@ -114,7 +116,7 @@ class Schedule:
     """
 
     assignment: str = "balanced"
-    mappings_stepped: int = 1  # choice
+    mappings_stepped: int = 2  # choice
     dense_dataflow: str = "os"
     dense_fill: str = "back_to_back"
     index_encoding: str = "relative"
@@ -125,6 +127,7 @@ class Schedule:
     on_chip: str = "fitting"
     latents: str = "best"
     index_streams: int = 1
+    sparser_percent: int = 108  # choice: its lines wait for banks more often
 
     def __post_init__(self) -> None:
         if self.global_threshold is not None:
@@ -136,6 +139,7 @@ class Schedule:
         if self.index_streams not in (1, 2) or isinstance(self.index_streams, bool):
             raise ValueError(f"index_streams must be one of 1, 2, got {self.index_streams!r}")
         one_of("assignment", self.assignment, ASSIGNMENTS)
+        _at_least_one("sparser_percent", self.sparser_percent)
         _at_least_one("mappings_stepped", self.mappings_stepped)
         one_of("dense_dataflow", self.dense_dataflow, DATAFLOWS)
         one_of("dense_fill", self.dense_fill, FILLS)

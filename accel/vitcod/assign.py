@@ -85,11 +85,14 @@ def denser_length(vectors: int, operands: int, lines: int) -> int:
 
 
 @compiled
-def split_lines(vectors: int, operands: int, entries: int, lines: int) -> tuple[int, int]:
+def split_lines(
+    vectors: int, operands: int, entries: int, lines: int, sparser_percent: int
+) -> tuple[int, int]:
     """Lines for the denser and the sparser engine, in proportion to their work.
 
-    Of all whole splits the one whose slower engine ends first; ties: fewer denser lines.
-    A single line serves both engines in turn.
+    Of all whole splits the one whose slower engine ends first, where an entry of the sparser
+    one takes ``sparser_percent`` of the time of an operand of the denser one; ties: fewer
+    denser lines. A single line serves both engines in turn.
     """
     if vectors * operands == 0:
         return 0, lines
@@ -99,7 +102,7 @@ def split_lines(vectors: int, operands: int, entries: int, lines: int) -> tuple[
         return 1, 1
     best, best_length = 1, 2**62
     for denser in range(1, lines):
-        sparser = (entries + lines - denser - 1) // (lines - denser)
+        sparser = (entries * sparser_percent // 100 + lines - denser - 1) // (lines - denser)
         length = max(denser_length(vectors, operands, denser), sparser)
         if length < best_length:
             best, best_length = denser, length
@@ -258,9 +261,9 @@ def _by_line(pieces, indices, line_piece, line_entry, in_turn):
 
 
 @cached
-def _assign(indptr, indices, dense_vectors, dense_operands, lines, policy, shift):
+def _assign(indptr, indices, dense_vectors, dense_operands, lines, policy, shift, percent):
     total = indptr[-1]
-    denser, sparser = split_lines(dense_vectors, dense_operands, total, lines)
+    denser, sparser = split_lines(dense_vectors, dense_operands, total, lines, percent)
     base = denser if denser + sparser <= lines else 0
     room = dense_vectors + lines + (indptr.size + lines) * (lines if policy == LOCKSTEP else 1)
     pieces = np.empty(room, PIECE)
@@ -291,6 +294,7 @@ def assign(
     lines: int,
     policy: str,
     first_sparser: int = 0,
+    sparser_percent: int = 100,
 ) -> Assignment:
     """Share one product out to ``lines``.
 
@@ -307,5 +311,6 @@ def assign(
             lines,
             POLICIES[policy],
             first_sparser,
+            sparser_percent,
         )
     )

@@ -14,6 +14,7 @@ import numpy as np
 from ...workload import Attention, PolarizedMask
 from ..cache import LruCache
 from ..jit import cached
+from ..schedule import Schedule
 from .assign import Assignment, assign
 
 SDDMM, SPMM = 0, 1
@@ -112,17 +113,18 @@ ASSIGNMENTS = LruCache(256 * 1024**2)
 
 
 def plan_tile(
-    pattern: Pattern, rows: slice, keys: slice, kind: int, lines: int, policy: str
+    pattern: Pattern, rows: slice, keys: slice, kind: int, lines: int, schedule: Schedule
 ) -> Assignment:
     """The assignment of one tile of one head to the lines, made once for equal ones."""
 
     def make() -> Assignment:
-        return _planned(pattern, rows, keys, kind, lines, policy)
+        return _planned(pattern, rows, keys, kind, lines, schedule)
 
     if not pattern.digest:
         return make()
+    how = (schedule.assignment, schedule.sparser_percent)
     tile = (pattern.digest, rows.start, rows.stop, keys.start, keys.stop, kind)
-    return ASSIGNMENTS.get((*tile, lines, policy), make, _held_bytes)
+    return ASSIGNMENTS.get((*tile, lines, *how), make, _held_bytes)
 
 
 def _held_bytes(made: Assignment) -> int:
@@ -130,7 +132,7 @@ def _held_bytes(made: Assignment) -> int:
 
 
 def _planned(
-    pattern: Pattern, rows: slice, keys: slice, kind: int, lines: int, policy: str
+    pattern: Pattern, rows: slice, keys: slice, kind: int, lines: int, schedule: Schedule
 ) -> Assignment:
     dense = max(min(keys.stop, pattern.num_global) - keys.start, 0)
     low = max(keys.start, pattern.num_global) - pattern.num_global
@@ -142,7 +144,8 @@ def _planned(
     else:
         columns = _tile(*pattern.rows, rows.start, rows.stop, low, high, dense)
         shape, shift = (height, dense), 0
-    return assign(*columns, *shape, lines, policy, shift)
+    how = (schedule.assignment, shift, schedule.sparser_percent)
+    return assign(*columns, *shape, lines, *how)
 
 
 def _frozen(values: np.ndarray) -> np.ndarray:
