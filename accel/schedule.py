@@ -94,7 +94,8 @@ class Schedule:
     """What a run does with the hardware.
 
     global_threshold  which keys of a head are global, as `sievit.workload.polarize_head`;
-                      None: as the masks of the workload are polarized
+                      "best": as many as make each head fastest; None: as the masks of the
+                      workload are polarized
     objective         of the mapper, one of `OBJECTIVES`
     scratchpad        one of `SCRATCHPADS`
     on_chip           one of `ON_CHIP`
@@ -130,7 +131,7 @@ class Schedule:
     sparser_percent: int = 108  # choice: its lines wait for banks more often
 
     def __post_init__(self) -> None:
-        if self.global_threshold is not None:
+        if self.global_threshold is not None and self.global_threshold != "best":
             check_global_threshold(self.global_threshold)
         one_of("objective", self.objective, OBJECTIVES)
         one_of("scratchpad", self.scratchpad, SCRATCHPADS)

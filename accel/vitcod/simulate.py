@@ -20,6 +20,7 @@ from .mapping import Mapping, codec_side_bytes
 from .program import CODEC, INDEX, LATENT, STORE, K, Program, Q, V
 from .registers import COUNTS
 from .run import AttentionRun, head_costs, run_attention
+from .threshold import with_thresholds
 
 CHANNELS = {Q: "Q", K: "K", V: "V", INDEX: "index", CODEC: "codec weights", STORE: "output",
             LATENT: "latent Q and K"}  # fmt: skip
@@ -65,7 +66,7 @@ class _Calls:
 
     def of(self, index: int, made_by: tuple[Producer, ...]) -> tuple[OpCost, AttentionRun]:
         """The call at ``index``, made by those products."""
-        op = self.ops[index]
+        op = with_thresholds(self.ops[index], self.hardware, self.schedule)
         room = self._room(op, made_by)
         key = (replace(op, name=""), room) if op.masks is None else index
         if key not in self.made:
