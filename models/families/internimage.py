@@ -100,6 +100,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A deformable branch and an MLP branch, each with its residual, in the style's form."""
 
+    gamma1: nn.Parameter | None
+    gamma2: nn.Parameter | None
+
     def __init__(
         self,
         channels: int,
@@ -313,7 +316,7 @@ class InternImage(nn.Module):
         maps = []
         for level in self.levels:
             maps.append(level(x))
-            x = level.downsample(maps[-1])
+            x = level.get_submodule("downsample")(maps[-1])
         return maps
 
     def forward_features(self, x: Tensor) -> Tensor:
