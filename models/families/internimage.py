@@ -194,10 +194,6 @@ class Stage(nn.Module):
 class PoolAttention(nn.Module):
     """Attention of the mean token over all tokens: [batch, tokens, dim] -> [batch, out]."""
 
-    q: nn.Linear
-    k: nn.Linear
-    v: nn.Linear
-
     def __init__(self, dim: int, heads: int, out_dim: int) -> None:
         super().__init__()
         self.norm1_q, self.norm1_k, self.norm1_v = (layer_norm(dim) for _ in range(3))
