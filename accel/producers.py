@@ -33,8 +33,8 @@ def producers(ops: Sequence[Op]) -> tuple[Producer, ...]:
             since.append(index)
         elif isinstance(op, Attention):
             sizes = [ops[place].elements_written for place in since]
-            for place, sides in _sides(op, sizes).items() if since else ():
-                found.append(Producer(since[place], index, sides))
+            sides = _sides(op, sizes) if since else {}
+            found += [Producer(since[place], index, made) for place, made in sides.items()]
             since = []
     return tuple(found)
 

@@ -103,7 +103,8 @@ def agreeing_turn(q: HeadMoments, k: HeadMoments, shape: HeadCodec) -> np.ndarra
         projectors = [_projector(_energy(block, turn), shape) for block in blocks]
         for head in range(heads):
             pull = sum(
-                np.hstack(_without(p[head], head)[:, None, None] * block[head]) @ np.vstack(turn)
+                np.hstack(_without(p[head], head)[:, None, None] * block[head])
+                @ turn.reshape(heads * dim, dim)
                 for p, block in zip(projectors, blocks, strict=True)
             )
             left, _, right = np.linalg.svd(pull)

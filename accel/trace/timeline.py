@@ -26,9 +26,10 @@ from ..simulate import simulate
 from ..simulators.registry import simulator_named
 from ..simulators.simulator import without_parts
 from ..vitcod.assign import DENSE_ROUND
+from ..vitcod.cost import CHANNELS
 from ..vitcod.program import INDEX, SDDMM, STORE, K, Q
 from ..vitcod.run import AttentionRun, named_stalls
-from ..vitcod.simulate import CHANNELS, operations
+from ..vitcod.simulate import operations
 
 DENSER, SPARSER, OPERATIONS = "denser lines", "sparser lines", "operations"
 

@@ -66,10 +66,7 @@ def _stream(
 ) -> Stream:
     dense = max(min(keys.stop, pattern.num_global) - keys.start, 0)
     queries, count = rows.stop - rows.start, keys.stop - keys.start
-    if kind == SDDMM:
-        sizes = (queries, 0, count, dense)
-    else:
-        sizes = (count, dense, queries, 0)
+    sizes = (queries, 0, count, dense) if kind == SDDMM else (count, dense, queries, 0)
     whole = max(mapping.op.queries, mapping.op.keys)
     return Stream(made, mapping.named_starts, *sizes, mapping.most_entries, whole)
 

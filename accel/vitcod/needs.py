@@ -44,6 +44,7 @@ def _ports_needs(mapping: Mapping, work: WorkOfTiles) -> dict[str, int]:
         "index_buffer_bytes": alive * (bitmap + lists)
         + -(-starts * widths.start_bits // 8)
         + max(hardware.lines * entry, burst),
-        "output_buffer_bytes": alive * (scores * hardware.score_bytes + -(-entries * mapping.key_bits // 8))
+        "output_buffer_bytes": alive
+        * (scores * hardware.score_bytes + -(-entries * mapping.key_bits // 8))
         + regions * accumulators * hardware.accumulator_bytes,
     }

@@ -138,14 +138,12 @@ def _planned(
     low = max(keys.start, pattern.num_global) - pattern.num_global
     high = max(keys.stop - pattern.num_global, low)
     height = rows.stop - rows.start
+    how = (schedule.assignment, schedule.sparser_percent)
     if kind == SDDMM:
-        columns = _tile(*pattern.columns, low, high, rows.start, rows.stop, 0)
-        shape, shift = (dense, height), dense
-    else:
-        columns = _tile(*pattern.rows, rows.start, rows.stop, low, high, dense)
-        shape, shift = (height, dense), 0
-    how = (schedule.assignment, shift, schedule.sparser_percent)
-    return assign(*columns, *shape, lines, *how)
+        pointer, operands = _tile(*pattern.columns, low, high, rows.start, rows.stop, 0)
+        return assign(pointer, operands, dense, height, lines, *how, first_sparser=dense)
+    pointer, operands = _tile(*pattern.rows, rows.start, rows.stop, low, high, dense)
+    return assign(pointer, operands, height, dense, lines, *how)
 
 
 def _frozen(values: np.ndarray) -> np.ndarray:

@@ -398,5 +398,7 @@ def _counts(builder: _Builder) -> Counts:
         scores=sum(int(rows.sum()) for rows in builder.rows),
         entries=sum(entries for _, _, entries, _ in used),
         stream_bits=sum(bits for *_, bits in used),
-        listed=sum(int(count.sum()) for count in builder.lists) if builder.mapping.one_stream else 0,
+        listed=sum(int(count.sum()) for count in builder.lists)
+        if builder.mapping.one_stream
+        else 0,
     )

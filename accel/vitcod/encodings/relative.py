@@ -23,7 +23,9 @@ COUNT_BITS = bits_below(BLOCK + 1)
 def bounds(operands: int, vectors: int, most_entries: int, named: bool) -> Widths:
     """Of a tile of so many operands and vectors."""
     start = bits_below(operands + 1) + _later_blocks(operands) * COUNT_BITS
-    return Widths(start + (bits_below(vectors) if named else 0), ENTRY_BITS, bits_below(vectors + 1))
+    return Widths(
+        start + (bits_below(vectors) if named else 0), ENTRY_BITS, bits_below(vectors + 1)
+    )
 
 
 def encode(stream: Stream) -> Encoded:
