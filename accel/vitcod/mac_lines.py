@@ -7,8 +7,8 @@ add what they get, so cut rows and the two engines' halves of a row cost a drain
 
 Pieces of the denser engine go through their operands in order; those of the sparser engine
 read them from IdxBuf, through two index registers a line, or in SpMM from the list of their
-row, into which SDDMM has written the key of each score as it came out. A line acts on its registers as
-they were at the start of the cycle.
+row, into which SDDMM has written the key of each score as it came out. A line acts on its
+registers as they were at the start of the cycle.
 """
 
 from __future__ import annotations

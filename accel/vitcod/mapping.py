@@ -20,7 +20,7 @@ from ..schedule import Schedule
 from .encodings import Widths, encoding_named
 from .encodings.stream import bits_below
 from .pattern import Pattern
-from .scratchpad import Cut, Kept, least_latents
+from .scratchpad import NOTHING, Cut, Kept, least_latents
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class Mapping:
     ahead: bool
     output_regions: int
     cut: Cut
-    kept: Kept = Kept()
+    kept: Kept = NOTHING
     resident_latents: bool = False
 
     @property

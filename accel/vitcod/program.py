@@ -194,8 +194,9 @@ class _Builder:
         """First latent token of Q and of K of the head's codec block, which stay on chip; in
         DRAM those of Q follow those of K."""
         op, mapping = self.op, self.mapping
-        block = head * op.codec.groups // op.heads
-        span = Span(instance * op.codec.groups + block, 0, op.keys + op.queries)
+        blocks = op.codec.groups if op.codec else 1
+        block = head * blocks // op.heads
+        span = Span(instance * blocks + block, 0, op.keys + op.queries)
         size, room = mapping.token_bytes, mapping.latent_room_bytes
         keys = self.chunk(LATENT, (instance, block), span, size, room)
         return keys + op.keys, keys
@@ -398,7 +399,5 @@ def _counts(builder: _Builder) -> Counts:
         scores=sum(int(rows.sum()) for rows in builder.rows),
         entries=sum(entries for _, _, entries, _ in used),
         stream_bits=sum(bits for *_, bits in used),
-        listed=sum(int(count.sum()) for count in builder.lists)
-        if builder.mapping.one_stream
-        else 0,
+        listed=sum(int(count.sum()) for count in builder.lists) * builder.mapping.one_stream,
     )

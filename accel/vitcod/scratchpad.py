@@ -51,6 +51,9 @@ class Kept(NamedTuple):
     latents: int = 0
 
 
+NOTHING = Kept()
+
+
 def scratchpad_bytes(hardware: Hardware) -> int:
     """All four regions together."""
     return sum(Cut.fixed(hardware))
@@ -154,7 +157,7 @@ def kept_chunks(mapping: Mapping, instances: int, limit_bytes: int) -> Kept:
                 counts[side] += 1
                 left -= sizes[side]
                 grown = True
-    return Kept(*counts, latents)
+    return Kept(counts[0], counts[1], counts[2], latents)
 
 
 def loaded_again(mapping: Mapping) -> tuple[bool, bool, bool]:

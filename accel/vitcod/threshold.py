@@ -9,6 +9,7 @@ head's own, half of the queries for all heads, or no global keys at all.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -41,8 +42,8 @@ def with_thresholds(op: Attention, hardware: Hardware, schedule: Schedule) -> At
     return min((*alike, own), key=lambda tried: run_attention(tried, hardware, 1, plain).cycles)
 
 
-def _polarized(op: Attention, thresholds) -> Attention:
-    masks = zip(op.masks, thresholds, strict=True)
+def _polarized(op: Attention, thresholds: Sequence[GlobalThreshold]) -> Attention:
+    masks = zip(op.masks or (), thresholds, strict=True)
     return replace(op, masks=tuple(repolarized(mask, threshold) for mask, threshold in masks))
 
 
