@@ -106,6 +106,7 @@ def _carry_over(run, channels, number, line):
     for waiting in range(channels.size):
         waits = waits or channels[waiting].held_up == 1
     run.credit = min(run.credit, line) if waits else 0
+    run.idle_memory = not waits
 
 
 @core

@@ -44,7 +44,7 @@ def serve_dram(machine, run, channels, transfers, transfer_times, landed_at, cou
     if moved > 0:
         counts.dram_units += moved
         counts.dram_cycles += 1
-        run.still = 0
+        run.dripping = 1
 
 
 @core
@@ -100,6 +100,7 @@ def _move(machine, run, channel, number, transfers, transfer_times, landed_at, g
     """Book ``given`` units on the channel's transfer."""
     transfer = transfers[channel.current]
     if channel.done == 0:
+        run.still = 0
         transfer_times[channel.current, 0] = run.cycle
         if number < INDEX or number == LATENT:
             channel.used += transfer.room * machine.dram_denominator
@@ -109,6 +110,9 @@ def _move(machine, run, channel, number, transfers, transfer_times, landed_at, g
     channel.done += given
     width = transfer.token_bytes * machine.dram_denominator
     landed = transfer.token + channel.done // width
+    channel.until = (channel.done // width + 1) * width
+    if landed != channel.landed:
+        run.still = 0
     if number < INDEX:
         for token in range(channel.landed, landed):
             landed_at[number, token] = run.cycle + 1
@@ -120,20 +124,14 @@ def _move(machine, run, channel, number, transfers, transfer_times, landed_at, g
 
 
 @core
-def arrive(machine, run, channels, program, history, decoded_at, counts):
+def arrive(machine, run, channels, program, flights, decoded_at, counts):
     """Data that was sent a latency ago is usable; latents of Q and K pass the decoder."""
     run.arrived = 0
-    now = run.slot
-    then = now + 1 if now < machine.landing_latency else 0
-    run.slot = then
     for number in range(channels.size):
         channel = channels[number]
         if number == STORE or channel.decoded:
             continue
-        history[number, now] = channel.landed
-        if channel.sent != history[number, then]:
-            channel.sent = history[number, then]
-            run.arrived = 1
+        _fly(machine, run, channel, flights[number])
         if channel.staging < 0:
             channel.arrived = channel.sent
     if machine.decode_cost > 0 and channels[CODEC].arrived >= machine.codec_bytes:
@@ -143,6 +141,22 @@ def arrive(machine, run, channels, program, history, decoded_at, counts):
             _decode(machine, run, channels, decoded_at, counts)
     if run.arrived:
         run.still = 0
+
+
+@core
+def _fly(machine, run, channel, ring):
+    """What has landed in the memory's count sets out, and what set out a latency ago is there."""
+    if channel.landed != channel.flying:
+        channel.flying = channel.landed
+        place = channel.flight + channel.flights
+        flight = ring[place if place < ring.size else place - ring.size]
+        flight.due, flight.landed = run.cycle + machine.landing_latency, channel.landed
+        channel.flights += 1
+    while channel.flights > 0 and ring[channel.flight].due <= run.cycle:
+        channel.sent = ring[channel.flight].landed
+        channel.flight = channel.flight + 1 if channel.flight + 1 < ring.size else 0
+        channel.flights -= 1
+        run.arrived = 1
 
 
 @core

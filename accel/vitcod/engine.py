@@ -25,6 +25,7 @@ from __future__ import annotations
 from ..jit import cached_core, core, sources_digest
 from .dma_ddr4 import all_landed, serve_lines
 from .dma_flat import arrive, serve_dram
+from .idle import let_drip, mark, next_event, rounds_of_drips
 from .mac_lines import open_piece, step_scores, step_values
 from .mapping import Mapping
 from .program import INDEX, SDDMM, SPMM, Program
@@ -104,11 +105,11 @@ def _step_lines(machine, program, state, stage, counts):
 
 
 @core
-def _book(stage, stalls, phases, counted):
-    """Add one cycle's line states to the stage, and the cycle to a phase."""
+def _book(stage, stalls, phases, counted, cycles):
+    """Add the lines' states to the stage, and the time to a phase."""
     worst, most = IMBALANCE, 0
     for cause in range(counted.size):
-        stalls[cause] += counted[cause]
+        stalls[cause] += counted[cause] * cycles
         if cause != IMBALANCE and counted[cause] > most:
             worst, most = cause, counted[cause]
     phase = 0 if stage.kind == SDDMM else 1
@@ -119,7 +120,7 @@ def _book(stage, stalls, phases, counted):
             phase = P_DECODE
         elif worst == SOFTMAX:
             phase = P_SOFTMAX
-    phases[phase] += 1
+    phases[phase] += cycles
 
 
 @core
@@ -135,20 +136,21 @@ def _lines_done(run, lines):
             done = False
     if not held:
         run.turn += 1
+        run.still = 0
     return done
 
 
 @core
-def _whole_array(machine, run, stage, channels, stalls, phases, counts):
-    """A cycle in which all lines wait for one thing: books it and returns True, if so."""
+def _whole_array(machine, run, stage, channels, stalls, phases, counts, cycles):
+    """Cycles in which all lines wait for one thing: books them and returns True, if so."""
     cause, phase = BUSY, 0 if stage.kind == SDDMM else 1
     if run.flush > 0:
-        run.flush -= 1
-        run.still = 0
+        run.flush -= cycles
         cause = PIPELINE
     elif run.split > 0:
-        run.split -= 1
-        run.still = 0
+        run.split -= cycles
+        if run.split == 0:
+            run.still = 0
         cause, phase = RECONFIGURE, P_RECONFIGURE
     elif run.begun == 0 and counts.stores_done < stage.stores:
         cause, phase = STORE_ROOM, P_STORE
@@ -156,8 +158,8 @@ def _whole_array(machine, run, stage, channels, stalls, phases, counts):
         cause, phase = INDEX_REFILL, P_LOAD
     if cause == BUSY:
         return False
-    stalls[cause] += machine.lines
-    phases[phase] += 1
+    stalls[cause] += machine.lines * cycles
+    phases[phase] += cycles
     return True
 
 
@@ -167,22 +169,66 @@ def _step_stage(machine, program, state, trace, counts):
     run, lines = state.run, state.lines
     stage, stalls = program.stages[run.stage], trace.stage_stalls[run.stage]
     phases = trace.stage_phases[run.stage]
-    if _whole_array(machine, run, stage, state.channels, stalls, phases, counts):
+    if _whole_array(machine, run, stage, state.channels, stalls, phases, counts, 1):
         return run.begun == 1 and run.flush == 0
     if run.begun == 0:
+        run.still = 0
         _begin(program, state, stage)
     elif not (run.moved or run.arrived or run.cycle >= run.wake_at):
-        _book(stage, stalls, phases, state.counted)  # each line does what it did before
+        _book(stage, stalls, phases, state.counted, 1)  # each line does what it did before
         return False
     _step_lines(machine, program, state, stage, counts)
-    _book(stage, stalls, phases, state.counted)
+    _book(stage, stalls, phases, state.counted, 1)
     if run.moved:
         run.still = 0
     idle = state.counted[IMBALANCE] == lines.size
     if not ((run.piece_done or idle) and _lines_done(run, lines)):
         return False
     run.flush = machine.pipeline
+    run.still = 0
     return run.flush == 0
+
+
+@core
+def _pass(machine, program, state, trace, counts, ended, cycles):
+    """``cycles`` more like the last one, in which nothing changed."""
+    run = state.run
+    run.cycle += cycles
+    if ended:
+        counts.tail_cycles += cycles
+        trace.stage_phases[run.stage, P_STORE] += cycles
+        return
+    stage, stalls = program.stages[run.stage], trace.stage_stalls[run.stage]
+    phases = trace.stage_phases[run.stage]
+    if not _whole_array(machine, run, stage, state.channels, stalls, phases, counts, cycles):
+        _book(stage, stalls, phases, state.counted, cycles)
+
+
+@core
+def _pass_idle(machine, program, state, trace, counts, ended):
+    """After a cycle in which nothing changed: on to the next in which anything can. Returns
+    False where there is none."""
+    run = state.run
+    event = next_event(machine, state, ended)
+    if run.dripping:
+        run.dripped += 1
+        if run.quiet == 0:
+            mark(state)
+        run.quiet += 1
+        if run.quiet > state.channels.size:
+            rounds = rounds_of_drips(state, event)
+            let_drip(state, rounds, counts)
+            _pass(machine, program, state, trace, counts, ended, rounds * state.channels.size)
+            run.quiet = 0
+        return True
+    run.quiet = 0
+    if machine.ddr4 and not run.idle_memory:
+        return True
+    if event == NEVER:
+        return False
+    if event > run.cycle:
+        _pass(machine, program, state, trace, counts, ended, event - run.cycle)
+    return True
 
 
 @core
@@ -238,26 +284,31 @@ def _compiled(sources: str):
         """Step until all stages and channels are done; False where nothing moves any more."""
         assert sources
         run, channels, transfers = state.run, state.channels, program.transfers
-        while run.still < machine.patience or run.cycle <= run.wake_at < NEVER:
+        while True:
             ended = run.stage == program.stages.size
             if ended and _left(channels) == 0 and (not machine.ddr4 or all_landed(machine, state)):
                 counts.cycles = run.cycle
                 return True
-            run.still += 1
+            run.still = 1
+            run.dripping = 0
             if machine.ddr4:
                 serve_lines(machine, program, state, trace.transfer_times, trace.landed_at, counts)
             else:
                 serve_dram(
                     machine, run, channels, transfers, trace.transfer_times, trace.landed_at, counts
                 )
-            arrive(machine, run, channels, program, state.history, trace.decoded_at, counts)
+            arrive(machine, run, channels, program, state.flights, trace.decoded_at, counts)
             if ended:
                 counts.tail_cycles += 1
                 trace.stage_phases[run.stage, P_STORE] += 1
             elif _step_stage(machine, program, state, trace, counts):
                 _next_stage(machine, program, state, trace)
+                run.still = 0
             run.cycle += 1
-        return False
+            if run.still == 0:
+                run.quiet = 0
+            elif not _pass_idle(machine, program, state, trace, counts, ended):
+                return False
 
     return step
 
@@ -265,7 +316,7 @@ def _compiled(sources: str):
 _step = _compiled(
     sources_digest(
         "dram/address", "dram/controller", "dram/ddr4", "dram/state", "jit", "vitcod/assign",
-        "vitcod/decoder", "vitcod/dma_ddr4", "vitcod/dma_flat", "vitcod/engine", "vitcod/mac_lines",
+        "vitcod/decoder", "vitcod/dma_ddr4", "vitcod/dma_flat", "vitcod/engine", "vitcod/idle", "vitcod/mac_lines",
         "vitcod/pattern", "vitcod/program", "vitcod/registers",
     )
 )  # fmt: skip

@@ -100,7 +100,6 @@ class Machine(NamedTuple):
     dram_clock_numerator: int  # cycles of the memory in a cycle of the machine
     dram_clock_denominator: int
     landing_latency: int  # of what has been counted as landed: none in DDR4
-    patience: int  # cycles in which nothing moves that are no fault
     decode_cost: int  # MACs a token of Q or K; 0: no codec
     decoder_rate: int  # MACs a cycle
     codec_bytes: int  # that must be there before anything is decoded
@@ -128,7 +127,6 @@ def machine_of(mapping: Mapping) -> np.void:
         dram_clock_numerator=clock.numerator,
         dram_clock_denominator=clock.denominator,
         landing_latency=0 if ddr4 else latency,
-        patience=latency + 8 + ddr4 * int(2 * timing.refi / clock),
         decode_cost=mapping.decode_macs,
         decoder_rate=mapping.decoder_rate,
         codec_bytes=mapping.codec_bytes if mapping.decode_macs else 0,
@@ -140,6 +138,8 @@ CHANNEL = _record(
     "current",  # transfer in work
     "last",  # behind the channel's transfers
     "done",  # units of it
+    "until",  # ... with which its next token is whole
+    "mark",  # ... when a round of drips began
     "capacity",  # units, of its buffer
     "used",
     "freed",  # next transfer (Q, K, V) whose room is to be freed
@@ -153,6 +153,9 @@ CHANNEL = _record(
     "asked",  # DDR4: tokens (bytes) whose lines are asked for
     "held_up",  # DDR4: by the ports alone, in the last cycle
     "landed",  # tokens (Q, K, V) or bytes that the DRAM has sent
+    "flying",  # ... that are on their way or there
+    "flight",  # the first on its way, of `State.flights`, and how many are
+    "flights",
     "sent",  # ... at least its latency ago
     "arrived",  # ... and decoded: the lines can use them
 )
@@ -194,7 +197,6 @@ RUN = _record(
     "turn",  # lockstep round
     "split",  # cycles of reconfiguration left
     "flush",  # cycles until the last results are through
-    "slot",  # of the history
     "credit",  # DDR4: units that may still be asked for
     "index_reads",  # in this cycle
     "index_freed",  # bytes
@@ -205,7 +207,11 @@ RUN = _record(
     "moved",  # anything in the lines in this cycle
     "wake_at",  # first cycle in which a row that a line waits for is ready
     "arrived",  # anything in this cycle
-    "still",  # cycles since anything moved
+    "still",  # nothing changed in this cycle but parts of tokens
+    "dripping",  # a part of a token moved in this cycle
+    "dripped",  # cycles of the round in which one did
+    "quiet",  # cycles of it so far
+    "idle_memory",  # DDR4: nothing to be asked for
     "decoding",  # channel of the decoder's token, and MACs left of it
     "decode_left",
     "maximum_free",  # when each pass of the softmax unit is free
@@ -213,6 +219,9 @@ RUN = _record(
     "division_free",
 )
 """The run's own registers."""
+
+FLIGHT = _record("due", "landed")
+"""What a channel has sent, and the cycle in which it arrives."""
 
 NEVER = 2**62
 
@@ -225,7 +234,7 @@ class State(NamedTuple):
 
     run: np.void  # RUN
     channels: np.ndarray  # (6) CHANNEL
-    history: np.ndarray  # (6, latency + 1) CHANNEL.landed of the last cycles
+    flights: np.ndarray  # (channels, most on their way) FLIGHT, a ring each
     lines: np.ndarray  # (lines) LINE
     query_banks: np.ndarray  # BANK_PORT
     key_banks: np.ndarray
@@ -262,13 +271,11 @@ def initial_state(program: Program, mapping: Mapping) -> State:
     run["decoding"] = K
     run["split"] = program.stages["reconfigure"][0]
     rows = max(int(np.diff(program.unit_row).max()), 1)
-    latency = hardware.dram_latency_cycles if hardware.dram_model == "flat" else 0
-    dram = _dram(hardware)
-    channels = _channels(program, mapping)
+    dram, channels = _dram(hardware), _channels(program, mapping)
     return State(
         run[0],
         channels,
-        channels["landed"][:, None].repeat(latency + 1, axis=1),
+        np.zeros((len(channels), _most_flights(program, hardware)), FLIGHT),
         np.zeros(hardware.lines, LINE),
         _idle_ports(hardware.q_banks),
         _idle_ports(hardware.k_banks),
@@ -284,6 +291,13 @@ def initial_state(program: Program, mapping: Mapping) -> State:
 
 def _idle_ports(banks: int) -> np.ndarray:
     return np.full(banks, -1, np.int64).repeat(2).view(BANK_PORT)
+
+
+def _most_flights(program: Program, hardware: Hardware) -> int:
+    """One a cycle of the latency, and no more than there are tokens (bytes) of a channel."""
+    latency = hardware.dram_latency_cycles if hardware.dram_model == "flat" else 0
+    most = max(program.tokens(channel) for channel in range(CHANNELS))
+    return min(latency, most) + 1
 
 
 def _dram(hardware: Hardware) -> Dram:
@@ -332,7 +346,7 @@ def _keep(channel: np.ndarray, program: Program, kept: int, unit: int) -> None:
     chunks = program.transfers[first : first + kept]
     for place in ("current", "whole"):
         channel[place] = first + kept
-    for count in ("landed", "sent", "arrived", "asked"):
+    for count in ("landed", "flying", "sent", "arrived", "asked"):
         channel[count] = chunks["tokens"].sum()
     channel["used"] = chunks["room"].sum() * unit
 
