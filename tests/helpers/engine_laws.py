@@ -9,11 +9,26 @@ from typing import Any
 import numpy as np
 
 from sievit.accel.hardware import Hardware
+from sievit.accel.schedule import Schedule
 from sievit.accel.vitcod import engine
 from sievit.accel.vitcod.mapper import choose
 from sievit.accel.vitcod.program import CODEC, INDEX, SDDMM, STORE, K, Q, V, build
 from sievit.accel.vitcod.registers import STALLS
 from sievit.workload import Attention
+
+
+OLD = Schedule(
+    objective="cycles",
+    scratchpad="fixed",
+    on_chip="nothing",
+    latents="fill",
+    index_streams=2,
+    index_encoding="absolute",
+    mappings_stepped=1,
+    sparser_percent=100,
+)
+"""Four rigid buffers, everything loaded for each call, an index for each product: the machine
+as far as ViTCoD's text gives it."""
 
 
 @dataclass(frozen=True)
