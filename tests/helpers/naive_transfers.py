@@ -12,7 +12,6 @@ from sievit.accel.dram.ddr4 import DRAM_TIMINGS
 from sievit.accel.dram.state import new_dram
 from sievit.accel.vitcod.program import CODEC, INDEX, LATENT, STORE, K, Q, V
 
-
 CHUNKS = (Q, K, V, LATENT)
 """Channels whose transfers take room in a region as a whole."""
 
@@ -317,9 +316,9 @@ class Transfers:
         if not c.queue:
             return False
         t = self.p.transfers[c.queue[0]]
-        if not c.done:
-            if t["after"] > self.stage or c.used + int(t["room"]) * self.unit > c.capacity:
-                return False
+        full = c.used + int(t["room"]) * self.unit > c.capacity
+        if not c.done and (full or t["after"] > self.stage):
+            return False
         return self.latent_of(c) < self.channels[LATENT].arrived
 
     def begin_token(self, c):

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from sievit.accel.dram.ddr4 import ADDRESS_MAPS
 from sievit.accel.hardware import Hardware, presets
-from sievit.accel.schedule import ASSIGNMENTS
+from sievit.accel.schedule import ASSIGNMENTS, DEFAULT, LATENTS, OBJECTIVES, SCRATCHPADS, Schedule
+from sievit.accel.vitcod.encodings import ENCODINGS
 from sievit.accel.vitcod.mapper import candidates, choose
 from sievit.accel.vitcod.program import CHANNELS, INDEX, STORE, K, Q, V
 from sievit.accel.vitcod.registers import STALLS
@@ -53,11 +54,12 @@ def calls(draw):
 machines = st.builds(
     Hardware,
     lines=st.sampled_from([1, 2, 5, 8, 64]),
-    assignment=st.sampled_from(ASSIGNMENTS),
     q_banks=st.sampled_from([1, 4, 32]),
     k_banks=st.sampled_from([1, 4, 32]),
     v_banks=st.sampled_from([1, 4, 32]),
     output_banks=st.sampled_from([1, 4, 32]),
+    latent_banks=st.sampled_from([1, 4, 32]),
+    sorted_lists=st.booleans(),
     index_entries_per_cycle=st.sampled_from([1, 8]),
     pipeline_cycles=st.sampled_from([0, 4]),
     reconfigure_cycles=st.sampled_from([0, 4]),
@@ -69,9 +71,25 @@ machines = st.builds(
 )
 
 
-def run(op, hardware, instances=1, mapping=None):
+schedules = st.builds(
+    Schedule,
+    assignment=st.sampled_from(ASSIGNMENTS),
+    objective=st.sampled_from(OBJECTIVES),
+    scratchpad=st.sampled_from(SCRATCHPADS),
+    on_chip=st.sampled_from(["fitting", "fitting", "nothing"]),
+    latents=st.sampled_from(LATENTS),
+    index_streams=st.sampled_from([1, 2]),
+    index_encoding=st.sampled_from(list(ENCODINGS)),
+    sparser_percent=st.sampled_from([1, 100, 108, 300]),
+)
+
+rooms = st.sampled_from([0, 500, 3000, 10**6])
+"""Bytes that the projection may leave on chip."""
+
+
+def run(op, hardware, instances=1, mapping=None, schedule=DEFAULT, room=0):
     """(mapping, program, trace) of a call, every law checked."""
-    made = made_run(op, hardware, instances, mapping)
+    made = made_run(op, hardware, instances, mapping, schedule, room)
     for law in LAWS:
         law(made)
     return made.mapping, made.program, made.trace
@@ -79,39 +97,48 @@ def run(op, hardware, instances=1, mapping=None):
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 @exhaustive
-@given(op=calls(), hardware=machines, instances=st.sampled_from([1, 2]))
-def test_law(law, op, hardware, instances):
-    law(made_run(op, hardware, instances))
+@given(calls(), machines, st.sampled_from([1, 2]), schedules, rooms)
+def test_law(law, op, hardware, instances, schedule, room):
+    law(made_run(op, hardware, instances, None, schedule, room))
 
 
 @exhaustive
-@given(calls(), machines, st.sampled_from([1, 2]))
-def test_every_entry_is_computed_once(op, hardware, instances):
-    made = made_run(op, hardware, instances)
-    entries = computed_entries(op, made.mapping, made.program)
+@given(calls(), machines, st.sampled_from([1, 2]), schedules, rooms)
+def test_every_entry_is_computed_once(op, hardware, instances, schedule, room):
+    made = made_run(op, hardware, instances, None, schedule, room)
+    entries = computed_entries(made)
     assert len(entries) == instances * op.heads * 2
     for (_, head, _), times in entries.items():
         assert np.array_equal(times, expected_entries(op, head))
 
 
 @exhaustive
-@given(calls(), machines, st.sampled_from([60, 300, 900, 54272]), st.randoms())
-def test_laws_hold_on_every_mapping_that_may_be_taken(op, hardware, size, random):
+@given(calls(), machines, st.sampled_from([60, 300, 900, 54272]), schedules, rooms, st.randoms())
+def test_laws_hold_on_every_mapping_that_may_be_taken(op, hardware, size, schedule, room, random):
     fields = [field for field in BUFFERS if random.random() < 0.5]
     hardware = replace(hardware, **dict.fromkeys(fields, size))
-    for mapping in random.sample(made := candidates(op, hardware), min(len(made), 3)):
+    made = candidates(op, hardware, schedule, 1, room)
+    for mapping in random.sample(made, min(len(made), 3)):
         run(op, hardware, mapping=mapping)
 
 
-@exhaustive
-@given(calls(), machines, st.sampled_from([1, 2]))
-def test_laws_hold_where_no_buffer_has_a_byte_to_spare(op, hardware, instances):
-    """The least buffers that the refusal asks for are enough, and nothing comes to a stand."""
+def least_machine(op, hardware, schedule):
+    """The buffers that the refusal asks for where no buffer has more than a byte."""
     hardware = replace(hardware, **dict.fromkeys(BUFFERS, 1))
     with pytest.raises(ValueError, match="does not fit") as refusal:
-        choose(op, hardware)
-    needed = re.findall(r"(\w+) is 1, one pass needs at least (\d+)", str(refusal.value))
-    run(op, replace(hardware, **{name: int(size) for name, size in needed}), instances)
+        choose(op, hardware, schedule)
+    needed = re.findall(r"([\w +]+) is \d+, one pass needs at least (\d+)", str(refusal.value))
+    for names, size in needed:
+        first, *others = names.strip().split(" + ")
+        hardware = replace(hardware, **{first: int(size) - len(others)})
+    return hardware
+
+
+@exhaustive
+@given(calls(), machines, st.sampled_from([1, 2]), schedules)
+def test_laws_hold_where_no_buffer_has_a_byte_to_spare(op, hardware, instances, schedule):
+    """The least buffers that the refusal asks for are enough, and nothing comes to a stand."""
+    run(op, least_machine(op, hardware, schedule), instances, schedule=schedule)
 
 
 def ddr4_of(hardware, channels=4, dram_map="groups_interleaved"):
@@ -121,10 +148,10 @@ def ddr4_of(hardware, channels=4, dram_map="groups_interleaved"):
 
 
 @settings(exhaustive, max_examples=60)
-@given(calls(), machines, st.sampled_from([1, 2]), st.sampled_from([1, 4]))
-def test_laws_hold_on_ddr4(op, hardware, instances, channels):
+@given(calls(), machines, st.sampled_from([1, 2]), st.sampled_from([1, 4]), schedules, rooms)
+def test_laws_hold_on_ddr4(op, hardware, instances, channels, schedule, room):
     hardware = ddr4_of(hardware, channels, list(ADDRESS_MAPS)[instances - 1])
-    _, program, trace = run(op, hardware, instances)
+    mapping, program, trace = run(op, hardware, instances, None, schedule, room)
     assert trace.count("dram_lines") == len(program.bursts)
     rate = hardware.dram_bytes_per_cycle
     assert trace.count("cycles") * rate.numerator >= 64 * len(program.bursts) * rate.denominator
@@ -132,8 +159,9 @@ def test_laws_hold_on_ddr4(op, hardware, instances, channels):
         lines = program.bursts[slice(*program.channel_burst[channel : channel + 2])]
         assert lines["bytes"].sum() == program.dram_bytes(channel)
         assert (lines["bytes"] <= 64).all()
-    loads = program.channel_first[STORE]
-    took = np.diff(trace.transfer_times[:loads], axis=1)
+    loaded = program.transfers["bytes"] > 0
+    loaded[slice(*program.channel_first[STORE : STORE + 2])] = False
+    took = np.diff(trace.transfer_times[loaded], axis=1)
     assert (took >= hardware.dram_latency_cycles).all()
 
 
@@ -149,24 +177,17 @@ def test_ddr4_is_never_faster_than_flat(op, hardware, channels):
 
 
 @settings(exhaustive, max_examples=40)
-@given(calls(), machines)
-def test_ddr4_runs_where_no_buffer_has_a_byte_to_spare(op, hardware):
-    hardware = ddr4_of(replace(hardware, **dict.fromkeys(BUFFERS, 1)), 2)
-    with pytest.raises(ValueError, match="does not fit") as refusal:
-        choose(op, hardware)
-    needed = re.findall(r"(\w+) is 1, one pass needs at least (\d+)", str(refusal.value))
-    run(op, replace(hardware, **{name: int(size) for name, size in needed}))
+@given(calls(), machines, schedules)
+def test_ddr4_runs_where_no_buffer_has_a_byte_to_spare(op, hardware, schedule):
+    run(op, least_machine(op, ddr4_of(hardware, 2), schedule), schedule=schedule)
 
 
 @exhaustive
-@given(calls(), machines, st.sampled_from(BUFFERS), st.integers(1, 4000))
-def test_laws_hold_whatever_a_buffer_holds(op, hardware, field, size):
+@given(calls(), machines, st.sampled_from(BUFFERS), st.integers(1, 4000), schedules)
+def test_laws_hold_whatever_a_buffer_holds(op, hardware, field, size, schedule):
     hardware = replace(hardware, **{field: size})
-    try:
-        choose(op, hardware)
-    except ValueError:
-        assume(False)
-    run(op, hardware)
+    assume(candidates(op, hardware, schedule))
+    run(op, hardware, schedule=schedule)
 
 
 @pytest.mark.parametrize("codec", [None, HeadCodec(6, 3), HeadCodec(6, 4, groups=2)])
