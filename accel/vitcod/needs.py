@@ -43,7 +43,7 @@ def _ports_needs(mapping: Mapping, work: WorkOfTiles) -> dict[str, int]:
     entry = -(-widths.entry_bits // 8) + mapping.address_bytes
     return {
         "index_buffer_bytes": alive * (bitmap + lists)
-        + -(-starts * widths.start_bits // 8)
+        + -(-(starts * widths.start_bits + widths.stage_bits) // 8)
         + max(hardware.lines * entry, burst),
         "output_buffer_bytes": alive * (scores * hardware.score_bytes + keys)
         + regions * accumulators * hardware.accumulator_bytes,

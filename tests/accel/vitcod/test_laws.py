@@ -7,13 +7,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from engine_laws import LAWS, computed_entries, expected_entries, made_run
+from engine_laws import LAWS, OLD, computed_entries, expected_entries, made_run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sievit.accel.dram.ddr4 import ADDRESS_MAPS
 from sievit.accel.hardware import Hardware, presets
-from sievit.accel.schedule import ASSIGNMENTS, DEFAULT, LATENTS, OBJECTIVES, SCRATCHPADS, Schedule
+from sievit.accel.schedule import (
+    ASSIGNMENTS,
+    DEFAULT,
+    LATENTS,
+    OBJECTIVES,
+    SCRATCHPADS,
+    Schedule,
+    UserMapping,
+)
 from sievit.accel.vitcod.encodings import ENCODINGS
 from sievit.accel.vitcod.mapper import candidates, choose
 from sievit.accel.vitcod.program import CHANNELS, INDEX, STORE, K, Q, V
@@ -141,6 +149,24 @@ def test_laws_hold_where_no_buffer_has_a_byte_to_spare(op, hardware, instances, 
     run(op, least_machine(op, hardware, schedule), instances, schedule=schedule)
 
 
+@pytest.mark.parametrize("seed", range(100))
+def test_a_mapping_runs_in_the_least_index_buffer_that_it_is_granted(seed):
+    rng = np.random.default_rng(seed)
+    queries, keys, lines = (int(size) for size in rng.integers((2, 2, 1), (9, 9, 3)))
+    keep = rng.random((queries, keys)) < rng.choice([0.3, 0.6, 1.0])
+    op = Attention("call", 1, queries, keys, 8, 8, masks=(polarize_head(keep, queries),))
+    schedule = Schedule(
+        index_streams=int(rng.integers(1, 3)),
+        index_encoding=("relative", "relative", "absolute")[seed % 3],
+        assignment=ASSIGNMENTS[seed % 3],
+        mapping=UserMapping(),
+    )
+    with pytest.raises(ValueError, match="index_buffer_bytes is 1, it needs") as refusal:
+        choose(op, Hardware(lines=lines, index_buffer_bytes=1), schedule)
+    least = int(str(refusal.value).split("it needs ")[1])
+    run(op, Hardware(lines=lines, index_buffer_bytes=least), schedule=schedule)
+
+
 def ddr4_of(hardware, channels=4, dram_map="groups_interleaved"):
     """The machine with a stepped memory; its bandwidth is that of whole channels."""
     bandwidth = channels * 19_200_000_000
@@ -151,7 +177,7 @@ def ddr4_of(hardware, channels=4, dram_map="groups_interleaved"):
 @given(calls(), machines, st.sampled_from([1, 2]), st.sampled_from([1, 4]), schedules, rooms)
 def test_laws_hold_on_ddr4(op, hardware, instances, channels, schedule, room):
     hardware = ddr4_of(hardware, channels, list(ADDRESS_MAPS)[instances - 1])
-    mapping, program, trace = run(op, hardware, instances, None, schedule, room)
+    _, program, trace = run(op, hardware, instances, None, schedule, room)
     assert trace.count("dram_lines") == len(program.bursts)
     rate = hardware.dram_bytes_per_cycle
     assert trace.count("cycles") * rate.numerator >= 64 * len(program.bursts) * rate.denominator
@@ -200,7 +226,7 @@ def test_many_tokens_overflow_the_buffers_and_the_bytes_say_so(codec):
     op = Attention(
         "long", 6, 1025, 1025, 64, 64, masks=(polarize_head(keep, 512),) * 6, codec=codec
     )
-    mapping, program, _ = run(op, hardware)
+    mapping, program, _ = run(op, hardware, schedule=OLD)
     assert len(mapping.key_tiles) > 1
     once = 6 * 1025 * 64
     assert program.dram_bytes(V) == len(mapping.query_tiles) * once
@@ -221,7 +247,8 @@ def test_heads_of_one_pass_share_the_banks_as_one_head_does():
     for groups in (1, 4):
         codec = HeadCodec(4, 4, groups)
         op = Attention("call", 4, 96, 96, 64, 64, masks=masks, codec=codec)
-        mapping, _, trace = run(op, replace(presets["vitcod"], decoder_macs=10**5))
+        hardware = replace(presets["vitcod"], decoder_macs=10**5)
+        mapping, _, trace = run(op, hardware, schedule=replace(DEFAULT, latents="fill"))
         assert mapping.group == 4 // groups
         stalled.append(int(trace.stage_stalls[:, STALLS.index("bank")].sum()))
     assert stalled[0] < 1.1 * stalled[1]
@@ -231,10 +258,11 @@ def test_4096_tokens():
     keep = np.random.default_rng(1).random((4096, 4096)) < 0.005
     keep[0] = keep[:, 0] = True
     op = Attention("longer", 1, 4096, 4096, 64, 64, masks=(polarize_head(keep, 2048),))
-    mapping, program, _ = run(op, presets["vitcod"])
-    assert mapping.entry_bytes == 2
-    assert program.dram_bytes(Q) == 4096 * 64
-    assert program.dram_bytes(K) == len(mapping.query_tiles) * 4096 * 64
+    for schedule, entry_bits in ((OLD, 16), (DEFAULT, 8)):
+        mapping, program, _ = run(op, presets["vitcod"], schedule=schedule)
+        assert mapping.widths.entry_bits == entry_bits
+        assert program.dram_bytes(Q) == 4096 * 64
+        assert program.dram_bytes(K) == len(mapping.query_tiles) * 4096 * 64
 
 
 def test_dense_attention_takes_close_to_the_ideal():
@@ -251,19 +279,23 @@ def deit_masks(golden):
     return [tuple(polarize_head(keep) for keep in layer) for layer in mask.keep]
 
 
-def run_layers(layers, hardware, codec=None):
+def layer(masks, codec=None):
+    return Attention("layer", 3, 197, 197, 64, 64, masks=masks, codec=codec)
+
+
+def run_layers(layers, hardware, codec=None, schedule=DEFAULT, room=0):
     """Cycles of each layer, laws checked."""
-    cycles = []
-    for masks in layers:
-        op = Attention("layer", 3, 197, 197, 64, 64, masks=masks, codec=codec)
-        cycles.append(run(op, hardware)[2].count("cycles"))
-    return np.array(cycles)
+    calls = (layer(masks, codec) for masks in layers)
+    runs = [run(op, hardware, schedule=schedule, room=room) for op in calls]
+    return np.array([trace.count("cycles") for *_, trace in runs])
 
 
 @pytest.mark.parametrize("codec", [None, HeadCodec(3, 2)])
 @pytest.mark.parametrize("policy", ASSIGNMENTS)
-def test_laws_hold_on_the_real_masks(deit_masks, policy, codec):
-    run_layers(deit_masks, replace(presets["vitcod"], assignment=policy), codec)
+@pytest.mark.parametrize("schedule", [OLD, DEFAULT], ids=["old", "default"])
+def test_laws_hold_on_the_real_masks(deit_masks, policy, schedule, codec):
+    schedule = replace(schedule, assignment=policy)
+    run_layers(deit_masks, presets["vitcod"], codec, schedule, room=100_000)
 
 
 @pytest.mark.parametrize("codec", [None, HeadCodec(3, 2)])
@@ -279,7 +311,9 @@ def test_ddr4_costs_a_little_on_the_real_masks(deit_masks, codec):
 
 def test_cutting_long_rows_is_worth_it(deit_masks):
     cycles = {
-        policy: run_layers(deit_masks, replace(presets["vitcod"], assignment=policy)).sum()
+        policy: run_layers(
+            deit_masks, presets["vitcod"], schedule=replace(DEFAULT, assignment=policy)
+        ).sum()
         for policy in ASSIGNMENTS
     }
     assert cycles["balanced"] < cycles["round_robin"] < cycles["lockstep"]
@@ -317,11 +351,11 @@ def test_a_larger_output_buffer_and_the_mapper(deit_masks, machine):
     first of the larger machine's candidates loses 15 % there. Of the best three none does."""
     hardware = presets[machine]
     larger = replace(hardware, output_buffer_bytes=2 * hardware.output_buffer_bytes)
-    before, after = run_layers(deit_masks, hardware), run_layers(deit_masks, larger)
+    before, after = (run_layers(deit_masks, made, schedule=OLD) for made in (hardware, larger))
     assert after.sum() <= 1.01 * before.sum()
     assert (after <= 1.16 * before).all()
-    layer = Attention("third", 3, 197, 197, 64, 64, masks=deit_masks[2])
-    assert run_attention(layer, replace(larger, mappings_stepped=3)).cycles <= before[2]
+    three = replace(OLD, mappings_stepped=3)
+    assert run_attention(layer(deit_masks[2]), larger, schedule=three).cycles <= before[2]
 
 
 @pytest.mark.parametrize("machine", ["vitcod", "vitcod_ddr4"])
