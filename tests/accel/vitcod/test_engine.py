@@ -249,6 +249,25 @@ def test_equals_its_twin_on_real_heads(deit_masks, layer, number):
     assert_equal_runs(*both(choose(op, presets["vitcod"])))
 
 
+REAL = {
+    "latents and values on chip": (HeadCodec(3, 2), Schedule(latents="resident"), True, 150_000),
+    "latents that come, lists as they were written": (
+        HeadCodec(3, 2), Schedule(latents="resident"), False, 0,
+    ),
+    "plain heads on chip": (None, Schedule(), True, 60_000),
+    "two streams": (None, Schedule(index_streams=2), True, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_equals_its_twin_on_a_real_layer(deit_masks, name):
+    """The three heads of one layer, as a network has them."""
+    codec, schedule, sorted_lists, room = REAL[name]
+    hardware = replace(presets["vitcod"], sorted_lists=sorted_lists)
+    op = Attention("real", 3, 197, 197, 64, 64, masks=deit_masks[6], codec=codec)
+    assert_equal_runs(*both(choose(op, hardware, schedule, 1, room)))
+
+
 def test_a_machine_that_comes_to_a_stand_says_so():
     op = attention(np.random.default_rng(0), queries=12, keys=12)
     mapping = choose(op, SMALL)
