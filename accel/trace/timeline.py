@@ -205,21 +205,24 @@ def _stages(run: AttentionRun) -> Iterator[Slice]:
     """One slice for each engine that has work in a stage, up to its last piece."""
     program, trace = run.program, run.trace
     pieces = program.pieces
-    dense = np.where(pieces["round"] == DENSE_ROUND, pieces["length"], 0)
-    summed = np.concatenate([[0], np.cumsum(dense)])
+    dense = pieces["round"] == DENSE_ROUND
+    before = [_sums(np.where(mine, pieces["length"], 0)) for mine in (dense, ~dense)]
     names = _stage_names(run)
     for number, stage in enumerate(program.stages):
         plan, words = int(stage["plan"]), int(stage["words"])
         first, last = program.line_piece[plan, 0], program.line_piece[plan, -1]
-        entries = program.line_entry[plan, -1] - program.line_entry[plan, 0]
         start = int(trace.stage_times[number, 0])
         waits = _three_longest(run, number)
-        for column, (track, operands) in enumerate(
-            ((DENSER, summed[last] - summed[first]), (SPARSER, entries))
-        ):
+        for column, (track, sums) in enumerate(zip((DENSER, SPARSER), before, strict=True)):
+            operands = sums[last] - sums[first]
             if operands:
                 end = int(trace.stage_engines[number, column])
                 yield Slice(track, names[number], start, end, int(operands) * words, waits)
+
+
+def _sums(lengths: np.ndarray) -> np.ndarray:
+    """Of the first none, one, two, ... of them."""
+    return np.concatenate([[0], np.cumsum(lengths)])
 
 
 def _three_longest(run: AttentionRun, stage: int) -> dict[str, int]:
@@ -266,7 +269,8 @@ def _softmax(run: AttentionRun) -> Iterator[Slice]:
 
 
 def _transfers(run: AttentionRun) -> Iterator[Slice]:
-    """Transfers of each channel, and what the decoder makes of those of Q and K."""
+    """Transfers of each channel, and the chunks of Q and K that the decoder makes. What is on
+    chip from the beginning has no slice."""
     program, times, units = run.program, run.trace.transfer_times, _unit_names(run)
     stage_units = program.stages["unit"]
     for channel, tensor in CHANNELS.items():
@@ -278,13 +282,14 @@ def _transfers(run: AttentionRun) -> Iterator[Slice]:
             unit = number - first if stored else stage_units[transfer["need"] % len(stage_units)]
             name = f"{tensor} {'of' if stored else 'for'} {units[int(unit)]}"
             marks = run.trace.landed_at[channel, _tokens(transfer)] if channel < INDEX else None
-            yield Slice(f"DRAM {tensor}", name, start, end, size, {"bytes": size}, marks)
+            if size:
+                yield Slice(f"DRAM {tensor}", name, start, end, size, {"bytes": size}, marks)
             if run.mapping.decode_macs and channel in (Q, K):
                 yield _decoding(run, channel, number, tensor, name)
 
 
 def _decoding(run: AttentionRun, channel: int, number: int, tensor: str, name: str) -> Slice:
-    """The tokens of one transfer in the decoder."""
+    """The tokens of one chunk in the decoder."""
     ends = run.trace.decoded_at[channel, _tokens(run.program.transfers[number])]
     one = -(-run.mapping.decode_macs // run.mapping.decoder_rate)
     start, work = max(int(ends[0]) - one, 0), len(ends) * run.mapping.decode_macs
@@ -295,4 +300,4 @@ def _decoding(run: AttentionRun, channel: int, number: int, tensor: str, name: s
 def _tokens(transfer: np.void) -> slice:
     """Tokens of a transfer of Q, K or V, counted through its channel."""
     first = int(transfer["token"])
-    return slice(first, first + int(transfer["bytes"] // transfer["token_bytes"]))
+    return slice(first, first + int(transfer["tokens"]))

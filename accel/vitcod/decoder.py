@@ -17,7 +17,6 @@ from .program import LATENT, K, Q
 def decode_resident(machine, run, channels, program, decoded_at, counts):
     """One cycle of the decoder."""
     credit = machine.decoder_rate
-    channels[Q].sent, channels[K].sent = channels[Q].arrived, channels[K].arrived
     while credit > 0:
         if run.decode_left == 0:
             number = _next_side(machine, run, channels, program)
@@ -31,8 +30,10 @@ def decode_resident(machine, run, channels, program, decoded_at, counts):
         run.decode_left -= given
         if run.decode_left == 0:
             _end(run, channels[run.decoding], program, decoded_at)
-    if run.decode_left > 0:
-        channels[run.decoding].sent = channels[run.decoding].arrived + 1
+    for number in range(Q, K + 1):
+        in_work = run.decode_left > 0 and run.decoding == number
+        waits = in_work or _need(machine, run, channels, program, number) >= 0
+        channels[number].sent = channels[number].arrived + waits  # a line waits for the decoder
     if credit < machine.decoder_rate:
         counts.decoder_macs += machine.decoder_rate - credit
         counts.decoder_cycles += 1
@@ -66,7 +67,6 @@ def _need(machine, run, channels, program, number):
     latent = transfer.source + program.orders[transfer.order + channel.done]
     if latent >= channels[LATENT].arrived:
         return -1
-    channel.sent = channel.arrived + 1  # what waits for it waits for the decoder
     return transfer.need
 
 

@@ -49,7 +49,8 @@ def serve_dram(machine, run, channels, transfers, transfer_times, landed_at, cou
 
 @core
 def free_chunks(machine, run, channels, transfers):
-    """Give back the room of whole chunks that only stages before this one needed."""
+    """Give back the room of whole chunks that only stages before this one needed, and of
+    latents that nothing is to be decoded from any more."""
     for number in range(channels.size):
         channel = channels[number]
         if INDEX <= number < LATENT:
@@ -57,8 +58,21 @@ def free_chunks(machine, run, channels, transfers):
         while channel.freed < channel.current:
             if transfers[channel.freed].release > run.stage:
                 break
+            if number == LATENT and _still_decoding(channels, transfers, channel.freed):
+                break
             channel.used -= transfers[channel.freed].room * machine.dram_denominator
             channel.freed += 1
+
+
+@core
+def _still_decoding(channels, transfers, latents):
+    """Is a token of Q or K to be decoded from this chunk of latents?"""
+    behind = transfers[latents].token + transfers[latents].tokens
+    for number in range(Q, K + 1):
+        channel = channels[number]
+        if channel.current < channel.last and transfers[channel.current].source < behind:
+            return True
+    return False
 
 
 @core

@@ -234,9 +234,16 @@ def load_bytes(mapping: Mapping) -> int:
 
 def kept_bytes(mapping: Mapping) -> tuple[int, int, int]:
     """Of Q, K and V, what is on chip when the call begins, as DRAM would hold it."""
-    op, kept, keys = mapping.op, mapping.kept, mapping.key_tile
-    queries = op.queries if mapping.whole_queries else mapping.query_tile
+    op, kept, size = mapping.op, mapping.kept, mapping.token_bytes
+    whole = (slice(0, op.queries),) if mapping.whole_queries else mapping.query_tiles
+    queries = _tokens_of(kept.q, whole) + kept.latents * op.queries
+    keys = _tokens_of(kept.k, mapping.key_tiles) + kept.latents * op.keys
     value = op.value_dim * mapping.hardware.operand_bytes
-    size, latents = mapping.token_bytes, kept.latents
-    q, k = kept.q * queries + latents * op.queries, kept.k * keys + latents * op.keys
-    return q * size, k * size, kept.v * keys * value
+    return queries * size, keys * size, _tokens_of(kept.v, mapping.key_tiles) * value
+
+
+def _tokens_of(chunks: int, tiles: tuple[slice, ...]) -> int:
+    """Of the first chunks, tile after tile; the last tile may be smaller."""
+    sizes = [tile.stop - tile.start for tile in tiles]
+    rounds, rest = divmod(chunks, len(tiles))
+    return rounds * sum(sizes) + sum(sizes[:rest])

@@ -95,6 +95,7 @@ def simulate_attention(
     score_shift: np.ndarray | int | None = None,
     arithmetic: Arithmetic | None = None,
     schedule: Schedule = DEFAULT,
+    on_chip_bytes: int = 0,
 ) -> FunctionalResult:
     """One attention call on the machine, with data: [(images,) heads, tokens, dim].
 
@@ -108,6 +109,7 @@ def simulate_attention(
                    least at which no kept score saturates
     arithmetic     None takes the widths of ``hardware``
     schedule       how the hardware is used; its mapping, if it has one, is checked for the call
+    on_chip_bytes  of Q, K and V (of latents) that a projection may have left on chip
 
     Raises ValueError for shapes that do not fit, operands beyond their width, sums that the
     accumulator might not hold, and a call that the machine's buffers cannot run.
@@ -126,7 +128,7 @@ def simulate_attention(
         q_operands, k_operands, v, softmax_scale, output_scale, arithmetic, score_shift
     )
     images = _images(v.values)
-    stepped = run_attention(op, hardware, len(images), schedule)
+    stepped = run_attention(op, hardware, len(images), schedule, on_chip_bytes)
     added = None if bias is None else fixed_bias(bias, rules)
     memory = (_images(sides[0].stored.values), _images(sides[1].stored.values), images)
     decoders = (sides[0].decoder, sides[1].decoder)

@@ -87,6 +87,12 @@ class Mapping:
             tile = self.query_tile, self.key_tile
         return encoding.bounds(max(tile), max(tile), self.most_entries, self.named_starts)
 
+    @cached_property
+    def row_bits(self) -> int:
+        """Of the length of a row's list, which goes over the tiles of keys."""
+        encoding, keys = encoding_named(self.schedule.index_encoding), self.op.keys
+        return encoding.bounds(keys, keys, self.most_entries, self.named_starts).row_bits
+
     @property
     def key_bits(self) -> int:
         """Of the key that a score carries in the list of its row: its number among the sparser
@@ -193,7 +199,7 @@ class Mapping:
         pattern, count = self.patterns[head], rows.stop - rows.start
         bitmap = -(-count * pattern.num_global // 8) if pattern.masked else 0
         listed = self.one_stream and len(pattern.columns[1]) > 0
-        return bitmap + (-(-count * self.widths.row_bits // 8) if listed else 0)
+        return bitmap + (-(-count * self.row_bits // 8) if listed else 0)
 
 
 def codec_side_bytes(op: Attention, hardware: Hardware, *, decoder: bool) -> int:

@@ -37,13 +37,13 @@ def _ports_needs(mapping: Mapping, work: WorkOfTiles) -> dict[str, int]:
     accumulators = mapping.query_tile * mapping.value_words * hardware.macs_per_line
     scores, bitmap, entries = work.most(mapping.query_tile)
     starts, widths = max(mapping.query_tile, mapping.key_tile) + hardware.lines, mapping.widths
-    lists = -(-mapping.query_tile * widths.row_bits // 8) if mapping.one_stream else 0
+    lists = -(-mapping.query_tile * mapping.row_bits // 8) if mapping.one_stream else 0
     burst = LINE_BYTES if hardware.dram_model == "ddr4" else 0  # enters IdxBuf whole
     keys = -(-entries * mapping.key_bits // 8)
     entry = -(-widths.entry_bits // 8) + mapping.address_bytes
     return {
         "index_buffer_bytes": alive * (bitmap + lists)
-        + -(-starts * widths.start_bits // 8)
+        + -(-(starts * widths.start_bits + widths.stage_bits) // 8)
         + max(hardware.lines * entry, burst),
         "output_buffer_bytes": alive * (scores * hardware.score_bytes + keys)
         + regions * accumulators * hardware.accumulator_bytes,

@@ -18,7 +18,7 @@ from ..schedule import DEFAULT, Schedule
 from . import engine
 from .mapper import fitting
 from .mapping import Mapping
-from .program import CODEC, SDDMM, SPMM, STORE, Counts, K, Program, Q, build
+from .program import CODEC, LATENT, SDDMM, SPMM, STORE, Counts, K, Program, Q, build
 from .registers import PHASES, STALLS, Trace
 
 WAITS: dict[str, tuple[str, str]] = {
@@ -153,8 +153,9 @@ def head_costs(run: AttentionRun) -> tuple[HeadCost, ...]:
 
 
 def _head_dram_bytes(run: AttentionRun) -> np.ndarray:
-    """Bytes by head; what a group of heads shares is split evenly, the codec's weights over
-    all heads (first heads take what does not divide)."""
+    """Bytes by head; what a group of heads shares is split evenly, resident latents over the
+    heads of their codec block, the codec's weights over all heads (first heads take what does
+    not divide)."""
     program, heads = run.program, run.op.heads
     unit_heads = np.array([head for _, head, _ in run.units], dtype=np.int64)
     owners = run.stage_heads[program.transfers["need"] % len(program.stages)]
@@ -164,7 +165,9 @@ def _head_dram_bytes(run: AttentionRun) -> np.ndarray:
     sizes = np.zeros((len(first) - 1, heads), dtype=np.int64)
     channels = np.repeat(np.arange(len(first) - 1), np.diff(first))
     np.add.at(sizes, (channels, owners), program.transfers["bytes"])
-    for channel, shared in ((Q, run.mapping.group), (K, run.mapping.group), (CODEC, heads)):
+    block = heads // run.op.codec.groups if run.op.codec else 1
+    group = run.mapping.group
+    for channel, shared in ((Q, group), (K, group), (LATENT, block), (CODEC, heads)):
         if shared > 1:
             sizes[channel] = _shared_evenly(sizes[channel], shared)
     return sizes.sum(axis=0)

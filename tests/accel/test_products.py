@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from sievit.accel import Hardware, OpCost, Traffic, compare, presets, simulate
+from sievit.accel.producers import producers
 from sievit.accel.products import array_cycles, as_product, op_cost, product_cost
 from sievit.accel.schedule import Schedule
 from sievit.accel.simulators.registry import SIMULATORS
-from sievit.accel.vitcod.simulate import encoded_products
 from sievit.workload import (
     Attention,
     AttentionMask,
@@ -277,7 +277,8 @@ def test_executed_macs_follow_the_masks():
 
 
 def test_a_codec_keeps_bytes_of_q_and_k_from_dram_on_both_sides():
-    plain, coded = compare(network(), simulators=("vitcod_no_codec", "vitcod"))
+    loaded = Schedule(on_chip="nothing", latents="fill")
+    plain, coded = compare(network(), simulators=("vitcod_no_codec", "vitcod"), schedule=loaded)
     stored = [
         next(r.written_bytes for r in report.ops[0].traffic if r.tensor == "output")
         for report in (plain, coded)
@@ -294,23 +295,23 @@ def product(name, cols, rows=40):
 
 
 PROJECTIONS = {
-    "one for all": ([product("qkv", 3 * WIDTH)], {0: "qk"}),
-    "three": ([product(name, WIDTH) for name in "qkv"], {0: "q", 1: "k"}),
-    "q, then k and v": ([product("q", WIDTH), product("kv", 2 * WIDTH)], {0: "q", 1: "k"}),
-    "k and v, then q": ([product("kv", 2 * WIDTH), product("q", WIDTH)], {1: "q", 0: "k"}),
-    "a product before": ([product("mlp", 7), product("qkv", 3 * WIDTH)], {1: "qk"}),
-    "one on q after": ([product("qkv", 3 * WIDTH), product("dw", WIDTH)], {0: "qk"}),
-    "sizes tell nothing": ([product("a", 5), product("b", 50)], {1: "qk"}),
+    "one for all": ([product("qkv", 3 * WIDTH)], {0: "qkv"}),
+    "three": ([product(name, WIDTH) for name in "qkv"], {0: "q", 1: "k", 2: "v"}),
+    "q, then k and v": ([product("q", WIDTH), product("kv", 2 * WIDTH)], {0: "q", 1: "kv"}),
+    "k and v, then q": ([product("kv", 2 * WIDTH), product("q", WIDTH)], {0: "kv", 1: "q"}),
+    "a product before": ([product("mlp", 7), product("qkv", 3 * WIDTH)], {1: "qkv"}),
+    "one on q after": ([product("qkv", 3 * WIDTH), product("dw", WIDTH)], {0: "qkv"}),
+    "sizes tell nothing": ([product("a", 5), product("b", 50)], {1: "qkv"}),
+    "no product": ([], {}),
 }
 
 
 @pytest.mark.parametrize("name", PROJECTIONS)
-def test_the_products_that_make_q_and_k_are_found(name):
+def test_the_products_that_make_q_k_and_v_are_found(name):
     products, expected = PROJECTIONS[name]
     ops = [Gemm("first", 40, 8, 8), Attention("a", 2, 40, 40, 16, 16), *products, ATTENTION]
-    found = encoded_products(ops)
-    assert {place - 2: encoded.sides for place, encoded in found.items()} == expected
-    assert all(encoded.attention is ATTENTION for encoded in found.values())
+    found = [made for made in producers(ops) if made.attention == len(ops) - 1]
+    assert {made.product - 2: made.sides for made in found} == expected
 
 
 def test_the_encoder_is_charged_alike_however_q_and_k_are_made():
@@ -318,8 +319,9 @@ def test_the_encoder_is_charged_alike_however_q_and_k_are_made():
     sums = []
     for name in ("one for all", "three", "q, then k and v", "k and v, then q"):
         ops = (*PROJECTIONS[name][0], ATTENTION)
-        report = simulate(Workload("w", ops))
-        plain = simulate(Workload("w", ops), simulator="vitcod_no_codec")
+        loaded = {"schedule": Schedule(on_chip="nothing")}
+        report = simulate(Workload("w", ops), **loaded)
+        plain = simulate(Workload("w", ops), simulator="vitcod_no_codec", **loaded)
         made, bare = report.ops[:-1], plain.ops[:-1]
         written = [sum(r.written_bytes for op in part for r in op.traffic if r.level == "dram")
                    for part in (made, bare)]  # fmt: skip
@@ -338,9 +340,43 @@ def test_other_queries_than_keys_are_told_apart_by_size():
     """A subsampling attention: fewer queries than keys, wider values."""
     op = Attention("sub", 4, 49, 196, 16, 64, codec=HeadCodec(4, 2))
     kv, q = Gemm("kv", 196, 128, 4 * 80), Gemm("q", 49, 128, 64)
-    found = encoded_products([kv, q, op])
-    assert (found[0].sides, found[0].vectors) == ("k", 196)
-    assert (found[1].sides, found[1].vectors) == ("q", 49)
+    assert {made.product: made.sides for made in producers([kv, q, op])} == {0: "kv", 1: "q"}
+
+
+def dram(op, tensor):
+    """(read, written) bytes."""
+    rows = [row for row in op.traffic if row.level == "dram" and row.tensor == tensor]
+    return sum(row.read_bytes for row in rows), sum(row.written_bytes for row in rows)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("latents", ["fill", "resident"])
+@pytest.mark.parametrize("codec", [None, HeadCodec(4, 2)])
+@pytest.mark.parametrize("name", ["one for all", "three", "q, then k and v", "k and v, then q"])
+def test_what_stays_on_chip_is_neither_stored_nor_loaded(name, codec, latents, batch):
+    """Byte by byte: what the products do not store is what attention does not load. Of this
+    small call all of the first image stays, but latents on their way to the decoder."""
+    products, _ = PROJECTIONS[name]
+    ops = (*products, replace(ATTENTION, heads=4, key_dim=8, value_dim=8, codec=codec))
+    kept, loaded = (
+        simulate(Workload("w", ops), batch=batch, schedule=Schedule(on_chip=how, latents=latents))
+        for how in ("fitting", "nothing")
+    )
+    tensors = ("Q", "K", "V", "latent Q and K")
+    attention = [
+        sum(dram(report.ops[-1], tensor)[0] for tensor in tensors) for report in (kept, loaded)
+    ]
+    stored = [sum(dram(op, "output")[1] for op in report.ops[:-1]) for report in (kept, loaded)]
+    saved = attention[1] - attention[0]
+    assert stored[1] - stored[0] == saved
+    values = 40 * 32
+    if codec is None:
+        assert saved == 3 * values
+    elif latents == "resident":
+        assert saved == 2 * 40 * 2 * 8 + values
+    else:
+        assert saved == values
+    assert [op.macs for op in kept.ops] == [op.macs for op in loaded.ops]
 
 
 def test_traffic_and_cost_check_themselves():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ from sievit.accel import (
 )
 from sievit.accel.explore.grid import configured, grid, load_configurations
 from sievit.accel.hardware import POLICIES, schedule_of
-from sievit.accel.vitcod.encodings import ENCODINGS, Widths, absolute
+from sievit.accel.schedule import LATENTS
 from sievit.accel.vitcod.mapper import candidates, choose
 from sievit.workload import Attention, Gemm, HeadCodec, Workload, polarize_head
 
@@ -56,6 +56,13 @@ WORK = Workload("work", (Gemm("qkv", 40, 32, 96), call()))
         (Schedule, "dense_dataflow", "rs"),
         (Schedule, "dense_fill", "never"),
         (Schedule, "mapping", 3),
+        (Schedule, "objective", "area"),
+        (Schedule, "scratchpad", "split"),
+        (Schedule, "on_chip", "all"),
+        (Schedule, "latents", "never"),
+        (Schedule, "index_streams", 3),
+        (Schedule, "sparser_percent", 0),
+        (UserMapping, "resident_latents", 1),
         (UserMapping, "group", 0),
         (UserMapping, "query_tile", 0),
         (UserMapping, "key_tile", 1.5),
@@ -70,14 +77,8 @@ def test_a_bad_value_is_named(kind, field, value):
 
 def test_an_unknown_index_encoding_is_named_by_any_simulator():
     for name in ("vitcod", "systolic"):
-        with pytest.raises(ValueError, match="index_encoding must be one of absolute, got 'runs'"):
+        with pytest.raises(ValueError, match=r"index_encoding must be one of relative, .*'runs'"):
             simulate(WORK, simulator=name, schedule=Schedule(index_encoding="runs"))
-
-
-def test_the_absolute_encoding():
-    assert absolute(197, 256, 9) == Widths(1, 2)
-    assert absolute(257, 9, 70_000) == Widths(2, 4)
-    assert list(ENCODINGS) == ["absolute"]
 
 
 # ---------------------------------------------------------------- policies of earlier versions
@@ -116,8 +117,8 @@ def test_old_policies_take_effect_in_every_entry():
     assert compare(WORK, old)[1].attention_cycles == lockstep
     assert compare(WORK, schedule=schedule)[1].attention_cycles == lockstep
     costs = (
-        simulate_attention(*qkv, masks, old).cost,
-        simulate_attention(*qkv, masks, schedule=schedule).cost,
+        simulate_attention(*qkv, masks, old, on_chip_bytes=10**5).cost,
+        simulate_attention(*qkv, masks, schedule=schedule, on_chip_bytes=10**5).cost,
     )
     assert [cost.cycles for cost in costs] == [lockstep, lockstep]
     entries = [old, {"assignment": "lockstep"}, configured(VITCOD, {"assignment": "lockstep"})]
@@ -174,23 +175,27 @@ def test_results_are_reused_for_an_equal_schedule_alone(tmp_path):
 
 
 def test_the_mappers_own_choice_given_by_hand_changes_nothing():
-    op = call(4, codec=HeadCodec(4, 2))
-    for made in candidates(op, VITCOD)[:4]:
-        names = ("group", "query_tile", "key_tile", "whole_queries", "ahead", "output_regions")
-        asked = UserMapping(**{name: getattr(made, name) for name in names})
-        taken = choose(op, VITCOD, Schedule(mapping=asked))
-        assert all(getattr(taken, name) == getattr(made, name) for name in names)
+    op, names = call(4, codec=HeadCodec(4, 2)), [field.name for field in fields(UserMapping)]
+    for latents in LATENTS:
+        for made in candidates(op, VITCOD, Schedule(latents=latents), 1, 5000)[:4]:
+            asked = UserMapping(**{name: getattr(made, name) for name in names})
+            taken = choose(op, VITCOD, Schedule(mapping=asked), 1, 5000)
+            assert all(getattr(taken, name) == getattr(made, name) for name in names)
+            assert (taken.cut, taken.kept) == (made.cut, made.kept)
 
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("lists", ["sorted", "as written", "none"])
 @pytest.mark.parametrize("tiles", [(None, None), (13, None), (40, 11), (1, 40), (7, 3)])
-def test_any_mapping_computes_the_same_attention(tiles, ahead, whole):
+def test_any_mapping_computes_the_same_attention(tiles, lists, ahead, whole):
     mapping = UserMapping(1, *tiles, whole_queries=whole, ahead=ahead, output_regions=1)
     rng = np.random.default_rng(1)
     q, k, v = (quantize(rng.standard_normal((2, 40, 16))) for _ in range(3))
     masks = call().masks
-    found = simulate_attention(q, k, v, masks, schedule=Schedule(mapping=mapping))
+    hardware = replace(VITCOD, sorted_lists=lists == "sorted")
+    schedule = Schedule(mapping=mapping, index_streams=2 if lists == "none" else 1)
+    found = simulate_attention(q, k, v, masks, hardware, schedule=schedule)
     keep = np.stack([mask.dense() for mask in masks])
     plain = integer_attention(q, k, v, keep, score_shift=found.score_shift)
     assert np.array_equal(found.output.values, plain.values)
@@ -206,6 +211,8 @@ def test_any_mapping_computes_the_same_attention(tiles, ahead, whole):
         ({"key_tile": 41}, "key_tile must be None or at most its 40 keys, got 41"),
         ({"group": 2, "key_tile": 20}, "key_tile must be None or its 40 keys for a group of 2"),
         ({"group": 2, "query_tile": 9, "whole_queries": False}, "whole_queries must be True"),
+        ({"group": 2, "resident_latents": True}, "group must be 1 where latents are resident"),
+        ({"key_tile": 9, "resident_latents": True}, "key_tile must be None or its 40 keys where"),
     ],
 )
 def test_a_mapping_that_no_buffer_helps_is_refused(asked, message):
@@ -214,9 +221,21 @@ def test_a_mapping_that_no_buffer_helps_is_refused(asked, message):
         choose(op, VITCOD, Schedule(mapping=UserMapping(**asked)))
 
 
+def test_latents_can_only_stay_where_there_are_latents():
+    with pytest.raises(ValueError, match="must be False for a call without codec, got True"):
+        choose(call(), VITCOD, Schedule(mapping=UserMapping(resident_latents=True)))
+
+
 def test_a_mapping_that_does_not_fit_is_refused_with_the_shortage():
     small = replace(VITCOD, q_buffer_bytes=320)  # 40 queries of 16 bytes want twice as many
+    fixed = Schedule(scratchpad="fixed", mapping=UserMapping())
     with pytest.raises(ValueError, match="q_buffer_bytes is 320, it needs 640"):
-        choose(call(), small, Schedule(mapping=UserMapping()))
-    split = UserMapping(query_tile=10, whole_queries=False)
-    assert choose(call(), small, Schedule(mapping=split)).query_tile == 10
+        choose(call(), small, fixed)
+    split = replace(fixed, mapping=UserMapping(query_tile=10, whole_queries=False))
+    assert choose(call(), small, split).query_tile == 10
+    assert choose(call(), small, replace(fixed, scratchpad="shared")).cut.q >= 640
+    least = dict.fromkeys(("k_buffer_bytes", "v_buffer_bytes", "other_buffer_bytes"), 1)
+    shared = replace(fixed, scratchpad="shared")
+    names = "q_buffer_bytes + k_buffer_bytes + v_buffer_bytes + other_buffer_bytes"
+    with pytest.raises(ValueError, match=re.escape(f"{names} is 1919, it needs 1920")):
+        choose(call(), replace(VITCOD, q_buffer_bytes=1916, **least), shared)

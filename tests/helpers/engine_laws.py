@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from naive_index import stage_index, unit_bytes
 
 from sievit.accel.hardware import Hardware
+from sievit.accel.schedule import DEFAULT, Schedule
 from sievit.accel.vitcod import engine
+from sievit.accel.vitcod.estimate import kept_bytes
 from sievit.accel.vitcod.mapper import choose
-from sievit.accel.vitcod.program import CODEC, INDEX, SDDMM, STORE, K, Q, V, build
+from sievit.accel.vitcod.program import CODEC, INDEX, LATENT, SDDMM, STORE, K, Q, V, build
 from sievit.accel.vitcod.registers import STALLS
+from sievit.accel.vitcod.scratchpad import NOTHING
 from sievit.workload import Attention
+
+OLD = Schedule(
+    objective="cycles",
+    scratchpad="fixed",
+    on_chip="nothing",
+    latents="fill",
+    index_streams=2,
+    index_encoding="absolute",
+    mappings_stepped=1,
+    sparser_percent=100,
+)
+"""Four rigid buffers, everything loaded for each call, an index for each product: the machine
+as far as ViTCoD's text gives it."""
 
 
 @dataclass(frozen=True)
@@ -43,34 +60,67 @@ class Run:
         return self.instances * sum(mask.sparser_kept for mask in self.op.masks or ())
 
 
-def made_run(op, hardware, instances=1, mapping=None) -> Run:
-    mapping = mapping or choose(op, hardware)
+def made_run(op, hardware, instances=1, mapping=None, schedule=DEFAULT, on_chip_bytes=0) -> Run:
+    mapping = mapping or choose(op, hardware, schedule, instances, on_chip_bytes)
     program, counts = build(mapping, instances)
     trace = engine.run(program, mapping)
     return Run(op, hardware, instances, mapping, program, counts, trace)
 
 
-def computed_entries(op, mapping, program):
+def stages_of(run):
+    """(stage, instance, head, rows, keys, opens the unit) of each."""
+    units, begun = list(run.mapping.units(run.instances)), Counter()
+    for stage in run.program.stages:
+        number, kind = int(stage["unit"]), int(stage["kind"])
+        keys = run.mapping.key_tiles[begun[number, kind]]
+        begun[number, kind] += 1
+        yield stage, *units[number], keys, kind == SDDMM and begun[number, kind] == 1
+
+
+def list_slots(run, stage, head, rows, keys):
+    """Key, inside the tile, that stands at each place of the lists of a unit once each row's
+    keys are in order. The places of other tiles are left out."""
+    first = int(run.program.unit_row[stage["unit"]])
+    expected = expected_entries(run.op, head)
+    dense = run.op.masks[head].num_global
+    slots = {}
+    for row in range(rows.start, rows.stop):
+        begin = int(run.program.row_lists[first + row - rows.start])
+        mine = (key for key in np.flatnonzero(expected[row]) if key >= dense)
+        for place, key in enumerate(mine, begin):
+            if keys.start <= key < keys.stop:
+                slots[place] = row - rows.start, int(key) - keys.start
+    return slots
+
+
+def stage_pieces(run, stage, head, rows, keys):
+    """(line, vector, operands, whether of the denser engine) of each piece; where SpMM reads
+    lists, what it finds at the piece's places."""
+    program, plan = run.program, int(stage["plan"])
+    listed = stage["kind"] != SDDMM and run.mapping.schedule.index_streams == 1
+    slots = list_slots(run, stage, head, rows, keys) if listed and run.op.masks else {}
+    for piece in program.pieces[program.line_piece[plan, 0] : program.line_piece[plan, -1]]:
+        line, vector, count = int(piece["line"]), int(piece["vector"]), int(piece["length"])
+        operands, dense = list(range(piece["first"], piece["first"] + count)), piece["round"] < 0
+        if listed and not dense:
+            found = [slots[place] for place in range(piece["place"], piece["place"] + count)]
+            assert {row for row, _ in found} == {vector}
+            operands = [key for _, key in found]
+        elif not dense:
+            operands = program.entries["operand"][operands].tolist()
+        yield line, vector, operands, bool(dense)
+
+
+def computed_entries(run):
     """(instance, head, kind) -> how often each entry [queries, keys] is computed."""
-    units = list(mapping.units(1 + max(int(u) for u in program.stages["unit"]) // op.heads))
-    tile_of = Counter()
-    done = {}
-    for stage in program.stages:
-        kind, number, plan = int(stage["kind"]), int(stage["unit"]), int(stage["plan"])
-        instance, head, rows = units[number]
-        keys = mapping.key_tiles[tile_of[number, kind]]
-        tile_of[number, kind] += 1
-        table = done.setdefault(
-            (instance, head, kind), np.zeros((op.queries, op.keys), dtype=np.int64)
-        )
-        for piece in program.pieces[program.line_piece[plan, 0] : program.line_piece[plan, -1]]:
-            operands = np.arange(piece["first"], piece["first"] + piece["length"])
-            if piece["round"] >= 0:
-                operands = program.entries["operand"][operands]
-            if kind == SDDMM:
-                table[rows.start + operands, keys.start + piece["vector"]] += 1
-            else:
-                table[rows.start + piece["vector"], keys.start + operands] += 1
+    done, shape = {}, (run.op.queries, run.op.keys)
+    for stage, instance, head, rows, keys, _ in stages_of(run):
+        kind = int(stage["kind"])
+        table = done.setdefault((instance, head, kind), np.zeros(shape, dtype=np.int64))
+        for _, vector, operands, _ in stage_pieces(run, stage, head, rows, keys):
+            for operand in operands:
+                row, key = (operand, vector) if kind == SDDMM else (vector, operand)
+                table[rows.start + row, keys.start + key] += 1
     return done
 
 
@@ -99,8 +149,13 @@ def every_sparser_score_was_forwarded_or_waited(run: Run) -> None:
     assert run.got("forwarded") + run.got("waited") == run.sparser
 
 
-def every_index_is_read_once_a_product(run: Run) -> None:
-    assert run.got("index_reads") == run.counts.entries == 2 * run.sparser
+def every_index_is_read_once_a_stream(run: Run) -> None:
+    streams = run.mapping.schedule.index_streams
+    assert run.got("index_reads") == run.counts.entries == streams * run.sparser
+
+
+def every_key_of_a_list_is_written_once(run: Run) -> None:
+    assert run.counts.listed == (2 - run.mapping.schedule.index_streams) * run.sparser
 
 
 def every_piece_drains_its_row(run: Run) -> None:
@@ -148,7 +203,7 @@ def softmax_is_bound_by_its_lanes(run: Run) -> None:
     assert run.got("softmax_cycles") * run.hardware.softmax_lanes >= run.computed
 
 
-# Bytes: all transfers are done; no less than the distinct data, the output exactly once.
+# Bytes: all transfers are done, and each tensor moves what its formula says.
 
 
 def every_transfer_is_done_within_the_bandwidth(run: Run) -> None:
@@ -158,16 +213,40 @@ def every_transfer_is_done_within_the_bandwidth(run: Run) -> None:
     assert run.got("cycles") * rate.numerator >= units
 
 
-def queries_and_keys_are_loaded_at_least_once(run: Run) -> None:
-    ratio = run.op.codec.ratio if run.op.codec else 1
-    vectors = run.instances * run.op.heads * run.op.key_dim * ratio
-    assert run.program.dram_bytes(Q) >= vectors * run.op.queries
-    assert run.program.dram_bytes(K) >= vectors * run.op.keys
+def loads_of(run: Run) -> dict[int, int]:
+    """Bytes of Q, K, V and latents that a call with nothing on chip loads."""
+    op, mapping, width = run.op, run.mapping, run.hardware.operand_bytes
+    tiles, in_tiles = len(mapping.query_tiles), len(mapping.key_tiles) > 1
+    token, blocks = op.heads * op.key_dim, 1  # of Q or K, all heads
+    if op.codec:
+        token, blocks = op.codec.latent_heads * op.key_dim, op.codec.groups
+    passes = op.heads // (mapping.group * blocks) if op.codec else 1
+    by_rows = tiles > 1 and mapping.group > 1 and not mapping.whole_queries
+    loads = {
+        Q: passes * op.queries * token,
+        K: passes * op.keys * token * (tiles if in_tiles else 1),
+        V: op.keys * op.heads * op.value_dim * (tiles if in_tiles or by_rows else 1),
+        LATENT: 0,
+    }
+    if mapping.resident_latents:
+        loads |= {Q: 0, K: 0, LATENT: (op.queries + op.keys) * token}
+    return {channel: run.instances * size * width for channel, size in loads.items()}
 
 
-def values_are_loaded_at_least_once(run: Run) -> None:
-    least = run.instances * run.op.heads * run.op.keys * run.op.value_dim
-    assert run.program.dram_bytes(V) >= least
+def what_is_kept_is_not_loaded(run: Run) -> None:
+    """And everything else is, as often as it leaves its buffer."""
+    q, k, v = kept_bytes(run.mapping)
+    kept = {Q: q, K: k, V: v, LATENT: 0}
+    if run.mapping.resident_latents:
+        kept |= {Q: 0, K: 0, LATENT: q + k}
+    for channel, size in loads_of(run).items():
+        assert run.program.dram_bytes(channel) == size - kept[channel] >= 0
+
+
+def what_is_kept_is_loaded_where_nothing_is(run: Run) -> None:
+    without, _ = build(replace(run.mapping, kept=NOTHING), run.instances)
+    for channel, size in loads_of(run).items():
+        assert without.dram_bytes(channel) == size
 
 
 def the_output_is_stored_once(run: Run) -> None:
@@ -175,11 +254,20 @@ def the_output_is_stored_once(run: Run) -> None:
     assert run.program.dram_bytes(STORE) == output
 
 
-def indices_and_bitmaps_are_loaded(run: Run) -> None:
-    masks = run.op.masks or ()
-    bitmap = sum(m.global_keep.size // 8 for m in masks if not m.global_keep.all())
-    least = 2 * run.sparser * run.mapping.entry_bytes + run.instances * bitmap
-    assert run.program.dram_bytes(INDEX) == run.counts.index_dram_bytes >= least
+def the_index_is_loaded_entry_by_entry(run: Run) -> None:
+    """What each unit and each stage hold, and the stream in whole bytes."""
+    loaded = bits = 0
+    for stage, _, head, rows, keys, opens in stages_of(run):
+        pieces = stage_pieces(run, stage, head, rows, keys)
+        mine = [(line, vector, operands) for line, vector, operands, dense in pieces if not dense]
+        kind = int(stage["kind"])
+        held, stream = stage_index(run.mapping, kind, head, rows, keys, mine)
+        streamed = sum(size for *_, size in stream)
+        before = loaded + held + (unit_bytes(run.mapping, head, rows) if opens else 0)
+        assert stage["index_bytes"] == before
+        loaded, bits = before + -(-streamed // 8), bits + streamed
+    assert run.program.dram_bytes(INDEX) == loaded
+    assert run.counts.stream_bits == bits
 
 
 def a_bias_is_loaded_at_most_once_an_instance(run: Run) -> None:
@@ -188,18 +276,30 @@ def a_bias_is_loaded_at_most_once_an_instance(run: Run) -> None:
     assert run.op.bias_params <= loaded <= run.op.bias_params * run.instances
 
 
-def every_loaded_token_is_decoded_within_the_rate(run: Run) -> None:
-    loaded = run.program.dram_bytes(Q) + run.program.dram_bytes(K)
-    tokens = loaded // run.mapping.token_bytes
-    assert run.got("decoder_macs") == tokens * run.mapping.decode_macs
-    assert run.got("decoder_cycles") * run.mapping.decoder_rate >= run.got("decoder_macs")
+def every_head_of_every_token_is_decoded_once(run: Run) -> None:
+    """heads * latents * dim MACs a token of Q and of K, in a codec block the block's; within
+    the decoder's rate."""
+    op, mapping, macs = run.op, run.mapping, 0
+    if op.codec:
+        latents = op.codec.latent_heads // op.codec.groups
+        keys = op.keys * (len(mapping.query_tiles) if len(mapping.key_tiles) > 1 else 1)
+        macs = run.instances * op.heads * latents * op.key_dim * (op.queries + keys)
+    assert run.got("decoder_macs") == macs
+    assert run.got("decoder_cycles") * mapping.decoder_rate >= macs
+    assert mapping.decoder_rate <= max(run.hardware.decoder_macs, 1)
+    if op.codec:
+        for side in (Q, K):
+            times = run.trace.decoded_at[side, : run.program.tokens(side)]
+            assert (times > 0).all()
+            assert (np.diff(times) >= 0).all()
 
 
 LAWS = (
     every_kept_entry_is_a_score,
     every_score_takes_its_words,
     every_sparser_score_was_forwarded_or_waited,
-    every_index_is_read_once_a_product,
+    every_index_is_read_once_a_stream,
+    every_key_of_a_list_is_written_once,
     every_piece_drains_its_row,
     a_read_serves_at_least_one_line_and_at_most_all,
     every_line_cycle_has_one_cause,
@@ -209,10 +309,10 @@ LAWS = (
     no_part_is_busy_longer_than_the_call,
     softmax_is_bound_by_its_lanes,
     every_transfer_is_done_within_the_bandwidth,
-    queries_and_keys_are_loaded_at_least_once,
-    values_are_loaded_at_least_once,
+    what_is_kept_is_not_loaded,
+    what_is_kept_is_loaded_where_nothing_is,
     the_output_is_stored_once,
-    indices_and_bitmaps_are_loaded,
+    the_index_is_loaded_entry_by_entry,
     a_bias_is_loaded_at_most_once_an_instance,
-    every_loaded_token_is_decoded_within_the_rate,
+    every_head_of_every_token_is_decoded_once,
 )

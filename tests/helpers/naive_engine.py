@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from types import SimpleNamespace
 
+from naive_index import stage_index
 from naive_transfers import Transfers
 
 from sievit.accel.vitcod.program import INDEX, SDDMM, K, Q, V
@@ -28,49 +29,93 @@ class Twin(Transfers):
         self.softmax_free = [0, 0, 0]
         self.ready = {}  # (unit, row) -> first cycle in which the probabilities are there
         self.left = {}  # (unit, row) -> scores still missing
+        self.one_stream = mapping.schedule.index_streams == 1
+        self.begun_tiles = Counter()  # (unit, kind) -> key tiles
+        self.lists = defaultdict(list)  # (unit, key tile, row) -> keys of its scores
 
     def begin(self, stage):
-        plan, p = stage["plan"], self.p
+        p, unit, kind = self.p, int(stage["unit"]), int(stage["kind"])
         self.turn = 0
-        self.lines = []
-        for number in range(self.hw.lines):
-            pieces = []
-            for piece in p.pieces[slice(*p.line_piece[plan, number : number + 2])]:
-                first, length = int(piece["first"]), int(piece["length"])
-                dense = piece["round"] < 0
-                operands = range(first, first + length)
-                if not dense:
-                    operands = [int(p.entries["operand"][e]) for e in operands]
-                pieces.append(
-                    SimpleNamespace(
-                        vector=int(piece["vector"]),
-                        operands=list(operands),
-                        dense=dense,
-                        round=int(piece["round"]),
-                    )
-                )
-            entries = p.entries["arrival"][slice(*p.line_entry[plan, number : number + 2])]
-            self.lines.append(
-                SimpleNamespace(
-                    pieces=pieces,
-                    stream=[int(a) for a in entries],
-                    registers=0,  # entries read and not used up
-                    word=0,
-                    asked=False,  # for a query that was not there
-                    holds=False,
-                    preload=0,
-                    drain=[],  # words of the last row
-                )
+        self.tile = self.begun_tiles[unit, kind]
+        self.begun_tiles[unit, kind] += 1
+        self.lines = [
+            SimpleNamespace(
+                pieces=self.pieces_of(stage, number),
+                stream=[],  # (bytes of the stream that must be there, bytes that reading frees)
+                registers=0,  # entries read and not used up
+                word=0,
+                asked=False,  # for a query that was not there
+                holds=False,
+                preload=0,
+                drain=[],  # words of the last row
             )
-        unit = int(stage["unit"])
+            for number in range(self.hw.lines)
+        ]
+        if self.one_stream and kind != SDDMM:
+            self.read_lists(unit)
+        self.open_stream(stage)
         if stage["opens_unit"]:
             rows = p.row_scores[slice(*p.unit_row[unit : unit + 2])]
             self.left |= {(unit, row): int(scores) for row, scores in enumerate(rows)}
 
-    def on_chip(self, stage, arrival):
+    def pieces_of(self, stage, number):
+        """Of one line, in its order."""
+        made, p, plan = [], self.p, stage["plan"]
+        for piece in p.pieces[slice(*p.line_piece[plan, number : number + 2])]:
+            first, length = int(piece["first"]), int(piece["length"])
+            dense = piece["round"] < 0
+            operands = list(range(first, first + length))
+            if not dense and not (self.one_stream and stage["kind"] != SDDMM):
+                operands = [int(p.entries["operand"][entry]) for entry in operands]
+            made.append(
+                SimpleNamespace(
+                    vector=int(piece["vector"]),
+                    operands=operands,
+                    dense=dense,
+                    round=int(piece["round"]),
+                    place=int(piece["place"]),
+                )
+            )
+        return made
+
+    def read_lists(self, unit):
+        """The pieces of a row share out its list, in the order of their places: as SDDMM wrote
+        it, or sorted."""
+        rows = defaultdict(list)
+        for piece in (piece for line in self.lines for piece in line.pieces if not piece.dense):
+            rows[piece.vector].append(piece)
+        for row, pieces in rows.items():
+            keys = list(self.lists[unit, self.tile, row])
+            if self.hw.sorted_lists:
+                keys.sort()
+            assert len(keys) == sum(len(piece.operands) for piece in pieces)
+            for piece in sorted(pieces, key=lambda piece: piece.place):
+                count = len(piece.operands)
+                piece.operands, keys = keys[:count], keys[count:]
+
+    def open_stream(self, stage):
+        """When each entry of the stage is whole in IdxBuf, and which bytes reading it frees."""
+        _, head, rows = self.places[int(stage["unit"])]
+        pieces = [
+            (number, piece.vector, list(piece.operands))
+            for number, line in enumerate(self.lines)
+            for piece in line.pieces
+            if not piece.dense
+        ]
+        keys = self.mp.key_tiles[self.tile]
+        _, stream = stage_index(self.mp, int(stage["kind"]), head, rows, keys, pieces)
+        bits = whole = 0
+        entries = defaultdict(dict)
+        for line, number, size in stream:
+            before, bits = whole, bits + size
+            whole = -(-bits // 8)
+            entries[line][number] = int(stage["index_bytes"]) + whole, whole - before
+        for line, mine in entries.items():
+            self.lines[line].stream = [mine[number] for number in range(len(mine))]
+
+    def on_chip(self, entry):
         """Is this entry of the stage's index stream in IdxBuf?"""
-        end = int(stage["index_bytes"]) + (arrival + 1) * self.mp.entry_bytes
-        return self.channels[INDEX].arrived >= end
+        return self.channels[INDEX].arrived >= entry[0]
 
     def ask(self, banks, banks_read, word):
         """0: the bank is taken by another word, 1: the word is read anyway, 2: a new read."""
@@ -82,27 +127,29 @@ class Twin(Transfers):
         return 2 if first else 1
 
     def step_lines(self, stage, cycle):
-        self.reads, self.cycle = 0, cycle
+        self.reads, self.freed, self.cycle = 0, 0, cycle
         self.operand_reads, self.key_reads, self.drained = {}, {}, set()
         did = Counter()
         start = cycle % self.hw.lines
         for line in self.lines[start:] + self.lines[:start]:
             step = self.scores if stage["kind"] == SDDMM else self.values
             did[step(stage, line)] += 1
-        self.channels[INDEX].used -= self.reads * self.mp.entry_bytes * self.unit
+        self.channels[INDEX].used -= self.freed * self.unit
         if not any(line.pieces and line.pieces[0].round == self.turn for line in self.lines):
             self.turn += 1
         return did
 
     def read_index(self, stage, line):
         """Returns what the line waits for if its operand was not known when the cycle began."""
+        if self.one_stream and stage["kind"] != SDDMM:
+            return None
         known = line.pieces[0].dense or line.registers > 0
         stall = None
         if not known:
-            stall = "index_port" if self.on_chip(stage, line.stream[0]) else "index_refill"
+            stall = "index_port" if self.on_chip(line.stream[0]) else "index_refill"
         free = line.stream and line.registers < 2 and self.reads < self.hw.index_entries_per_cycle
-        if free and self.on_chip(stage, line.stream[0]):
-            line.stream.pop(0)
+        if free and self.on_chip(line.stream[0]):
+            self.freed += line.stream.pop(0)[1]
             line.registers += 1
             self.reads += 1
             self.count["index_reads"] += 1
@@ -117,7 +164,7 @@ class Twin(Transfers):
         heads = self.mp.group if channel != V else 1
         _, head, _ = self.places[int(stage["unit"])]
         for transfer in self.p.transfers[first:last]:
-            begin, count = int(transfer["token"]), int(transfer["bytes"] // transfer["token_bytes"])
+            begin, count = int(transfer["token"]), int(transfer["tokens"])
             if begin <= token < begin + count:
                 return begin * heads + head % heads * count + token - begin
         raise AssertionError(f"token {token} is in no chunk")
@@ -169,6 +216,8 @@ class Twin(Transfers):
             self.count["waited" if line.asked else "forwarded"] += 1
             line.asked = False
         if self.advance(line, words):
+            if not piece.dense:
+                self.lists[int(stage["unit"]), self.tile, row].append(piece.vector)
             self.score_done(int(stage["unit"]), row)
             if line.pieces[:1] != [piece]:
                 line.holds = False
@@ -260,7 +309,7 @@ class Twin(Transfers):
         raise AssertionError("the twin does not end")
 
     def is_over(self, cycle):
-        busy = any(c.queue or (c.decoded and c.landed > c.arrived) for c in self.channels)
+        busy = any(c.queue or (c.staged and c.landed > c.arrived) for c in self.channels)
         ended = self.stage == len(self.p.stages) and not busy
         return ended and not (self.stepped and self.memory_busy(cycle))
 

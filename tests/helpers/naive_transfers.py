@@ -10,7 +10,10 @@ import numpy as np
 from sievit.accel.dram import controller
 from sievit.accel.dram.ddr4 import DRAM_TIMINGS
 from sievit.accel.dram.state import new_dram
-from sievit.accel.vitcod.program import CODEC, INDEX, STORE, K, Q, V
+from sievit.accel.vitcod.program import CODEC, INDEX, LATENT, STORE, K, Q, V
+
+CHUNKS = (Q, K, V, LATENT)
+"""Channels whose transfers take room in a region as a whole."""
 
 
 class Transfers:
@@ -21,10 +24,13 @@ class Transfers:
         self.tokens = {Q: [], K: [], V: []}
         self.decoded = {Q: [], K: []}
         self.transfer_times = {}
-        word = self.hw.word_bytes
-        ports = {Q: self.hw.q_banks * word, K: self.hw.k_banks * word, V: self.hw.v_banks * word}
-        sizes = {Q: self.hw.q_buffer_bytes, K: self.hw.k_buffer_bytes, V: self.hw.v_buffer_bytes}
-        sizes[INDEX] = self.hw.index_buffer_bytes
+        word, cut, kept = self.hw.word_bytes, self.mp.cut, self.mp.kept
+        ports = {Q: self.hw.q_banks, K: self.hw.k_banks, V: self.hw.v_banks}
+        ports[LATENT] = self.hw.latent_banks
+        sizes = {Q: cut.q, K: cut.k, V: cut.v, INDEX: self.hw.index_buffer_bytes}
+        sizes[LATENT] = self.mp.latent_space_bytes
+        here = {Q: kept.q, K: kept.k, V: kept.v, LATENT: kept.latents}
+        self.resident = self.mp.resident_latents
         self.channels = [
             SimpleNamespace(
                 number=c,
@@ -33,20 +39,25 @@ class Transfers:
                 done=0,
                 used=0,
                 capacity=sizes.get(c, 10**12) * self.unit,
-                port=ports.get(c, 10**12) * self.unit,
+                port=ports[c] * word * self.unit if c in ports else 10**12,
                 landed=0,
                 history=[],
                 sent=0,
                 arrived=0,
-                decoded=bool(self.mp.decode_macs) and c in (Q, K),
+                # Latents that come by this channel pass the decoder, or latents on chip do.
+                staged=bool(self.mp.decode_macs) and c in (Q, K) and not self.resident,
+                decoded=c in (Q, K) and self.resident,
                 bursts=list(self.p.bursts[slice(*self.p.channel_burst[c : c + 2])]),
                 asked=[],  # lines on their way
                 wanted_tokens=0,
                 budget=0,
                 held_up=False,
             )
-            for c in range(6)
+            for c in range(7 if self.resident else 6)
         ]
+        for number, chunks in here.items():
+            for _ in range(chunks):
+                self.keep(self.channels[number])
         self.stepped = self.hw.dram_model == "ddr4"
         self.credit = 0
         if self.stepped:
@@ -56,6 +67,22 @@ class Transfers:
         self.decoding, self.decode_left = K, 0
         self.decoder_rate = self.mp.decoder_rate
 
+    def keep(self, c):
+        """The channel's next chunk is on chip from the beginning."""
+        number = c.queue.pop(0)
+        tokens = int(self.p.transfers["tokens"][number])
+        c.loaded.append(number)
+        c.used += int(self.p.transfers["room"][number]) * self.unit
+        c.landed = c.sent = c.arrived = c.wanted_tokens = c.landed + tokens
+        self.transfer_times[number] = [0, 0]
+        if c.number in self.tokens:
+            self.tokens[c.number] += [0] * tokens
+
+    @property
+    def loading(self):
+        """Channels that the memory brings something by."""
+        return [c for c in self.channels if c.number != STORE and not c.decoded]
+
     def ddr4(self, cycle, stage):
         """Whole lines, asked of the memory's controllers (which have a twin of their own)."""
         clock = Fraction(DRAM_TIMINGS[self.hw.dram_timing].clock_hz, self.hw.clock_hz)
@@ -63,7 +90,7 @@ class Transfers:
         for number in range(self.hw.dram_channels):
             controller.advance(self.memory, number, time)
         self.free(stage)
-        for c in self.channels[:STORE]:
+        for c in self.loading:
             while c.asked and self.landed(c.asked[0], time, cycle):
                 self.land(c, cycle)
         before = self.count["dram_lines"]
@@ -111,7 +138,7 @@ class Transfers:
 
     def wanted(self, c, stage):
         """The need of a channel's next transfer, if it may begin."""
-        if not c.queue or self.p.transfers["after"][c.queue[0]] > stage:
+        if c.decoded or not c.queue or self.p.transfers["after"][c.queue[0]] > stage:
             return None
         return int(self.p.transfers["need"][c.queue[0]])
 
@@ -125,9 +152,9 @@ class Transfers:
         first = number not in self.transfer_times
         if c.number == INDEX and units > c.capacity - c.used:
             return False
-        if c.number < INDEX and first and c.used + int(t["room"]) * self.unit > c.capacity:
+        if c.number in CHUNKS and first and c.used + int(t["room"]) * self.unit > c.capacity:
             return False
-        if c.decoded and c.wanted_tokens > c.arrived:
+        if c.staged and c.wanted_tokens > c.arrived:
             waiting = int(t["token"] + burst["tokens"]) - c.arrived
             if waiting > self.mp.staging_tokens:
                 return False
@@ -139,7 +166,7 @@ class Transfers:
         units = int(burst["bytes"]) * self.unit
         if number not in self.transfer_times:
             self.transfer_times[number] = [cycle, None]
-            if c.number < INDEX:
+            if c.number in CHUNKS:
                 c.used += int(self.p.transfers["room"][number]) * self.unit
         if c.number == INDEX:
             c.used += units
@@ -161,7 +188,7 @@ class Transfers:
     def memory_busy(self, cycle):
         """Lines on their way, or not yet written, when nothing more will be asked for."""
         clock = Fraction(DRAM_TIMINGS[self.hw.dram_timing].clock_hz, self.hw.clock_hz)
-        now, busy = self.memory.controllers, any(c.asked for c in self.channels[:STORE])
+        now, busy = self.memory.controllers, any(c.asked for c in self.loading)
         now["wake"] = np.where(now["flush"] == 0, np.minimum(now["wake"], now["now"]), now["wake"])
         now["flush"] = 1
         waiting = sum(int(now[name].sum()) for name in ("reads", "writes", "queued"))
@@ -175,20 +202,29 @@ class Transfers:
             self.count["dram_refreshes"] = made["refreshes"].sum()
 
     def in_turn(self, cycle):
-        return [self.channels[(cycle + step) % 6] for step in range(6)]
+        count = len(self.channels)
+        return [self.channels[(cycle + step) % count] for step in range(count)]
 
     def free(self, stage):
-        for c in self.channels[:3]:
+        """The room of whole chunks that no stage needs any more, nor the decoder."""
+        for c in (c for c in self.channels if c.number in CHUNKS):
             while c.loaded and self.p.transfers["release"][c.loaded[0]] <= stage:
+                if c.number == LATENT and self.still_decoding(c.loaded[0]):
+                    break
                 c.used -= int(self.p.transfers["room"][c.loaded.pop(0)]) * self.unit
+
+    def still_decoding(self, block):
+        """Is a token to be decoded whose latents this block holds?"""
+        wanted = [c.queue[0] for c in self.channels[:V] if c.queue]
+        return any(self.block_of(number) == block for number in wanted)
 
     def dram(self, cycle, stage):
         self.free(stage)
-        credit, entered = self.rate, [0] * 6
+        credit, entered = self.rate, [0] * 7
         while credit:
             best = None
             for c in self.in_turn(cycle):
-                if not c.queue:
+                if c.decoded or not c.queue:
                     continue
                 t = self.p.transfers[c.queue[0]]
                 if t["after"] > stage or (best and t["need"] >= best[0]):
@@ -212,7 +248,7 @@ class Transfers:
             return min(left, c.capacity - c.used)
         if c.done == 0 and c.used + int(t["room"]) * self.unit > c.capacity:
             return 0
-        if c.decoded:
+        if c.staged:
             width = int(t["token_bytes"]) * self.unit
             free = self.mp.staging_tokens - (c.landed - c.arrived)
             return min(left, free * width - c.done % width)
@@ -222,7 +258,7 @@ class Transfers:
         number = c.queue[0]
         if c.done == 0:
             self.transfer_times[number] = [cycle, None]
-            if c.number < INDEX:
+            if c.number in CHUNKS:
                 c.used += int(t["room"]) * self.unit
         if c.number == INDEX:
             c.used += given
@@ -238,14 +274,86 @@ class Transfers:
             self.count["stores_done"] += c.number == STORE
 
     def arrive(self, cycle):
-        for c in self.channels[:5]:
+        for c in self.loading:
             c.history.append(c.landed)
             then = cycle - (0 if self.stepped else self.hw.dram_latency_cycles)
-            c.sent = c.history[then] if then >= 0 else 0
-            if not c.decoded:
+            if then >= 0:
+                c.sent = c.history[then]
+            if not c.staged:
                 c.arrived = c.sent
         if self.mp.decode_macs and self.channels[CODEC].arrived >= self.mp.codec_bytes:
-            self.decode(cycle)
+            (self.decode_resident if self.resident else self.decode)(cycle)
+
+    def decode_resident(self, cycle):
+        """Token after token of Q and K from the latents on chip, what the earlier stage needs
+        first, both in turn where one stage needs them."""
+        credit = self.decoder_rate
+        while credit:
+            if not self.decode_left:
+                ready = [c for c in self.channels[:V] if self.can_be_decoded(c)]
+                if not ready:
+                    break
+                needs = {c.number: int(self.p.transfers["need"][c.queue[0]]) for c in ready}
+                first = [side for side in needs if needs[side] == min(needs.values())]
+                if len(first) == 2:
+                    first.remove(self.decoding)
+                self.decoding = first[0]
+                self.decode_left = self.mp.decode_macs
+                self.begin_token(self.channels[self.decoding])
+            given = min(credit, self.decode_left)
+            credit -= given
+            self.decode_left -= given
+            if self.decode_left == 0:
+                self.end_token(self.channels[self.decoding], cycle)
+        for c in self.channels[:V]:
+            in_work = self.decode_left and self.decoding == c.number
+            c.sent = c.arrived + bool(in_work or self.can_be_decoded(c))
+        self.count["decoder_macs"] += self.decoder_rate - credit
+        self.count["decoder_cycles"] += credit < self.decoder_rate
+
+    def can_be_decoded(self, c):
+        """Is there a token with room for its chunk and all its latents on chip?"""
+        if not c.queue:
+            return False
+        t = self.p.transfers[c.queue[0]]
+        full = c.used + int(t["room"]) * self.unit > c.capacity
+        if not c.done and (full or t["after"] > self.stage):
+            return False
+        return self.latent_of(c) < self.channels[LATENT].arrived
+
+    def begin_token(self, c):
+        if not c.done:
+            c.used += int(self.p.transfers["room"][c.queue[0]]) * self.unit
+
+    def end_token(self, c, cycle):
+        c.arrived += 1
+        c.done += 1
+        self.decoded[c.number].append(cycle + 1)
+        if c.done == self.p.transfers["tokens"][c.queue[0]]:
+            c.loaded.append(c.queue.pop(0))
+            c.done = 0
+
+    def block_of(self, chunk):
+        """The transfer of the latents that a chunk of Q or K is decoded from: blocks come once
+        each, in order."""
+        instance, head, _ = self.places[int(self.p.stages["unit"][self.p.transfers["need"][chunk]])]
+        groups = self.mp.op.codec.groups
+        block = instance * groups + head * groups // self.mp.op.heads
+        return int(self.p.channel_first[LATENT]) + block
+
+    def latent_of(self, c):
+        """The channel's next token among all latents: those of a block's keys, then those of
+        its queries, in their original order."""
+        op, chunk = self.mp.op, c.queue[0]
+        _, head, rows = self.places[int(self.p.stages["unit"][self.p.transfers["need"][chunk]])]
+        place = c.done
+        if c.number == Q and not self.mp.whole_queries:
+            place += rows.start
+        if op.masks:
+            mask = op.masks[head]
+            place = int((mask.query_order if c.number == Q else mask.key_order)[place])
+        place += op.keys if c.number == Q else 0
+        return int(self.p.transfers["token"][self.block_of(chunk)]) + place
 
     def decode(self, cycle):
         credit = self.decoder_rate

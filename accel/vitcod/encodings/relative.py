@@ -24,7 +24,10 @@ def bounds(operands: int, vectors: int, most_entries: int, named: bool) -> Width
     """Of a tile of so many operands and vectors."""
     start = bits_below(operands + 1) + _later_blocks(operands) * COUNT_BITS
     return Widths(
-        start + (bits_below(vectors) if named else 0), ENTRY_BITS, bits_below(vectors + 1)
+        start + (bits_below(vectors) if named else 0),
+        ENTRY_BITS,
+        bits_below(vectors + 1),
+        APART_BITS,
     )
 
 

@@ -14,11 +14,12 @@ from ..assign import DENSE_ROUND, Assignment
 
 class Widths(NamedTuple):
     """No stage asks for more bits than these: for where a vector (a piece of one) begins, for
-    an entry, and for the length of a row's list of scores."""
+    an entry, for the length of a row's list of scores, and once for the stage itself."""
 
     start_bits: int
     entry_bits: int
     row_bits: int
+    stage_bits: int = 0
 
 
 @dataclass(frozen=True, eq=False)

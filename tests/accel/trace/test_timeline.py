@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sievit.accel import presets, simulate
+from sievit.accel.schedule import Schedule
 from sievit.accel.simulators.registry import SIMULATORS
 from sievit.accel.trace.perfetto import trace_events, write_trace
 from sievit.accel.trace.timeline import Slice, Timeline, operation_starts, record
@@ -216,6 +217,29 @@ def test_counters_integrate_to_the_bytes(timelines):
             total[tensor] += rate * 1e9 * (following["ts"] - event["ts"]) * 1e-6
     for tensor, size in total.items():
         assert size == pytest.approx(timeline.work(f"DRAM {tensor}"), rel=0.02), tensor
+
+
+@pytest.mark.parametrize("latents", ["fill", "resident"])
+@pytest.mark.parametrize("lists", [True, False])
+def test_resident_latents_kept_chunks_and_lists_have_their_slices(latents, lists):
+    """Each head decoded, DRAM bytes and busy lines as reported; what is on chip has no slice."""
+    hardware = replace(SMALL, sorted_lists=lists, other_buffer_bytes=8192)
+    schedule = Schedule(latents=latents)
+    found = record(workload(), hardware, batch=2, schedule=schedule)
+    expected = defaultdict(int)
+    for row in found.report.traffic(attention_only=True):
+        if row.level == "dram":
+            expected[row.tensor] += row.total_bytes
+    for tensor in ("Q", "K", "V", "latent Q and K", "output"):
+        slices = [piece for piece in found.slices if piece.track == f"DRAM {tensor}"]
+        assert sum(piece.work for piece in slices) == expected[tensor]
+        assert all(piece.work for piece in slices)
+    assert (expected["latent Q and K"] > 0) == (latents == "resident")
+    assert expected["V"] < 2 * 2 * 4 * 40 * 16  # of both calls: the first heads stayed
+    lines = found.work("denser lines") + found.work("sparser lines")
+    assert lines == found.report.stalls()["busy"]
+    decoded = found.work("decoder Q") + found.work("decoder K")
+    assert decoded == 2 * 2 * 4 * 2 * 16 * (40 + 40)  # calls, images, heads, latents, dim, tokens
 
 
 def test_batches_and_bad_arguments():

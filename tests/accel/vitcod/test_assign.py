@@ -25,7 +25,7 @@ def random_case(seed, policy):
     indptr, indices = random_sparse(rng)
     dense = (int(rng.integers(0, 7)), int(rng.integers(0, 12)))
     lines, shift = int(rng.integers(1, 9)), int(rng.integers(0, 5))
-    made = assign(indptr, indices, *dense, lines, policy, shift)
+    made = assign(indptr, indices, *dense, lines, policy, (50, 100, 108)[seed % 3], shift)
     return indptr, indices, dense, lines, shift, made
 
 
@@ -151,17 +151,19 @@ def test_lockstep_has_one_vector_a_round_spread_evenly(seed):
 @pytest.mark.parametrize("vectors", [0, 1, 3, 8, 9, 20])
 @pytest.mark.parametrize("operands", [1, 2, 7, 30])
 @pytest.mark.parametrize("entries", [0, 1, 50, 500])
-def test_split_ends_first_of_all_splits(vectors, operands, entries):
+@pytest.mark.parametrize("percent", [10, 100, 108, 250])
+def test_split_ends_first_of_all_splits(vectors, operands, entries, percent):
+    """Where an entry of the sparser engine takes ``percent`` of the time of an operand."""
     lines = 8
     nothing = np.zeros(0, dtype=np.int64)
 
     def slower(denser):
-        made = assign(np.zeros(1), nothing, vectors, operands, denser, "balanced")
+        made = assign(np.zeros(1), nothing, vectors, operands, denser, "balanced", 100)
         loads = [sum(len(ops) for *_, ops in pieces) for pieces in by_line(made)]
         assert max(loads) == denser_length(vectors, operands, denser)
-        return max(max(loads), -(-entries // (lines - denser)))
+        return max(max(loads), -(-(entries * percent // 100) // (lines - denser)))
 
-    denser, sparser = split_lines(vectors, operands, entries, lines)
+    denser, sparser = split_lines(vectors, operands, entries, lines, percent)
     if not vectors:
         assert (denser, sparser) == (0, lines)
     elif not entries:
@@ -173,4 +175,4 @@ def test_split_ends_first_of_all_splits(vectors, operands, entries):
 
 
 def test_one_line_serves_both_engines():
-    assert split_lines(3, 4, 5, 1) == (1, 1)
+    assert split_lines(3, 4, 5, 1, 108) == (1, 1)

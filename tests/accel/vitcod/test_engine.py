@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from engine_laws import OLD
 from naive_engine import Twin
 from numba import njit
 
 from sievit.accel import jit as compiled
 from sievit.accel.hardware import Hardware, presets
-from sievit.accel.schedule import ASSIGNMENTS, DEFAULT, Schedule
+from sievit.accel.schedule import ASSIGNMENTS, LATENTS, SCRATCHPADS, Schedule
 from sievit.accel.vitcod import engine
-from sievit.accel.vitcod.mapper import choose
+from sievit.accel.vitcod.encodings import ENCODINGS
+from sievit.accel.vitcod.mapper import candidates, choose
 from sievit.accel.vitcod.program import V, build
 from sievit.accel.vitcod.registers import COUNTS, PHASES, STALLS
+from sievit.accel.vitcod.scratchpad import Cut
 from sievit.workload import Attention, AttentionMask, HeadCodec, polarize_head
 
 SMALL = Hardware(
@@ -54,12 +58,10 @@ def attention(rng, *, queries, keys, dim=16, value_dim=None, heads=1, density=0.
                      masks=tuple(made) if masks else None, codec=codec)  # fmt: skip
 
 
-def both(op, hardware, instances=1, schedule=DEFAULT):
-    """(program, trace, twin) of an attention call."""
-    mapping = choose(op, hardware, schedule)
+def both(mapping, instances=1):
+    """(trace, twin) of a mapped attention call."""
     program, _ = build(mapping, instances)
-    trace = engine.run(program, mapping)
-    return program, trace, Twin(program, hardware, mapping).run()
+    return engine.run(program, mapping), Twin(program, mapping.hardware, mapping).run()
 
 
 def assert_equal_runs(trace, twin):
@@ -68,7 +70,7 @@ def assert_equal_runs(trace, twin):
     assert trace.stage_engines.tolist() == twin.engines
     assert trace.stage_stalls.tolist() == [[s[name] for name in STALLS] for s in twin.stalls]
     assert trace.stage_times.tolist() == twin.stage_times
-    times = [twin.transfer_times[i] for i in range(len(trace.transfer_times))]
+    times = [twin.transfer_times.get(i, [0, 0]) for i in range(len(trace.transfer_times))]
     assert trace.transfer_times.tolist() == times
     units = [(u, r) for u, n in enumerate(np.diff(twin.p.unit_row)) for r in range(n)]
     assert trace.row_ready.tolist() == [twin.ready.get(place, 0) for place in units]
@@ -78,41 +80,61 @@ def assert_equal_runs(trace, twin):
             assert not found[side, len(ends) :].any()
 
 
-def random_case(seed):
-    """A machine and a call that fits it, anything varied."""
-    rng = np.random.default_rng(seed)
-    pick = lambda *values: values[rng.integers(len(values))]  # noqa: E731
-    square = rng.random() < 0.6
-    queries = int(rng.integers(1, 20))
-    heads = pick(1, 2, 4)
-    codec = None
-    if heads > 1 and rng.random() < 0.5:
-        groups = pick(1, 2)
-        codec = HeadCodec(heads, pick(groups, heads), groups)
-    hardware = replace(
+def picker(rng):
+    return lambda *values: values[rng.integers(len(values))]
+
+
+def random_machine(rng):
+    pick = picker(rng)
+    return replace(
         SMALL,
         lines=pick(1, 2, 3, 4, 7),
-        assignment=ASSIGNMENTS[seed % 3],
         q_banks=pick(1, 2, 5, 8),
         k_banks=pick(1, 2, 4),
         v_banks=pick(1, 3, 8),
         output_banks=pick(1, 2, 4),
+        latent_banks=pick(1, 2, 8),
         index_entries_per_cycle=pick(1, 2, 8),
         pipeline_cycles=pick(0, 1, 4),
         reconfigure_cycles=pick(0, 3),
         softmax_lanes=pick(1, 4),
         softmax_latency_cycles=pick(0, 30),
+        sorted_lists=pick(True, False),
         dram_latency_cycles=pick(0, 1, 20),
         dram_bytes_per_s=pick(500_000_000, 3_300_000_000, 40_000_000_000),
         decoder_macs=pick(1, 16, 500),
         q_buffer_bytes=pick(200, 512, 4096),
         k_buffer_bytes=pick(200, 512, 4096),
         v_buffer_bytes=pick(200, 4096),
-        index_buffer_bytes=pick(120, 400),
+        index_buffer_bytes=pick(160, 400),
         output_buffer_bytes=pick(1200, 8192),
         other_buffer_bytes=pick(300, 2048),
     )
-    op = attention(
+
+
+def random_schedule(rng):
+    pick = picker(rng)
+    return Schedule(
+        assignment=pick(*ASSIGNMENTS),
+        index_encoding=pick(*ENCODINGS),
+        scratchpad=pick(*SCRATCHPADS),
+        on_chip=pick("fitting", "fitting", "nothing"),
+        latents=pick(*LATENTS),
+        index_streams=pick(1, 1, 2),
+        sparser_percent=pick(50, 100, 108, 200),
+    )
+
+
+def random_call(rng):
+    pick = picker(rng)
+    square = rng.random() < 0.6
+    queries = int(rng.integers(1, 20))
+    heads = pick(1, 2, 4)
+    codec = None
+    if heads > 1 and rng.random() < 0.6:
+        groups = pick(1, 2)
+        codec = HeadCodec(heads, pick(groups, heads), groups)
+    return attention(
         rng,
         queries=queries,
         keys=queries if square else int(rng.integers(1, 20)),
@@ -124,28 +146,66 @@ def random_case(seed):
         min_kept=pick(0, queries // 2, queries),
         masks=rng.random() < 0.9,
     )
-    return op, hardware, pick(1, 1, 2)
 
 
-@pytest.mark.parametrize("seed", range(60))
+def random_case(seed, memory=lambda hardware: hardware):
+    """(mapping, instances): a call on a machine that it fits, anything varied; one of the
+    mappings that the machine could take, often with something on chip from the beginning."""
+    rng = np.random.default_rng(seed)
+    pick = picker(rng)
+    while True:
+        op, hardware, instances = random_call(rng), memory(random_machine(rng)), pick(1, 1, 2)
+        room = pick(0, 700, 10**6)
+        made = candidates(op, hardware, random_schedule(rng), instances, room)
+        if made:
+            return pick(*made[:8]), instances
+
+
+@pytest.mark.parametrize("seed", range(160))
 def test_equals_its_naive_twin(seed):
-    op, hardware, instances = random_case(seed)
-    _, trace, twin = both(op, hardware, instances)
-    assert_equal_runs(trace, twin)
+    assert_equal_runs(*both(*random_case(seed)))
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(80))
 def test_equals_its_naive_twin_on_ddr4(seed):
-    op, hardware, instances = random_case(seed)
-    hardware = replace(
-        hardware,
-        dram_model="ddr4",
-        dram_bytes_per_s=(1, 2, 4)[seed % 3] * 19_200_000_000,
-        dram_map=("groups_interleaved", "rows_interleaved")[seed % 2],
-        index_buffer_bytes=hardware.index_buffer_bytes + 100,
-    )
-    _, trace, twin = both(op, hardware, instances)
-    assert_equal_runs(trace, twin)
+    def memory(hardware):
+        return replace(
+            hardware,
+            dram_model="ddr4",
+            dram_bytes_per_s=(1, 2, 4)[seed % 3] * 19_200_000_000,
+            dram_map=("groups_interleaved", "rows_interleaved")[seed % 2],
+        )
+
+    assert_equal_runs(*both(*random_case(seed, memory)))
+
+
+def test_the_twin_has_met_every_part():
+    """What the random cases above must have held, each by name, and more than once."""
+    met = Counter()
+    for seed in range(160):
+        mapping, _ = random_case(seed)
+        op, kept = mapping.op, mapping.kept
+        sparse = op.masks is not None and any(mask.sparser_kept for mask in op.masks)
+        lists = sparse and mapping.one_stream
+        met["kept Q, K and V"] += min(kept.q, kept.k, kept.v) > 0
+        met["kept latents"] += kept.latents
+        met["values kept beside decoded heads"] += bool(op.codec) and kept.v > 0
+        met["resident latents"] += mapping.resident_latents
+        met["resident latents of several blocks"] += (
+            mapping.resident_latents and op.codec.groups > 1
+        )
+        met["resident latents, tiles of queries"] += (
+            mapping.resident_latents and not mapping.whole_queries
+        )
+        met["a group of heads"] += mapping.group > 1
+        met["lists as they were written"] += lists and not mapping.hardware.sorted_lists
+        met["sorted lists"] += lists and mapping.hardware.sorted_lists
+        met["lists over tiles of keys"] += lists and len(mapping.key_tiles) > 1
+        met["two streams"] += sparse and not mapping.one_stream
+        met["a cut scratchpad"] += mapping.cut != Cut.fixed(mapping.hardware)
+        for name in ENCODINGS:
+            met[name] += sparse and mapping.schedule.index_encoding == name
+    assert {name for name, times in met.items() if times < 4} == set()
 
 
 def head(keep, min_kept):
@@ -172,8 +232,9 @@ EDGES = {
 @pytest.mark.parametrize("masks", EDGES.values(), ids=EDGES)
 def test_edges(masks, policy):
     op = Attention("edge", len(masks), masks[0].queries, masks[0].keys, 12, 20, masks=masks)
-    _, trace, twin = both(op, SMALL, schedule=Schedule(assignment=policy))
-    assert_equal_runs(trace, twin)
+    for schedule in (OLD, Schedule()):
+        schedule = replace(schedule, assignment=policy)
+        assert_equal_runs(*both(choose(op, SMALL, schedule, 1, 500)))
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +246,26 @@ def deit_masks(golden):
 @pytest.mark.parametrize(("layer", "number"), [(2, 0), (7, 1), (10, 2)])
 def test_equals_its_twin_on_real_heads(deit_masks, layer, number):
     op = Attention("real", 1, 197, 197, 64, 64, masks=deit_masks[layer][number : number + 1])
-    _, trace, twin = both(op, presets["vitcod"])
-    assert_equal_runs(trace, twin)
+    assert_equal_runs(*both(choose(op, presets["vitcod"])))
+
+
+REAL = {
+    "latents and values on chip": (HeadCodec(3, 2), Schedule(latents="resident"), True, 150_000),
+    "latents that come, lists as they were written": (
+        HeadCodec(3, 2), Schedule(latents="resident"), False, 0,
+    ),
+    "plain heads on chip": (None, Schedule(), True, 60_000),
+    "two streams": (None, Schedule(index_streams=2), True, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_equals_its_twin_on_a_real_layer(deit_masks, name):
+    """The three heads of one layer, as a network has them."""
+    codec, schedule, sorted_lists, room = REAL[name]
+    hardware = replace(presets["vitcod"], sorted_lists=sorted_lists)
+    op = Attention("real", 3, 197, 197, 64, 64, masks=deit_masks[6], codec=codec)
+    assert_equal_runs(*both(choose(op, hardware, schedule, 1, room)))
 
 
 def test_a_machine_that_comes_to_a_stand_says_so():

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from engine_laws import OLD
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -15,11 +16,20 @@ from sievit.accel import Arithmetic, Quantized, integer_attention, quantize, sim
 from sievit.accel.arithmetic import FixedPoint, quantize_head_map
 from sievit.accel.hardware import Hardware, presets
 from sievit.accel.integer_attention import checked_rules, integer_softmax
-from sievit.accel.schedule import ASSIGNMENTS, Schedule
+from sievit.accel.schedule import (
+    ASSIGNMENTS,
+    DEFAULT,
+    LATENTS,
+    OBJECTIVES,
+    ON_CHIP,
+    SCRATCHPADS,
+    Schedule,
+)
+from sievit.accel.vitcod.encodings import ENCODINGS
 from sievit.accel.vitcod.executor import ProgramExecutor
 from sievit.accel.vitcod.functional import CodecWeights, arithmetic_of, coded_operands
 from sievit.accel.vitcod.mapper import candidates, choose
-from sievit.accel.vitcod.program import build
+from sievit.accel.vitcod.program import LATENT, K, build
 from sievit.workload import Attention, AttentionMask, HeadCodec, polarize_head
 
 QUICK = settings(derandomize=True, deadline=None, max_examples=60)
@@ -168,6 +178,7 @@ machines = st.builds(
     Hardware,
     lines=st.sampled_from([1, 3, 8, 64]),
     macs_per_line=st.sampled_from([1, 8]),
+    sorted_lists=st.booleans(),
     **{field: st.sampled_from([400, 900, 3000, 54272]) for field in BUFFERS},
 )
 
@@ -176,6 +187,13 @@ schedules = st.builds(
     Schedule,
     assignment=st.sampled_from(ASSIGNMENTS),
     mappings_stepped=st.sampled_from([1, 9]),
+    objective=st.sampled_from(OBJECTIVES),
+    scratchpad=st.sampled_from(SCRATCHPADS),
+    on_chip=st.sampled_from(ON_CHIP),
+    latents=st.sampled_from(LATENTS),
+    index_streams=st.sampled_from([1, 2]),
+    index_encoding=st.sampled_from(list(ENCODINGS)),
+    sparser_percent=st.sampled_from([50, 108]),
 )
 
 
@@ -220,8 +238,13 @@ def plain_attention(q, k, v, masks, codecs, arithmetic, **given):
 
 
 @ALL
-@given(calls(), machines, schedules, st.sampled_from([None, 1, 2]), st.booleans())
-def test_the_schedule_gives_the_plain_result_bit_for_bit(call, hardware, schedule, images, biased):
+@given(
+    calls(), machines, schedules, st.sampled_from([None, 1, 2]), st.booleans(),
+    st.sampled_from([0, 500, 10**6]),
+)  # fmt: skip
+def test_the_schedule_gives_the_plain_result_bit_for_bit(
+    call, hardware, schedule, images, biased, room
+):
     rng, masks, shape, sizes = call
     batch = () if images is None else (images,)
     q, k, v = (
@@ -232,8 +255,9 @@ def test_the_schedule_gives_the_plain_result_bit_for_bit(call, hardware, schedul
     bias = rng.standard_normal(sizes[:3]) if biased else None
     try:
         found = simulate_attention(
-            q, k, v, masks, hardware, codecs=codecs, bias=bias, schedule=schedule
-        )
+            q, k, v, masks, hardware, codecs=codecs, bias=bias, schedule=schedule,
+            on_chip_bytes=room,
+        )  # fmt: skip
     except ValueError as error:
         assert "does not fit the machine" in str(error)  # noqa: PT017
         assume(False)
@@ -253,10 +277,13 @@ def test_the_schedules_of_many_tiles_and_shared_passes_were_among_them():
     keep[:, :, 4] = True
     masks = tuple(polarize_head(h, 10) for h in keep)
     long = Attention("call", 2, 60, 60, 8, 8)
-    assert len(choose(long, tight).key_tiles) > 1
-    assert len(choose(long, tight).query_tiles) > 1
+    assert len(choose(long, tight, OLD).key_tiles) > 1
+    assert len(choose(long, tight, OLD).query_tiles) > 1
     shared = Attention("call", 2, 20, 20, 8, 8, masks=masks, codec=HeadCodec(2, 1))
-    assert choose(shared, presets["vitcod"]).group == 2
+    assert choose(shared, presets["vitcod"], OLD).group == 2
+    resident = choose(shared, presets["vitcod"], Schedule(latents="resident"), 1, 10**6)
+    assert resident.resident_latents
+    assert resident.kept.latents == 1
     assert not np.array_equal(masks[0].query_order, masks[1].query_order) or masks[0] != masks[1]
 
 
@@ -266,57 +293,87 @@ def test_heads_of_one_pass_with_unlike_orders_keep_all_queries_resident():
     masks = tuple(polarize_head(h, 10) for h in keep)
     op = Attention("call", 2, 24, 24, 8, 8, masks=masks, codec=HeadCodec(2, 1))
     tight = replace(presets["vitcod"], q_buffer_bytes=24 * 16 - 1)
-    assert max(made.group for made in candidates(op, presets["vitcod"])) == 2
-    assert max(made.group for made in candidates(op, tight)) == 1
+    assert max(made.group for made in candidates(op, presets["vitcod"], OLD)) == 2
+    assert max(made.group for made in candidates(op, tight, OLD)) == 1
     in_order = tuple(polarize_head(h[:, :23], 10) for h in keep)  # queries do not move
     alike = replace(op, keys=23, masks=in_order)
-    assert max(made.group for made in candidates(alike, tight)) == 2
+    assert max(made.group for made in candidates(alike, tight, OLD)) == 2
 
 
-def small_run(change):
+def small_run(change, schedule=DEFAULT, codec=None, room=0):
     """A run whose program was damaged."""
     rng = np.random.default_rng(2)
-    keep = rng.random((1, 12, 12)) < 0.4
-    masks = (polarize_head(keep[0], 6),)
-    op = Attention("call", 1, 12, 12, 8, 8, masks=masks)
-    mapping = choose(op, presets["vitcod"])
+    keep = rng.random((2, 12, 12)) < 0.4
+    masks = tuple(polarize_head(head, 6) for head in keep)
+    op = Attention("call", 2, 12, 12, 8, 8, masks=masks, codec=codec)
+    mapping = choose(op, presets["vitcod"], schedule, 1, room)
     program, _ = build(mapping, 1)
-    program = change(program)
-    q, k, v = (quantize(x) for x in operands(rng, 1, 12, 12, 8, 8))
+    mapping, program = change(mapping, program)
+    q, k, v = (quantize(x) for x in operands(rng, 2, 12, 12, 8, 8))
     rules = checked_rules(q, k, v, None, None, Arithmetic())
-    memory = (q.values[None], k.values[None], v.values[None])
-    return ProgramExecutor(mapping, program, memory, (None, None), rules, None).all_stages()
+    sides, decoders = (q, k), (None, None)
+    if codec:
+        made = coded_operands(q, k, (random_codec(rng, codec), random_codec(rng, codec)))
+        sides, decoders = [side.stored for side in made], tuple(side.decoder for side in made)
+    memory = (*(side.values[None] for side in sides), v.values[None])
+    return ProgramExecutor(mapping, program, memory, decoders, rules, None).all_stages()
 
 
-def repeated_piece(program):
+def repeated_piece(mapping, program):
     pieces = program.pieces.copy()
     pieces[1] = pieces[0]
-    return program._replace(pieces=pieces)
+    return mapping, program._replace(pieces=pieces)
 
 
-def early_values(program):
+def early_values(mapping, program):
     scores = program.row_scores.copy()
     scores += 1  # a score that never comes
-    return program._replace(row_scores=scores)
+    return mapping, program._replace(row_scores=scores)
 
 
-def no_keys(program):
-    transfers = program.transfers.copy()
-    transfers["token"][program.channel_first[1]] = 10**6
-    return program._replace(transfers=transfers)
+def transfer_with(channel, field, value):
+    """The channel's first transfer with another value in a field."""
+
+    def change(mapping, program):
+        transfers = program.transfers.copy()
+        transfers[field][program.channel_first[channel]] = value
+        return mapping, program._replace(transfers=transfers)
+
+    return change
+
+
+def no_room(mapping, program):
+    return replace(mapping, cut=mapping.cut._replace(v=12 * 8 - 1)), program
+
+
+def lists_too_far(mapping, program):
+    pieces = program.pieces.copy()
+    pieces["place"][pieces["round"] >= 0] += program.list_entries - pieces["place"].max() - 1
+    return mapping, program._replace(row_lists=program.row_lists * 0, pieces=pieces)
+
+
+RESIDENT = {"schedule": Schedule(latents="resident"), "codec": HeadCodec(2, 1)}
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "arguments", "message"),
     [
-        (repeated_piece, "made twice"),
-        (early_values, "before its softmax"),
-        (no_keys, "not on chip"),
+        (repeated_piece, {}, "made twice"),
+        (early_values, {}, "before its softmax"),
+        (transfer_with(K, "token", 10**6), {}, "token 0 of channel 1 is not on chip"),
+        (transfer_with(K, "token", 10**6), {"room": 10**6}, "channel 1 is not on chip"),
+        (transfer_with(LATENT, "token", 1), RESIDENT, "of channel 6 is not on chip"),
+        (transfer_with(LATENT, "release", 0), RESIDENT, "of channel 6 is not on chip"),
+        (transfer_with(LATENT, "token", 1), RESIDENT | {"room": 10**6}, "of channel 6 is not"),
+        (transfer_with(LATENT, "room", 10**6), RESIDENT, "channel 6 needs more than its region"),
+        (no_room, {}, "channel 2 needs more than its region has"),
+        (lists_too_far, {}, "a list is read beyond its keys"),
     ],
 )
-def test_a_wrong_schedule_is_noticed(change, message):
+def test_a_wrong_schedule_is_noticed(change, arguments, message):
+    small_run(lambda mapping, program: (mapping, program), **arguments)
     with pytest.raises(RuntimeError, match=message):
-        small_run(change)
+        small_run(change, **arguments)
 
 
 # ---------------------------------------------------------------- against float

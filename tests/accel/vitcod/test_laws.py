@@ -7,13 +7,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from engine_laws import LAWS, computed_entries, expected_entries, made_run
+from engine_laws import LAWS, OLD, computed_entries, expected_entries, made_run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sievit.accel.dram.ddr4 import ADDRESS_MAPS
 from sievit.accel.hardware import Hardware, presets
-from sievit.accel.schedule import ASSIGNMENTS
+from sievit.accel.schedule import (
+    ASSIGNMENTS,
+    DEFAULT,
+    LATENTS,
+    OBJECTIVES,
+    SCRATCHPADS,
+    Schedule,
+    UserMapping,
+)
+from sievit.accel.vitcod.encodings import ENCODINGS
 from sievit.accel.vitcod.mapper import candidates, choose
 from sievit.accel.vitcod.program import CHANNELS, INDEX, STORE, K, Q, V
 from sievit.accel.vitcod.registers import STALLS
@@ -53,11 +62,12 @@ def calls(draw):
 machines = st.builds(
     Hardware,
     lines=st.sampled_from([1, 2, 5, 8, 64]),
-    assignment=st.sampled_from(ASSIGNMENTS),
     q_banks=st.sampled_from([1, 4, 32]),
     k_banks=st.sampled_from([1, 4, 32]),
     v_banks=st.sampled_from([1, 4, 32]),
     output_banks=st.sampled_from([1, 4, 32]),
+    latent_banks=st.sampled_from([1, 4, 32]),
+    sorted_lists=st.booleans(),
     index_entries_per_cycle=st.sampled_from([1, 8]),
     pipeline_cycles=st.sampled_from([0, 4]),
     reconfigure_cycles=st.sampled_from([0, 4]),
@@ -69,9 +79,25 @@ machines = st.builds(
 )
 
 
-def run(op, hardware, instances=1, mapping=None):
+schedules = st.builds(
+    Schedule,
+    assignment=st.sampled_from(ASSIGNMENTS),
+    objective=st.sampled_from(OBJECTIVES),
+    scratchpad=st.sampled_from(SCRATCHPADS),
+    on_chip=st.sampled_from(["fitting", "fitting", "nothing"]),
+    latents=st.sampled_from(LATENTS),
+    index_streams=st.sampled_from([1, 2]),
+    index_encoding=st.sampled_from(list(ENCODINGS)),
+    sparser_percent=st.sampled_from([1, 100, 108, 300]),
+)
+
+rooms = st.sampled_from([0, 500, 3000, 10**6])
+"""Bytes that the projection may leave on chip."""
+
+
+def run(op, hardware, instances=1, mapping=None, schedule=DEFAULT, room=0):
     """(mapping, program, trace) of a call, every law checked."""
-    made = made_run(op, hardware, instances, mapping)
+    made = made_run(op, hardware, instances, mapping, schedule, room)
     for law in LAWS:
         law(made)
     return made.mapping, made.program, made.trace
@@ -79,39 +105,66 @@ def run(op, hardware, instances=1, mapping=None):
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 @exhaustive
-@given(op=calls(), hardware=machines, instances=st.sampled_from([1, 2]))
-def test_law(law, op, hardware, instances):
-    law(made_run(op, hardware, instances))
+@given(calls(), machines, st.sampled_from([1, 2]), schedules, rooms)
+def test_law(law, op, hardware, instances, schedule, room):
+    law(made_run(op, hardware, instances, None, schedule, room))
 
 
 @exhaustive
-@given(calls(), machines, st.sampled_from([1, 2]))
-def test_every_entry_is_computed_once(op, hardware, instances):
-    made = made_run(op, hardware, instances)
-    entries = computed_entries(op, made.mapping, made.program)
+@given(calls(), machines, st.sampled_from([1, 2]), schedules, rooms)
+def test_every_entry_is_computed_once(op, hardware, instances, schedule, room):
+    made = made_run(op, hardware, instances, None, schedule, room)
+    entries = computed_entries(made)
     assert len(entries) == instances * op.heads * 2
     for (_, head, _), times in entries.items():
         assert np.array_equal(times, expected_entries(op, head))
 
 
 @exhaustive
-@given(calls(), machines, st.sampled_from([60, 300, 900, 54272]), st.randoms())
-def test_laws_hold_on_every_mapping_that_may_be_taken(op, hardware, size, random):
+@given(calls(), machines, st.sampled_from([60, 300, 900, 54272]), schedules, rooms, st.randoms())
+def test_laws_hold_on_every_mapping_that_may_be_taken(op, hardware, size, schedule, room, random):
     fields = [field for field in BUFFERS if random.random() < 0.5]
     hardware = replace(hardware, **dict.fromkeys(fields, size))
-    for mapping in random.sample(made := candidates(op, hardware), min(len(made), 3)):
+    made = candidates(op, hardware, schedule, 1, room)
+    for mapping in random.sample(made, min(len(made), 3)):
         run(op, hardware, mapping=mapping)
 
 
-@exhaustive
-@given(calls(), machines, st.sampled_from([1, 2]))
-def test_laws_hold_where_no_buffer_has_a_byte_to_spare(op, hardware, instances):
-    """The least buffers that the refusal asks for are enough, and nothing comes to a stand."""
+def least_machine(op, hardware, schedule):
+    """The buffers that the refusal asks for where no buffer has more than a byte."""
     hardware = replace(hardware, **dict.fromkeys(BUFFERS, 1))
     with pytest.raises(ValueError, match="does not fit") as refusal:
-        choose(op, hardware)
-    needed = re.findall(r"(\w+) is 1, one pass needs at least (\d+)", str(refusal.value))
-    run(op, replace(hardware, **{name: int(size) for name, size in needed}), instances)
+        choose(op, hardware, schedule)
+    needed = re.findall(r"([\w +]+) is \d+, one pass needs at least (\d+)", str(refusal.value))
+    for names, size in needed:
+        first, *others = names.strip().split(" + ")
+        hardware = replace(hardware, **{first: int(size) - len(others)})
+    return hardware
+
+
+@exhaustive
+@given(calls(), machines, st.sampled_from([1, 2]), schedules)
+def test_laws_hold_where_no_buffer_has_a_byte_to_spare(op, hardware, instances, schedule):
+    """The least buffers that the refusal asks for are enough, and nothing comes to a stand."""
+    run(op, least_machine(op, hardware, schedule), instances, schedule=schedule)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_a_mapping_runs_in_the_least_index_buffer_that_it_is_granted(seed):
+    rng = np.random.default_rng(seed)
+    queries, keys, lines = (int(size) for size in rng.integers((2, 2, 1), (9, 9, 3)))
+    keep = rng.random((queries, keys)) < rng.choice([0.3, 0.6, 1.0])
+    op = Attention("call", 1, queries, keys, 8, 8, masks=(polarize_head(keep, queries),))
+    schedule = Schedule(
+        index_streams=int(rng.integers(1, 3)),
+        index_encoding=("relative", "relative", "absolute")[seed % 3],
+        assignment=ASSIGNMENTS[seed % 3],
+        mapping=UserMapping(),
+    )
+    with pytest.raises(ValueError, match="index_buffer_bytes is 1, it needs") as refusal:
+        choose(op, Hardware(lines=lines, index_buffer_bytes=1), schedule)
+    least = int(str(refusal.value).split("it needs ")[1])
+    run(op, Hardware(lines=lines, index_buffer_bytes=least), schedule=schedule)
 
 
 def ddr4_of(hardware, channels=4, dram_map="groups_interleaved"):
@@ -121,10 +174,10 @@ def ddr4_of(hardware, channels=4, dram_map="groups_interleaved"):
 
 
 @settings(exhaustive, max_examples=60)
-@given(calls(), machines, st.sampled_from([1, 2]), st.sampled_from([1, 4]))
-def test_laws_hold_on_ddr4(op, hardware, instances, channels):
+@given(calls(), machines, st.sampled_from([1, 2]), st.sampled_from([1, 4]), schedules, rooms)
+def test_laws_hold_on_ddr4(op, hardware, instances, channels, schedule, room):
     hardware = ddr4_of(hardware, channels, list(ADDRESS_MAPS)[instances - 1])
-    _, program, trace = run(op, hardware, instances)
+    _, program, trace = run(op, hardware, instances, None, schedule, room)
     assert trace.count("dram_lines") == len(program.bursts)
     rate = hardware.dram_bytes_per_cycle
     assert trace.count("cycles") * rate.numerator >= 64 * len(program.bursts) * rate.denominator
@@ -132,8 +185,9 @@ def test_laws_hold_on_ddr4(op, hardware, instances, channels):
         lines = program.bursts[slice(*program.channel_burst[channel : channel + 2])]
         assert lines["bytes"].sum() == program.dram_bytes(channel)
         assert (lines["bytes"] <= 64).all()
-    loads = program.channel_first[STORE]
-    took = np.diff(trace.transfer_times[:loads], axis=1)
+    loaded = program.transfers["bytes"] > 0
+    loaded[slice(*program.channel_first[STORE : STORE + 2])] = False
+    took = np.diff(trace.transfer_times[loaded], axis=1)
     assert (took >= hardware.dram_latency_cycles).all()
 
 
@@ -149,24 +203,17 @@ def test_ddr4_is_never_faster_than_flat(op, hardware, channels):
 
 
 @settings(exhaustive, max_examples=40)
-@given(calls(), machines)
-def test_ddr4_runs_where_no_buffer_has_a_byte_to_spare(op, hardware):
-    hardware = ddr4_of(replace(hardware, **dict.fromkeys(BUFFERS, 1)), 2)
-    with pytest.raises(ValueError, match="does not fit") as refusal:
-        choose(op, hardware)
-    needed = re.findall(r"(\w+) is 1, one pass needs at least (\d+)", str(refusal.value))
-    run(op, replace(hardware, **{name: int(size) for name, size in needed}))
+@given(calls(), machines, schedules)
+def test_ddr4_runs_where_no_buffer_has_a_byte_to_spare(op, hardware, schedule):
+    run(op, least_machine(op, ddr4_of(hardware, 2), schedule), schedule=schedule)
 
 
 @exhaustive
-@given(calls(), machines, st.sampled_from(BUFFERS), st.integers(1, 4000))
-def test_laws_hold_whatever_a_buffer_holds(op, hardware, field, size):
+@given(calls(), machines, st.sampled_from(BUFFERS), st.integers(1, 4000), schedules)
+def test_laws_hold_whatever_a_buffer_holds(op, hardware, field, size, schedule):
     hardware = replace(hardware, **{field: size})
-    try:
-        choose(op, hardware)
-    except ValueError:
-        assume(False)
-    run(op, hardware)
+    assume(candidates(op, hardware, schedule))
+    run(op, hardware, schedule=schedule)
 
 
 @pytest.mark.parametrize("codec", [None, HeadCodec(6, 3), HeadCodec(6, 4, groups=2)])
@@ -179,7 +226,7 @@ def test_many_tokens_overflow_the_buffers_and_the_bytes_say_so(codec):
     op = Attention(
         "long", 6, 1025, 1025, 64, 64, masks=(polarize_head(keep, 512),) * 6, codec=codec
     )
-    mapping, program, _ = run(op, hardware)
+    mapping, program, _ = run(op, hardware, schedule=OLD)
     assert len(mapping.key_tiles) > 1
     once = 6 * 1025 * 64
     assert program.dram_bytes(V) == len(mapping.query_tiles) * once
@@ -200,7 +247,8 @@ def test_heads_of_one_pass_share_the_banks_as_one_head_does():
     for groups in (1, 4):
         codec = HeadCodec(4, 4, groups)
         op = Attention("call", 4, 96, 96, 64, 64, masks=masks, codec=codec)
-        mapping, _, trace = run(op, replace(presets["vitcod"], decoder_macs=10**5))
+        hardware = replace(presets["vitcod"], decoder_macs=10**5)
+        mapping, _, trace = run(op, hardware, schedule=replace(DEFAULT, latents="fill"))
         assert mapping.group == 4 // groups
         stalled.append(int(trace.stage_stalls[:, STALLS.index("bank")].sum()))
     assert stalled[0] < 1.1 * stalled[1]
@@ -210,10 +258,11 @@ def test_4096_tokens():
     keep = np.random.default_rng(1).random((4096, 4096)) < 0.005
     keep[0] = keep[:, 0] = True
     op = Attention("longer", 1, 4096, 4096, 64, 64, masks=(polarize_head(keep, 2048),))
-    mapping, program, _ = run(op, presets["vitcod"])
-    assert mapping.entry_bytes == 2
-    assert program.dram_bytes(Q) == 4096 * 64
-    assert program.dram_bytes(K) == len(mapping.query_tiles) * 4096 * 64
+    for schedule, entry_bits in ((OLD, 16), (DEFAULT, 8)):
+        mapping, program, _ = run(op, presets["vitcod"], schedule=schedule)
+        assert mapping.widths.entry_bits == entry_bits
+        assert program.dram_bytes(Q) == 4096 * 64
+        assert program.dram_bytes(K) == len(mapping.query_tiles) * 4096 * 64
 
 
 def test_dense_attention_takes_close_to_the_ideal():
@@ -230,19 +279,23 @@ def deit_masks(golden):
     return [tuple(polarize_head(keep) for keep in layer) for layer in mask.keep]
 
 
-def run_layers(layers, hardware, codec=None):
+def layer(masks, codec=None):
+    return Attention("layer", 3, 197, 197, 64, 64, masks=masks, codec=codec)
+
+
+def run_layers(layers, hardware, codec=None, schedule=DEFAULT, room=0):
     """Cycles of each layer, laws checked."""
-    cycles = []
-    for masks in layers:
-        op = Attention("layer", 3, 197, 197, 64, 64, masks=masks, codec=codec)
-        cycles.append(run(op, hardware)[2].count("cycles"))
-    return np.array(cycles)
+    calls = (layer(masks, codec) for masks in layers)
+    runs = [run(op, hardware, schedule=schedule, room=room) for op in calls]
+    return np.array([trace.count("cycles") for *_, trace in runs])
 
 
 @pytest.mark.parametrize("codec", [None, HeadCodec(3, 2)])
 @pytest.mark.parametrize("policy", ASSIGNMENTS)
-def test_laws_hold_on_the_real_masks(deit_masks, policy, codec):
-    run_layers(deit_masks, replace(presets["vitcod"], assignment=policy), codec)
+@pytest.mark.parametrize("schedule", [OLD, DEFAULT], ids=["old", "default"])
+def test_laws_hold_on_the_real_masks(deit_masks, policy, schedule, codec):
+    schedule = replace(schedule, assignment=policy)
+    run_layers(deit_masks, presets["vitcod"], codec, schedule, room=100_000)
 
 
 @pytest.mark.parametrize("codec", [None, HeadCodec(3, 2)])
@@ -258,7 +311,9 @@ def test_ddr4_costs_a_little_on_the_real_masks(deit_masks, codec):
 
 def test_cutting_long_rows_is_worth_it(deit_masks):
     cycles = {
-        policy: run_layers(deit_masks, replace(presets["vitcod"], assignment=policy)).sum()
+        policy: run_layers(
+            deit_masks, presets["vitcod"], schedule=replace(DEFAULT, assignment=policy)
+        ).sum()
         for policy in ASSIGNMENTS
     }
     assert cycles["balanced"] < cycles["round_robin"] < cycles["lockstep"]
@@ -296,11 +351,11 @@ def test_a_larger_output_buffer_and_the_mapper(deit_masks, machine):
     first of the larger machine's candidates loses 15 % there. Of the best three none does."""
     hardware = presets[machine]
     larger = replace(hardware, output_buffer_bytes=2 * hardware.output_buffer_bytes)
-    before, after = run_layers(deit_masks, hardware), run_layers(deit_masks, larger)
+    before, after = (run_layers(deit_masks, made, schedule=OLD) for made in (hardware, larger))
     assert after.sum() <= 1.01 * before.sum()
     assert (after <= 1.16 * before).all()
-    layer = Attention("third", 3, 197, 197, 64, 64, masks=deit_masks[2])
-    assert run_attention(layer, replace(larger, mappings_stepped=3)).cycles <= before[2]
+    three = replace(OLD, mappings_stepped=3)
+    assert run_attention(layer(deit_masks[2]), larger, schedule=three).cycles <= before[2]
 
 
 @pytest.mark.parametrize("machine", ["vitcod", "vitcod_ddr4"])
