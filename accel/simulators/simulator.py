@@ -12,7 +12,7 @@ from typing import Any
 
 from ...workload import Attention, Op, Workload, polarize_head
 from ..hardware import Hardware, schedule_of
-from ..products import op_cost
+from ..products import network_costs
 from ..report.report import OpCost, Report
 from ..schedule import DEFAULT, Schedule
 from ..vitcod.encodings import encoding_named
@@ -125,9 +125,10 @@ def by_operation(
     attention: Callable[[Attention], OpCost],
 ) -> Iterator[OpCost]:
     """Cost of each operation that is executed: attention as given, the rest as `products`."""
-    for op in workload.ops:
-        cost = (
-            attention(op) if isinstance(op, Attention) else op_cost(op, hardware, batch, schedule)
-        )
-        if cost is not None:
-            yield cost
+
+    def at(index: int) -> OpCost:
+        op = workload.ops[index]
+        assert isinstance(op, Attention)
+        return attention(op)
+
+    return (cost for _, cost in network_costs(workload.ops, hardware, batch, schedule, at))
