@@ -49,7 +49,9 @@ def room_bytes(
     their products run: what none of them loads a byte more for."""
     if schedule.on_chip == "nothing":
         return 0
-    places = [made.product for made in producers(ops[: attention + 1]) if made.attention == attention]
+    places = [
+        made.product for made in producers(ops[: attention + 1]) if made.attention == attention
+    ]
     products = [op for op in (ops[place] for place in places) if isinstance(op, Gemm | Conv)]
     return min((spare_bytes(op, hardware, batch, schedule) for op in products), default=0)
 

@@ -28,11 +28,25 @@ from ..schedule import DEFAULT, Schedule
 from .array import Layout
 from .operands import Product, as_product, holds_weights, spare_bytes
 
-ELEMENTWISE = frozenset(
-    "add sub rsub mul div neg abs exp log sqrt rsqrt pow square reciprocal clamp clamp_min maximum "
-    "minimum where relu relu6 leaky_relu elu selu celu gelu silu mish sigmoid log_sigmoid tanh erf "
-    "softplus softsign hardswish hardsigmoid hardtanh prelu batch_norm dropout".split()
+ARITHMETIC = (
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "div",
+    "neg",
+    "abs",
+    "pow",
+    "square",
+    "maximum",
+    "minimum",
 )
+FUNCTIONS = ("exp", "log", "sqrt", "rsqrt", "reciprocal", "erf", "clamp", "clamp_min", "where")
+RECTIFIERS = ("relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "hardtanh")
+SMOOTH = ("gelu", "silu", "mish", "sigmoid", "log_sigmoid", "tanh", "softplus", "softsign")
+PIECEWISE = ("hardswish", "hardsigmoid")
+FIXED_AFFINE = ("batch_norm", "dropout")  # at inference
+ELEMENTWISE = frozenset(ARITHMETIC + FUNCTIONS + RECTIFIERS + SMOOTH + PIECEWISE + FIXED_AFFINE)
 """Kinds whose results each need one element of what comes from the product."""
 
 ROW_NORMS = frozenset(["layer_norm", "rms_norm", "softmax", "log_softmax"])
