@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt
+from typing import NamedTuple
 
 from ..hardware import Hardware, schedule_of
 from ..schedule import DEFAULT, Schedule
@@ -92,6 +93,7 @@ class Layout:
     live_sums       of them, what must be held at once
     stripe          rows of the result that are finished together, one stripe after the other;
                     m where none is before the end
+    tile_results    of a tile: two of them are on their way out at once
     outputs         m x n
     """
 
@@ -105,6 +107,7 @@ class Layout:
     partial_sums: int
     live_sums: int
     stripe: int
+    tile_results: int
     outputs: int
 
     def cycles(self, count: int = 1) -> int:
@@ -119,6 +122,11 @@ class Layout:
             return 0
         slices = self.partial_sums // self.outputs
         return self.outputs * over // self.live_sums * (slices - 1)
+
+    def buffer_bytes(self, array: Array) -> int:
+        """That the array reads and writes for one product, its final results apart."""
+        operands = (self.left_reads + self.right_reads) * array.operand_bytes
+        return operands + 2 * self.partial_sums * array.accumulator_bytes
 
     @property
     def summary(self) -> str:
@@ -168,13 +176,10 @@ def _laid_out(m: int, n: int, k: int, count: int, array: Array) -> Layout:
     equal ones that with the narrowest stripes."""
     found = layouts(m, n, k, array)
     near = NEAR * min(layout.cycles(count) for layout in found)
-
-    def rank(layout: Layout) -> tuple[int, int, int]:
-        operands = (layout.left_reads + layout.right_reads) * array.operand_bytes
-        sums = 2 * layout.partial_sums * array.accumulator_bytes
-        return operands + sums, layout.cycles(count), layout.stripe
-
-    return min((one for one in found if one.cycles(count) <= near), key=rank)
+    return min(
+        (one for one in found if one.cycles(count) <= near),
+        key=lambda one: (one.buffer_bytes(array), one.cycles(count), one.stripe),
+    )
 
 
 def _orientations(array: Array) -> tuple[str, ...]:
@@ -203,6 +208,7 @@ def _output_stationary(m: int, n: int, k: int, turned: bool, array: Array) -> La
         partial_sums=0,
         live_sums=0,
         stripe=min(array.width if turned else array.height, m),
+        tile_results=array.height * array.width,
         outputs=m * n,
     )
 
@@ -234,6 +240,7 @@ def _held(
         partial_sums=slices * m * n if slices > 1 else 0,
         live_sums=streams * min(width, stays) if slices > 1 else 0,
         stripe=min(width, m) if dataflow == "is" else m,
+        tile_results=(height if following else array.height) * width,
         outputs=m * n,
     )
 
@@ -266,6 +273,17 @@ def _heights(side: int, lines: int) -> list[int]:
     return sorted((h for h in halves | shares if 0 < h <= min(lines, side)), reverse=True)
 
 
+class _RowTiles(NamedTuple):
+    """``count`` tiles of ``rows`` lines, K in ``parts``: cycles that one streams, and those of its
+    adds."""
+
+    count: int
+    rows: int
+    parts: int
+    cycles: int
+    adds: int
+
+
 def _split_k(
     on_lines: int, on_macs: int, k: int, turned: bool, array: Array, height: int
 ) -> Layout:
@@ -273,42 +291,53 @@ def _split_k(
 
     A tile of r rows in p parts has p groups of r lines, each with operands of its own and
     ceil(K/p) of K. The output buffer adds the p partial sums, ``adds_per_cycle`` words of W a
-    cycle, while the next tile streams: a tile takes the longer of the two, and the last tile's
-    adds are waited for. Skew is that of the lines and MACs of a group.
+    cycle, while the next tile streams.
     """
     full, rest = divmod(on_lines, height)
     columns, width = _ceil(on_macs, array.width), min(array.width, on_macs)
-    tiles = [(count, high) for count, high in ((full, height), (1, rest)) if count and high]
-    stream = end = sums = live = 0
-    most = 1
-    for count, high in tiles:
-        parts, cycles, adds = _parts(high, width, k, array)
-        skew = high + width - 2
-        if array.per_tile:
-            stream += columns * count * (cycles + adds + skew)
-        else:
-            stream += columns * count * max(cycles, adds)
-            end = max(end, skew + min(cycles, adds))
-        if parts > 1:
-            sums += count * high * on_macs * parts
-            live = max(live, 2 * parts * high * width)
-        most = max(most, parts)
-    rows = full + (rest > 0)
-    left, right = (rows, columns) if turned else (columns, rows)
+    tiles = [
+        _RowTiles(count, rows, *_parts(rows, width, k, array))
+        for count, rows in ((full, height), (1, rest))
+        if count and rows
+    ]
+    stream, end = _tile_times(tiles, columns, width, array.per_tile)
+    split = [tile for tile in tiles if tile.parts > 1]
+    again = full + (rest > 0)
+    left, right = (again, columns) if turned else (columns, again)
     m, n = (on_macs, on_lines) if turned else (on_lines, on_macs)
     return Layout(
         "os",
         turned,
-        parts=most,
+        parts=max(tile.parts for tile in tiles),
         stream_cycles=stream,
         end_cycles=end,
         left_reads=m * k * left,
         right_reads=k * n * right,
-        partial_sums=sums,
-        live_sums=live,
+        partial_sums=sum(tile.count * tile.rows * tile.parts * on_macs for tile in split),
+        live_sums=max((2 * tile.parts * tile.rows * width for tile in split), default=0),
         stripe=width if turned else height,
+        tile_results=height * width,
         outputs=m * n,
     )
+
+
+def _tile_times(
+    tiles: list[_RowTiles], columns: int, width: int, per_tile: bool
+) -> tuple[int, int]:
+    """(cycles from one product to the next, what the last one takes beyond): ``tiles`` one after
+    the other in each of ``columns``. A tile keeps the lines while it streams, and until the tile
+    before is added up; the last tile's adds are waited for. Skew is that of the lines and MACs of
+    a group.
+    """
+    skews = [tile.rows + width - 2 for tile in tiles]
+    if per_tile:
+        each = zip(tiles, skews, strict=True)
+        return columns * sum(t.count * (t.cycles + t.adds + skew) for t, skew in each), 0
+    column, before = 0, tiles[-1].adds
+    for tile in tiles:
+        column += max(tile.cycles, before) + (tile.count - 1) * max(tile.cycles, tile.adds)
+        before = tile.adds
+    return columns * column, min(tiles[0].cycles, before) + max(skews)
 
 
 def _parts(rows: int, width: int, k: int, array: Array) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ from ..report.report import OpCost, Traffic
 from ..schedule import DEFAULT, Schedule
 from .array import Array, Layout
 from .epilogue import ROW_NORMS, Epilogue, epilogue, vector_operations
-from .operands import Product, as_product, operand_loads
+from .operands import Product, as_product, layout_of, operand_loads
 from .vector import overlapped, vector_cost, vector_cycles
 
 
@@ -138,9 +138,9 @@ def _with_epilogue(
 ) -> OpCost:
     """The product alone, with all loads and stores of the group."""
     product, size = as_product(op, batch), hardware.operand_bytes
-    layout = product.layout(hardware, schedule)
+    layout = layout_of(product, hardware, schedule)
     taken = results.kept_bytes + fused.room_bytes
-    inputs, weights = operand_loads(product, hardware, schedule, taken)
+    inputs, weights = operand_loads(product, layout, hardware, schedule, taken)
     inputs += fused.read_elements * size
     weights += fused.param_elements * size
     stored = (fused.stored_elements - results.saved_elements) * size

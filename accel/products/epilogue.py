@@ -26,7 +26,7 @@ from ...workload import Conv, Elementwise, Gemm, Op
 from ..hardware import Hardware
 from ..schedule import DEFAULT, Schedule
 from .array import Layout
-from .operands import Product, as_product, holds_weights, spare_bytes
+from .operands import Product, Space, as_product, layout_of, spare_bytes
 
 ARITHMETIC = (
     "add",
@@ -140,7 +140,7 @@ class _Room:
         self.op, self.hardware, self.batch, self.schedule = op, hardware, batch, schedule
         self.kept_bytes, self.taken = kept_bytes, 0
         self.product: Product = as_product(op, batch)
-        self.layout: Layout = self.product.layout(hardware, schedule)
+        self.layout: Layout = layout_of(self.product, hardware, schedule)
 
     def wait(self, op: Elementwise) -> int | None:
         """Elements that ``op`` has still to take when the product ends; None where it finds no
@@ -152,9 +152,7 @@ class _Room:
         if self._by_rows():
             stripe = layout.stripe * product.n
             need = 2 * stripe * self.hardware.operand_bytes
-            taken = self.kept_bytes + self.taken + need
-            how = self.hardware, self.schedule
-            if need <= left and holds_weights(product, *how, taken):
+            if need <= left and self._holds_weights(self.kept_bytes + self.taken + need):
                 self.taken += need
                 return stripe
         need = product.output_elements * self.hardware.operand_bytes
@@ -168,6 +166,13 @@ class _Room:
         turned_inside_out = isinstance(self.op, Conv) and self.op.transposed
         one = self.product.count == 1 and not turned_inside_out
         return one and self.layout.stripe < self.product.m
+
+    def _holds_weights(self, taken: int) -> bool:
+        """Whether all weights stay beside the streaming inputs, ``taken`` bytes apart: rows are
+        then finished one after the other, and no weight is loaded twice."""
+        space = Space.of(self.product, self.layout, self.hardware, self.schedule)
+        weights = self.product.weight_elements * self.hardware.operand_bytes
+        return space.panels(weights, taken) == 1
 
     def _left(self) -> int:
         """Bytes, beside partial sums and what is taken already."""

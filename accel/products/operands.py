@@ -6,11 +6,12 @@ A convolution is the product of its patches and its kernel, group by group.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ...workload import Conv, Gemm
 from ..hardware import Hardware
 from ..schedule import Schedule
-from .array import Layout, laid_out
+from .array import NEAR, Array, Layout, layouts
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,6 @@ class Product:
     input_elements: int
     weight_elements: int
     output_elements: int
-
-    def layout(self, hardware: Hardware, schedule: Schedule) -> Layout:
-        """On the array."""
-        return laid_out(self.m, self.n, self.k, hardware, schedule, self.count)
 
 
 def as_product(op: Gemm | Conv, batch: int) -> Product:
@@ -52,8 +49,33 @@ def as_product(op: Gemm | Conv, batch: int) -> Product:
     return Product(op.batch * batch, op.rows, op.cols, op.inner, inputs, 0, outputs)
 
 
+@lru_cache(maxsize=4096)
+def layout_of(product: Product, hardware: Hardware, schedule: Schedule) -> Layout:
+    """How the schedule lays ``product`` out: what takes the array or the loads of its operands
+    the least time, whichever of the two is longer; of what is near that, the fewest bytes of DRAM
+    and then of the buffers."""
+    array = Array.of(hardware, schedule)
+    found = layouts(product.m, product.n, product.k, array)
+    if len(found) == 1:
+        return found[0]
+    moved = {one: sum(operand_loads(product, one, hardware, schedule)) for one in found}
+
+    def cycles(one: Layout) -> int:
+        return max(one.cycles(product.count), hardware.dram_cycles(moved[one]))
+
+    near = NEAR * min(map(cycles, found))
+    return min(
+        (one for one in found if cycles(one) <= near),
+        key=lambda one: (moved[one], one.buffer_bytes(array), cycles(one), one.stripe),
+    )
+
+
 def operand_loads(
-    product: Product, hardware: Hardware, schedule: Schedule, kept_bytes: int
+    product: Product,
+    layout: Layout,
+    hardware: Hardware,
+    schedule: Schedule,
+    kept_bytes: int = 0,
 ) -> tuple[int, int]:
     """Bytes of inputs and of weights that DRAM reads.
 
@@ -67,63 +89,50 @@ def operand_loads(
     inputs, weights = product.input_elements * width, product.weight_elements * width
     if not weights:
         return inputs, 0
-    left = _Space.of(product, hardware, schedule, kept_bytes)
-    held_inputs = inputs + weights * left.panels(inputs)
-    held_weights = weights + inputs * left.panels(weights)
+    space = Space.of(product, layout, hardware, schedule)
+    held_inputs = inputs + weights * space.panels(inputs, kept_bytes)
+    held_weights = weights + inputs * space.panels(weights, kept_bytes)
     if held_weights < held_inputs:
         return held_weights - weights, weights
     return inputs, held_inputs - inputs
 
 
-def holds_weights(
-    product: Product, hardware: Hardware, schedule: Schedule, kept_bytes: int
-) -> bool:
-    """Whether all weights fit, beside ``kept_bytes`` and stripes of the inputs: rows of the
-    result can then be finished one after the other without loading a weight twice."""
-    weights = product.weight_elements * hardware.operand_bytes
-    return _Space.of(product, hardware, schedule, kept_bytes).panels(weights) == 1
-
-
 @dataclass(frozen=True)
-class _Space:
-    """Bytes left for operands, and of them for what streams past one that is held whole."""
+class Space:
+    """Bytes for operands, and of them for what streams past one that is held whole."""
 
-    left: int
+    whole: int
     stripes: int
 
     @classmethod
-    def of(
-        cls, product: Product, hardware: Hardware, schedule: Schedule, kept_bytes: int
-    ) -> _Space:
-        space, stripes = panel_space(product, hardware, schedule)
-        return cls(space - kept_bytes, stripes)
+    def of(cls, product: Product, layout: Layout, hardware: Hardware, schedule: Schedule) -> Space:
+        """Of a product. In a shared scratchpad the output buffer holds two tiles on their way
+        out, or the partial sums that are alive at once, and operands beside them."""
+        whole = hardware.q_buffer_bytes + hardware.k_buffer_bytes + hardware.v_buffer_bytes
+        if schedule.scratchpad == "fixed":
+            return cls(whole, whole // 2)
+        sums = min(layout.live_sums * hardware.accumulator_bytes, hardware.output_buffer_bytes)
+        results = max(2 * layout.tile_results * hardware.operand_bytes, sums)
+        whole += hardware.other_buffer_bytes + hardware.output_buffer_bytes - results
+        return cls(whole, 2 * hardware.macs_per_line * product.k * hardware.operand_bytes)
 
-    def panels(self, held: int) -> int:
-        """In which an operand of ``held`` bytes is loaded."""
-        return 1 if held + self.stripes <= self.left else -(-held // max(self.left // 2, 1))
-
-
-def panel_space(product: Product, hardware: Hardware, schedule: Schedule) -> tuple[int, int]:
-    """(bytes for operands, of them for what streams past one that is held whole). The output
-    buffer holds two tiles on their way out, or the partial sums that are alive at once."""
-    space = hardware.q_buffer_bytes + hardware.k_buffer_bytes + hardware.v_buffer_bytes
-    if schedule.scratchpad == "fixed":
-        return space, space // 2
-    sums = product.layout(hardware, schedule).live_sums * hardware.accumulator_bytes
-    held = min(sums, hardware.output_buffer_bytes)
-    results = max(2 * hardware.macs * hardware.operand_bytes, held)
-    space += hardware.other_buffer_bytes + hardware.output_buffer_bytes - results
-    return space, 2 * hardware.macs_per_line * product.k * hardware.operand_bytes
+    def panels(self, held: int, kept_bytes: int) -> int:
+        """In which an operand of ``held`` bytes is loaded, beside ``kept_bytes``: 1 where it stays
+        whole."""
+        left = self.whole - kept_bytes
+        return 1 if held + self.stripes <= left else -(-held // max(left // 2, 1))
 
 
 def spare_bytes(op: Gemm | Conv, hardware: Hardware, batch: int, schedule: Schedule) -> int:
     """Of the scratchpad, what ``op`` can do without and load no byte more."""
     product = as_product(op, batch)
-    least = sum(operand_loads(product, hardware, schedule, 0))
-    low, high = 0, panel_space(product, hardware, schedule)[0]
+    layout = layout_of(product, hardware, schedule)
+    how = product, layout, hardware, schedule
+    least = sum(operand_loads(*how))
+    low, high = 0, Space.of(*how).whole
     while low < high:
         middle = (low + high + 1) // 2
-        if sum(operand_loads(product, hardware, schedule, middle)) <= least:
+        if sum(operand_loads(*how, middle)) <= least:
             low = middle
         else:
             high = middle - 1
