@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..workload import Attention, Conv, Gemm, Op
+from .hardware import Hardware
+from .products import spare_bytes
+from .schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,20 @@ def producers(ops: Sequence[Op]) -> tuple[Producer, ...]:
             found += [Producer(since[place], index, made) for place, made in sides.items()]
             since = []
     return tuple(found)
+
+
+def room_bytes(
+    ops: Sequence[Op], attention: int, hardware: Hardware, batch: int, schedule: Schedule
+) -> int:
+    """Bytes of Q, K and V of the call at ``attention`` that may wait in the scratchpad while
+    their products run: what none of them loads a byte more for."""
+    if schedule.on_chip == "nothing":
+        return 0
+    places = [
+        made.product for made in producers(ops[: attention + 1]) if made.attention == attention
+    ]
+    products = [op for op in (ops[place] for place in places) if isinstance(op, Gemm | Conv)]
+    return min((spare_bytes(op, hardware, batch, schedule) for op in products), default=0)
 
 
 def _sides(op: Attention, sizes: Sequence[int]) -> dict[int, str]:

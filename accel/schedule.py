@@ -20,7 +20,9 @@ __all__ = [
     "LATENTS",
     "OBJECTIVES",
     "ON_CHIP",
+    "ORIENTATIONS",
     "SCRATCHPADS",
+    "VECTOR_FUSIONS",
     "Schedule",
     "UserMapping",
 ]
@@ -28,8 +30,19 @@ __all__ = [
 ASSIGNMENTS = ("balanced", "round_robin", "lockstep")
 """How columns (rows) of the sparser part reach the lines; see `sievit.accel.vitcod.assign`."""
 
-DATAFLOWS = ("os", "ws", "is")
-"""Dense products: output-, weight- or input-stationary; see `sievit.accel.products`."""
+DATAFLOWS = ("best", "os", "ws", "is")
+"""Dense products: each in the dataflow that is best for it, or all output-, weight- or
+input-stationary; see `sievit.accel.products.array`."""
+
+ORIENTATIONS = ("best", "tokens_on_lines", "features_on_lines")
+"""Which side of an output-stationary product lies on the lines, the other on a line's MACs: rows
+of the result, its columns, or whichever is faster. Weight- and input-stationary products have
+K on the lines."""
+
+VECTOR_FUSIONS = ("fused", "apart")
+"""Vector operations take the results of the product before them as they come, where the buffers
+allow it (`sievit.accel.products.epilogue`), and the softmax unit takes scores row by row; or all
+of them run after it, with their operands from DRAM."""
 
 OBJECTIVES = ("edp", "cycles", "energy", "bytes")
 """What the mapper of attention looks for the least of: the product of energy and cycles,
@@ -109,7 +122,9 @@ class Schedule:
     mappings_stepped  how many of the mapper's best candidates the engine steps; the fastest
                       is taken
     dense_dataflow    one of `DATAFLOWS`
+    dense_orientation one of `ORIENTATIONS`
     dense_fill        one of `FILLS`
+    vector_fusion     one of `VECTOR_FUSIONS`
     index_encoding    a name of `sievit.accel.vitcod.encodings.ENCODINGS`, which a run checks
     mapping           of attention; None: the mapper chooses
 
@@ -118,7 +133,7 @@ class Schedule:
 
     assignment: str = "balanced"
     mappings_stepped: int = 2  # choice
-    dense_dataflow: str = "os"
+    dense_dataflow: str = "best"
     dense_fill: str = "back_to_back"
     index_encoding: str = "relative"
     mapping: UserMapping | None = None
@@ -129,6 +144,8 @@ class Schedule:
     latents: str = "best"
     index_streams: int = 1
     sparser_percent: int = 108  # choice: its lines wait for banks more often
+    dense_orientation: str = "best"
+    vector_fusion: str = "fused"
 
     def __post_init__(self) -> None:
         if self.global_threshold is not None and self.global_threshold != "best":
@@ -143,7 +160,9 @@ class Schedule:
         _at_least_one("sparser_percent", self.sparser_percent)
         _at_least_one("mappings_stepped", self.mappings_stepped)
         one_of("dense_dataflow", self.dense_dataflow, DATAFLOWS)
+        one_of("dense_orientation", self.dense_orientation, ORIENTATIONS)
         one_of("dense_fill", self.dense_fill, FILLS)
+        one_of("vector_fusion", self.vector_fusion, VECTOR_FUSIONS)
         if self.mapping is not None and not isinstance(self.mapping, UserMapping):
             names = ", ".join(item.name for item in fields(UserMapping))
             raise ValueError(

@@ -28,7 +28,8 @@ from ..hardware import Hardware, schedule_of
 from ..report.report import OpCost, Traffic
 from ..schedule import DEFAULT, Schedule
 from .overlap import kept_by_row, pipelined, product_cycles
-from .simulator import Simulator, by_operation
+from .residence import NOTHING, Kept, by_operation
+from .simulator import Simulator
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def costs(
         hardware,
         schedule,
         batch,
-        lambda op: attention_cost(op, hardware, batch, schedule, method),
+        lambda op, on_chip: attention_cost(op, hardware, batch, schedule, method, on_chip),
     )
 
 
@@ -97,6 +98,7 @@ def attention_cost(
     batch: int = 1,
     schedule: Schedule = DEFAULT,
     method: Sanger = Sanger(),
+    on_chip: Kept = NOTHING,
 ) -> OpCost:
     """One attention call; the array predicts and computes, all else runs beside it.
 
@@ -119,7 +121,7 @@ def attention_cost(
     kept, lanes = int(kept_rows.sum()), hardware.softmax_lanes
     softmax = [-(-int(kept_rows[:, s : s + tile].sum(1).max()) // lanes) for s in starts]
     row_reads = -(-op.keys // method.mask_bits_per_cycle)
-    loads, stored = _dram(op, hardware, batch, len(starts))
+    loads, stored = _dram(op, hardware, batch, len(starts), on_chip)
     dram = hardware.dram_cycles(sum(loads.values()) + stored)
     units = len(packed) * images
     first = -(-hardware.dram_cycles(sum(loads.values())) // units)
@@ -146,7 +148,7 @@ def attention_cost(
         phases,
         macs=executed + -(-predicted // 2),
         kept_macs=executed,
-        traffic=_traffic(op, hardware, images, kept, packed, loads, stored),
+        traffic=_traffic(op, hardware, images, kept, packed, loads, stored, on_chip),
         busy=busy,
         details={
             "queries_a_tile": tile,
@@ -195,9 +197,12 @@ def _shortages(op: Attention, hardware: Hardware, tile: int, kept: np.ndarray) -
     return {name: need for name, need in needs.items() if getattr(hardware, name) < need}
 
 
-def _dram(op: Attention, hardware: Hardware, batch: int, tiles: int) -> tuple[dict[str, int], int]:
-    """Bytes loaded by tensor and stored. Where K does not fit, each tile of queries loads
-    it in 4 bits to predict and whole to compute; V likewise again for each tile."""
+def _dram(
+    op: Attention, hardware: Hardware, batch: int, tiles: int, on_chip: Kept
+) -> tuple[dict[str, int], int]:
+    """Bytes loaded by tensor, of heads that are not on chip, and stored. Where K does not fit,
+    each tile of queries loads it in 4 bits to predict and whole to compute; V likewise again for
+    each tile."""
     heads, size = op.heads * op.windows * batch, hardware.operand_bytes
     keys, values = op.keys * op.key_dim * size, op.keys * op.value_dim * size
     if keys > hardware.k_buffer_bytes:
@@ -205,6 +210,8 @@ def _dram(op: Attention, hardware: Hardware, batch: int, tiles: int) -> tuple[di
     if values > hardware.v_buffer_bytes:
         values *= tiles
     loads = {"Q": heads * op.queries * op.key_dim * size, "K": heads * keys, "V": heads * values}
+    for name, kept in on_chip.size_bytes(op, hardware).items():
+        loads[name] -= kept
     return loads, heads * op.queries * op.value_dim * size
 
 
@@ -216,6 +223,7 @@ def _traffic(
     packed: list[Packed],
     loads: dict[str, int],
     stored: int,
+    on_chip: Kept,
 ) -> tuple[Traffic, ...]:
     """Prediction reads 4 bits of Q once a column tile and of K once a row tile; computing
     reads a query once a packed piece, a key and a value once a kept entry."""
@@ -230,7 +238,8 @@ def _traffic(
     }
     rows = [Traffic(name, "dram", loaded, 0) for name, loaded in loads.items()]
     rows.append(Traffic("output", "dram", 0, stored))
-    rows += [Traffic(name, "buffer", reads[name], loads[name]) for name in reads]
+    filled = on_chip.size_bytes(op, hardware)
+    rows += [Traffic(name, "buffer", reads[name], loads[name] + filled[name]) for name in reads]
     rows += [Traffic(name, "lines", reads[name], 0) for name in reads]
     bits = heads * op.queries * -(-op.keys // 8)
     scores = images * kept * hardware.score_bytes

@@ -6,13 +6,12 @@ A new machine is a file beside this one that ends in its `Simulator`, and a line
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from ...workload import Attention, Op, Workload, polarize_head
 from ..hardware import Hardware, schedule_of
-from ..products import op_cost
 from ..report.report import OpCost, Report
 from ..schedule import DEFAULT, Schedule
 from ..vitcod.encodings import encoding_named
@@ -115,19 +114,3 @@ def without_parts(workload: Workload, parts: Iterable[str]) -> Workload:
         return replace(op, masks=kept, codec=None if "codec" in parts else op.codec)
 
     return replace(workload, ops=tuple(change(op) for op in workload.ops)) if parts else workload
-
-
-def by_operation(
-    workload: Workload,
-    hardware: Hardware,
-    schedule: Schedule,
-    batch: int,
-    attention: Callable[[Attention], OpCost],
-) -> Iterator[OpCost]:
-    """Cost of each operation that is executed: attention as given, the rest as `products`."""
-    for op in workload.ops:
-        cost = (
-            attention(op) if isinstance(op, Attention) else op_cost(op, hardware, batch, schedule)
-        )
-        if cost is not None:
-            yield cost

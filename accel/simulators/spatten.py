@@ -21,14 +21,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...workload import Attention, Workload
 from ..hardware import Hardware
 from ..report.report import OpCost, Traffic
 from ..schedule import DEFAULT, Schedule
 from .overlap import pipelined, product_cycles
-from .simulator import Simulator, by_operation
+from .residence import NOTHING, Kept, by_operation
+from .simulator import Simulator
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ def costs(
     shares = [1.0, *cascade(workload.attention)]
     entering = iter(itertools.pairwise(shares))
 
-    def attention(op: Attention) -> OpCost:
-        return attention_cost(op, hardware, batch, *next(entering), method, schedule)
+    def attention(op: Attention, on_chip: Kept) -> OpCost:
+        return attention_cost(op, hardware, batch, *next(entering), method, schedule, on_chip)
 
     return by_operation(workload, hardware, schedule, batch, attention)
 
@@ -109,12 +110,13 @@ def attention_cost(
     share: float = 1.0,
     method: Spatten = Spatten(),
     schedule: Schedule = DEFAULT,
+    on_chip: Kept = NOTHING,
 ) -> OpCost:
     """One call: ``entering`` and ``share`` of the entries before and after its pruning."""
     heads = max(round(op.heads * method.head_share), 1)
     before, now = _alive(op, entering, heads), _alive(op, share, heads)
     again = math.ceil(now.queries * method.lsb_share)
-    call = _Call(op, hardware, schedule, op.windows * batch, before, now, again)
+    call = _Call(op, hardware, schedule, op.windows * batch, before, now, again, on_chip)
     loads, array = call.loads(), call.array()
     visits = method.topk_visits * (before.keys + op.heads)
     topk = call.images * -(-visits // method.comparators) if call.prunes else 0
@@ -154,8 +156,8 @@ def attention_cost(
 
 @dataclass(frozen=True)
 class _Call:
-    """One call on ``images``: its tokens before and after its pruning, and the queries
-    whose scores are computed ``again`` in 8 bits."""
+    """One call on ``images``: its tokens before and after its pruning, the queries whose scores
+    are computed ``again`` in 8 bits, and the heads that are on chip already."""
 
     op: Attention
     hardware: Hardware
@@ -164,6 +166,7 @@ class _Call:
     before: _Tokens
     now: _Tokens
     again: int
+    on_chip: Kept
 
     @property
     def prunes(self) -> bool:
@@ -243,7 +246,10 @@ class _Call:
             loads[name] = self.images * math.ceil(now.heads * tokens * upper)
         values = now.keys * op.value_dim * size
         again = self.query_tiles(now) if values > self.hardware.v_buffer_bytes else 1
-        return loads | {"V": self.heads * values * again}
+        loads["V"] = self.heads * values * again
+        for name, kept in zip("QKV", self.on_chip, strict=True):
+            loads[name] -= loads[name] * min(kept, self.heads) // self.heads
+        return loads
 
     def query_tiles(self, tokens: _Tokens) -> int:
         """Tiles of queries whose scores fit the output buffer, two at a time."""
@@ -269,7 +275,8 @@ class _Call:
         }
         rows = [Traffic(name, "dram", loaded, 0) for name, loaded in loads.items()]
         rows.append(Traffic("output", "dram", 0, self.stored))
-        rows += [Traffic(name, "buffer", reads[name], loads[name]) for name in reads]
+        filled = replace(self, on_chip=NOTHING).loads()  # what stayed on chip was written, too
+        rows += [Traffic(name, "buffer", reads[name], filled[name]) for name in reads]
         rows += [Traffic(name, "lines", reads[name], 0) for name in reads]
         held = self.heads * sum(self.scores.values())
         summed = held * hardware.accumulator_bytes

@@ -11,12 +11,12 @@ from dataclasses import replace
 
 from ...workload import Attention, Conv, Gemm, Op, Workload
 from ..hardware import Hardware
-from ..producers import Producer, producers
-from ..products import op_cost, spare_bytes
+from ..producers import Producer, producers, room_bytes
+from ..products import PLAIN, Results, network_costs
 from ..report.report import OpCost
 from ..schedule import DEFAULT, Schedule
 from .cost import cost_of
-from .projection import kept_of, projection_cost
+from .projection import projected
 from .run import AttentionRun, run_attention
 from .threshold import with_thresholds
 
@@ -29,25 +29,12 @@ def operations(
     An attention call is mapped when its first product is reached: what stays on chip between
     them is not stored by the one, nor loaded by the other.
     """
-    calls = _Calls(workload.ops, hardware, schedule, batch)
-    plain: dict[tuple, OpCost | None] = {}  # layers repeat: each product is charged once
-    for index, op in enumerate(workload.ops):
-        if isinstance(op, Attention):
-            yield calls.at(index)
-            continue
-        producer = calls.producers.get(index)
-        if producer is not None and isinstance(op, (Gemm, Conv)):
-            run = calls.at(producer.attention)[1]
-            kept = kept_of(run.mapping, producer.sides)
-            if kept or run.op.codec:
-                yield projection_cost(op, producer.sides, run, kept, schedule, batch), None
-                continue
-        alike = (type(op), *(value for key, value in vars(op).items() if key != "name"))
-        if alike not in plain:
-            plain[alike] = op_cost(op, hardware, batch, schedule)
-        cost = plain[alike]
-        if cost is not None:
-            yield replace(cost, name=op.name), None
+    calls, ops = _Calls(workload.ops, hardware, schedule, batch), workload.ops
+    costs = network_costs(
+        ops, hardware, batch, schedule, lambda index: calls.at(index)[0], calls.results
+    )
+    for index, cost in costs:
+        yield cost, calls.at(index)[1] if isinstance(ops[index], Attention) else None
 
 
 class _Calls:
@@ -64,7 +51,7 @@ class _Calls:
         """The call at ``index``."""
         op = self.ops[index]
         assert isinstance(op, Attention)
-        room = self._room(index)
+        room = room_bytes(self.ops, index, self.hardware, self.batch, self.schedule)
         key = (replace(op, name=""), room) if op.masks is None else index
         if key not in self.made:
             op = with_thresholds(op, self.hardware, self.schedule)
@@ -73,14 +60,12 @@ class _Calls:
         cost, run = self.made[key]
         return replace(cost, name=op.name), run
 
-    def _room(self, index: int) -> int:
-        """Bytes of Q, K and V that may wait in the scratchpad while their products run."""
-        made_by = [p.product for p in self.producers.values() if p.attention == index]
-        if not made_by or self.schedule.on_chip == "nothing":
-            return 0
-        products = [op for op in (self.ops[p] for p in made_by) if isinstance(op, (Gemm, Conv))]
-        how = self.hardware, self.batch, self.schedule
-        return min(spare_bytes(product, *how) for product in products)
+    def results(self, index: int) -> Results:
+        """What becomes of the results of the product at ``index``."""
+        producer, op = self.producers.get(index), self.ops[index]
+        if producer is None or not isinstance(op, Gemm | Conv):
+            return PLAIN
+        return projected(op, producer.sides, self.at(producer.attention)[1], self.batch)
 
 
 def attention_cost(

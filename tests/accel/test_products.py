@@ -2,231 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from math import ceil
-
 import numpy as np
 import pytest
 
-from sievit.accel import Hardware, OpCost, Traffic, compare, presets, simulate
+from sievit.accel import OpCost, Traffic, compare, presets, simulate
 from sievit.accel.producers import producers
-from sievit.accel.products import array_cycles, as_product, op_cost, product_cost
 from sievit.accel.schedule import Schedule
 from sievit.accel.simulators.registry import SIMULATORS
 from sievit.workload import (
     Attention,
     AttentionMask,
-    Conv,
     Elementwise,
     Gemm,
     HeadCodec,
     Unknown,
-    Unused,
     Workload,
 )
 
 VITCOD = presets["vitcod"]
 
 
-def machine(
-    height: int, width: int, dataflow: str, fill: str = "per_tile"
-) -> tuple[Hardware, Schedule]:
-    hardware = replace(VITCOD, lines=height, macs_per_line=width)
-    return hardware, Schedule(dense_dataflow=dataflow, dense_fill=fill)
-
-
-def test_published_closed_forms_on_random_shapes():
-    generator = np.random.default_rng(0)
-    for _ in range(200):
-        m, n, k = (int(x) for x in generator.integers(1, 900, 3))
-        h, w = (int(x) for x in generator.choice([4, 8, 16, 32, 64], 2))
-        expected = {
-            "os": ceil(m / h) * ceil(n / w) * (k + h + w - 2),
-            "ws": ceil(k / h) * ceil(n / w) * (m + 2 * h + w - 2),
-            "is": ceil(k / h) * ceil(m / w) * (n + 2 * h + w - 2),
-        }
-        for dataflow, cycles in expected.items():
-            assert array_cycles(m, n, k, *machine(h, w, dataflow)) == cycles
-
-
-# ---------------------------------------------------------------- the array, stepped
-
-
-def fed(stream, at):
-    """(tile, step, number) of what a stream feeds, number -1 before its begin and after its end."""
-    return (*stream[at], at) if 0 <= at < len(stream) else ((0, 0), 0, -1)
-
-
-def stepped(left, right, height, width, tiles):
-    """An array of PEs stepped cycle by cycle; returns (cycles, product).
-
-    Output-stationary: PE (i, j) adds up what passes it, rows of ``left`` coming from the left
-    and columns of ``right`` from above, each lane one cycle behind the one before; ``tiles``
-    are walked one after the other without a gap.
-    """
-    m, k, n = *left.shape, right.shape[1]
-    product = np.zeros((m, n), dtype=np.int64)
-    row_in, col_in = (np.zeros((height, width), dtype=np.int64) for _ in range(2))
-    tags = np.full((height, width), -1)  # which step of the stream is in each PE
-    stream = [(tile, step) for tile in tiles for step in range(k)]
-    done, cycle = 0, 0
-    while done < len(tiles) * k * height * width:
-        row_in[:, 1:], col_in[1:] = row_in[:, :-1].copy(), col_in[:-1].copy()
-        tags[:, 1:] = tags[:, :-1].copy()
-        for lane in range(height):
-            (top, _), step, tags[lane, 0] = fed(stream, cycle - lane)
-            inside = tags[lane, 0] >= 0 and top + lane < m
-            row_in[lane, 0] = left[top + lane, step] if inside else 0
-        for lane in range(width):
-            (_, left_col), step, tag = fed(stream, cycle - lane)
-            inside = tag >= 0 and left_col + lane < n
-            col_in[0, lane] = right[step, left_col + lane] if inside else 0
-        for i, j in np.argwhere(tags >= 0):
-            (top, left_col), _ = stream[tags[i, j]]
-            if top + i < m and left_col + j < n:
-                product[top + i, left_col + j] += row_in[i, j] * col_in[i, j]
-            done += 1
-        cycle += 1
-    return cycle, product
-
-
-def held(moving, stays, height, width, tiles):
-    """An array that holds ``stays`` [k, n] tile by tile while ``moving`` [m, k] passes.
-
-    A tile's weights move down one row a cycle into a second register of each PE; a tile
-    starts when the last ones are down, its rows enter lane i one cycle after lane i - 1, and
-    sums leave at the foot of a column. The next weights start down when the tile starts.
-    """
-    (m, k), n = moving.shape, stays.shape[1]
-    product, down, last = np.zeros((m, n), dtype=np.int64), height, 0
-    entry = 0  # the first cycle in which lane 0 may take a row of the next tile
-    for top, first in tiles:
-        start = max(down, entry)
-        down = start + height  # the next tile's weights, behind the switch of each row
-        weights = np.zeros((height, width), dtype=np.int64)
-        part = stays[top : top + height, first : first + width]
-        weights[: part.shape[0], : part.shape[1]] = part
-        for row in range(m):
-            for column in range(width):
-                total = 0
-                for lane in range(height):  # the sum meets lane i at start + row + i + column
-                    x = moving[row, top + lane] if top + lane < k else 0
-                    total += int(x) * int(weights[lane, column])
-                if first + column < n:
-                    product[row, first + column] += total
-                last = max(last, start + row + height - 1 + column + 1)
-        entry = start + m
-    return last, product
-
-
-def tiles_of(rows, columns, height, width):
-    return [(i, j) for i in range(0, rows, height) for j in range(0, columns, width)]
-
-
-@pytest.mark.parametrize("dataflow", ["os", "ws", "is"])
-def test_closed_forms_are_those_of_a_stepped_array(dataflow):
-    """200 random shapes: both fill policies, and the array's product is the product."""
-    generator = np.random.default_rng(5)
-    for _ in range(200):
-        m, n, k = (int(x) for x in generator.integers(1, 10, 3))
-        h, w = (int(x) for x in generator.integers(1, 5, 2))
-        left, right = generator.integers(-9, 9, (m, k)), generator.integers(-9, 9, (k, n))
-        if dataflow == "os":
-            tiles = tiles_of(m, n, h, w)
-            walk = lambda some: stepped(left, right, h, w, some)  # noqa: B023, E731
-        elif dataflow == "ws":
-            tiles = tiles_of(k, n, h, w)
-            walk = lambda some: held(left, right, h, w, some)  # noqa: B023, E731
-        else:  # the left operand stays: the same array on the transposed product
-            tiles = tiles_of(k, m, h, w)
-            walk = lambda some: held(right.T, left.T, h, w, some)  # noqa: B023, E731
-        cycles, product = walk(tiles)
-        wanted = left @ right
-        assert np.array_equal(product, wanted.T if dataflow == "is" else wanted)
-        assert array_cycles(m, n, k, *machine(h, w, dataflow, "back_to_back")) == cycles
-        apart = sum(walk([tile])[0] for tile in tiles)
-        assert array_cycles(m, n, k, *machine(h, w, dataflow)) == apart
-
-
-@pytest.mark.parametrize(
-    ("shape", "dataflow", "reported"),
-    [
-        ((197, 576, 192), "os", 75_455),
-        ((197, 197, 64), "os", 13_399),
-        ((197, 64, 197), "ws", 10_591),
-        ((197, 192, 192), "is", 24_449),
-        ((197, 192, 768), "os", 80_447),
-    ],
-)
-def test_a_peers_printed_cycles(shape, dataflow, reported):
-    """SCALE-Sim prints the index of the last cycle: one less than their number."""
-    assert array_cycles(*shape, *machine(64, 8, dataflow)) - 1 == reported
-
-
-@pytest.mark.parametrize("dataflow", ["os", "ws", "is"])
-def test_tiles_back_to_back_are_between_the_ideal_and_the_skewed(dataflow):
-    generator = np.random.default_rng(1)
-    for _ in range(50):
-        m, n, k = (int(x) for x in generator.integers(1, 600, 3))
-        tight = array_cycles(m, n, k, *machine(64, 8, dataflow, "back_to_back"))
-        assert m * n * k / 512 <= tight <= array_cycles(m, n, k, *machine(64, 8, dataflow))
-
-
 def bytes_at(cost: OpCost, level: str) -> int:
     return sum(row.total_bytes for row in cost.traffic if row.level == level)
-
-
-def test_a_product_moves_each_operand_once_where_it_fits():
-    op = Gemm("fc", 197, 192, 768, bias=True)
-    cost = product_cost(op, VITCOD)
-    assert bytes_at(cost, "dram") == op.elements_read + op.elements_written
-    assert cost.macs == op.macs == 197 * 192 * 768
-    assert cost.cycles >= op.macs / VITCOD.macs
-    batched = product_cost(op, VITCOD, batch=2)
-    weights = {row.tensor: row.read_bytes for row in cost.traffic if row.level == "dram"}
-    twice = {row.tensor: row.read_bytes for row in batched.traffic if row.level == "dram"}
-    assert twice["weights"] == weights["weights"]
-    assert twice["activations"] == 2 * weights["activations"]
-
-
-def test_a_product_too_large_for_the_buffers_is_loaded_again():
-    small = replace(VITCOD, q_buffer_bytes=1024, k_buffer_bytes=1024, v_buffer_bytes=1024)
-    op = Gemm("fc", 197, 192, 768)
-    panels = ceil(197 * 192 / 1536)
-    expected = 197 * 192 + panels * 192 * 768
-    other = 192 * 768 + ceil(192 * 768 / 1536) * 197 * 192
-    assert bytes_at(product_cost(op, small), "dram") == min(expected, other) + 197 * 768
-
-
-def test_a_convolution_is_its_patches():
-    op = Conv("patch", 3, 192, (224, 224), (14, 14), (16, 16), (16, 16), bias=True)
-    cost = op_cost(op, VITCOD)
-    assert cost.macs == op.macs
-    assert cost.busy["MAC lines"] == array_cycles(196, 192, 768, VITCOD)
-    # Neither operand fits half the buffers: one is read twice, the smaller sum of the two.
-    image, panel = 3 * 224 * 224, (53 * 1024 * 3) // 2
-    assert panel < op.params < image < 2 * panel
-    assert bytes_at(cost, "dram") == image + 2 * op.params + op.elements_written
-
-
-def test_a_transposed_convolution_has_its_macs():
-    op = Conv("up", 8, 4, (6, 6), (12, 12), (4, 4), (2, 2), transposed=True)
-    product = as_product(op, 1)
-    assert product.count * product.m * product.n * product.k == op.macs
-
-
-def test_vector_work_unknown_and_unused():
-    norm = op_cost(Elementwise("n", "layer_norm", 64_000, 64_000, 128), VITCOD)
-    assert norm.busy["vector"] == 2 * 64_000 // VITCOD.vector_lanes
-    add = op_cost(Elementwise("a", "add", 128_000, 64_000), VITCOD)
-    assert bytes_at(add, "dram") == 192_000
-    odd = op_cost(Unknown("u", "fft", 1000, 1000), VITCOD)
-    assert odd.kind == "unknown"
-    assert odd.busy["vector"] == 0
-    assert odd.cycles >= 2000 / VITCOD.dram_bytes_per_cycle
-    assert op_cost(Unused("p", 10), VITCOD) is None
-    with pytest.raises(TypeError, match="but attention, got attn"):
-        op_cost(Attention("attn", 1, 4, 4, 8, 8), VITCOD)
 
 
 def network(tokens: int = 40, heads: int = 2, dim: int = 16) -> Workload:
@@ -392,35 +189,3 @@ def test_traffic_and_cost_check_themselves():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         simulate(network(), **arguments)
-
-
-@pytest.mark.parametrize("dataflow", ["os", "ws", "is"])
-def test_systolic_attention_counts_every_tensor_at_every_level(dataflow):
-    """Operand reads against a walk over the tiles."""
-    machine, schedule = replace(VITCOD, lines=4, macs_per_line=3), Schedule(dense_dataflow=dataflow)
-    op = Attention("attn", 2, 10, 7, 5, 6)
-    (cost,) = simulate(Workload("one", (op,)), machine, "systolic", schedule=schedule).attention
-    at = {(row.tensor, row.level): row for row in cost.traffic}
-
-    def walked(m, n, k):
-        tall, wide = {"os": (m, n), "ws": (k, n), "is": (k, m)}[dataflow]
-        left = right = 0
-        for i in range(0, tall, 4):
-            for j in range(0, wide, 3):
-                high, broad = min(4, tall - i), min(3, wide - j)
-                left += {"os": high * k, "ws": high * m, "is": high * broad}[dataflow]
-                right += {"os": broad * k, "ws": high * broad, "is": high * n}[dataflow]
-        return left, right
-
-    queries, keys = walked(10, 7, 5)
-    weights, values = walked(10, 6, 7)
-    size = machine.operand_bytes
-    for tensor, reads in (("Q", queries), ("K", keys), ("V", values)):
-        assert at[tensor, "lines"].read_bytes == 2 * reads * size
-        assert at[tensor, "buffer"].read_bytes == 2 * reads * size
-        assert at[tensor, "buffer"].written_bytes == at[tensor, "dram"].read_bytes
-    scores = 2 * 10 * 7 * machine.score_bytes
-    assert at["scores", "lines"].read_bytes == 2 * weights * machine.score_bytes
-    assert at["scores", "buffer"].read_bytes == 2 * scores + 2 * weights * machine.score_bytes
-    assert at["scores", "buffer"].written_bytes == 2 * scores
-    assert at["output", "buffer"].written_bytes == at["output", "dram"].written_bytes == 120 * size
