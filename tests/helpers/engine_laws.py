@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sievit.accel.hardware import Hardware
+from sievit.accel.schedule import DEFAULT
 from sievit.accel.vitcod import engine
 from sievit.accel.vitcod.mapper import choose
 from sievit.accel.vitcod.program import CODEC, INDEX, SDDMM, STORE, K, Q, V, build
@@ -43,8 +44,8 @@ class Run:
         return self.instances * sum(mask.sparser_kept for mask in self.op.masks or ())
 
 
-def made_run(op, hardware, instances=1, mapping=None) -> Run:
-    mapping = mapping or choose(op, hardware)
+def made_run(op, hardware, schedule=DEFAULT, instances=1, mapping=None) -> Run:
+    mapping = mapping or choose(op, hardware, schedule)
     program, counts = build(mapping, instances)
     trace = engine.run(program, mapping)
     return Run(op, hardware, instances, mapping, program, counts, trace)

@@ -79,7 +79,7 @@ def assert_equal_runs(trace, twin):
 
 
 def random_case(seed):
-    """A machine and a call that fits it, anything varied."""
+    """A call, a machine that it fits, a number of instances and a schedule, anything varied."""
     rng = np.random.default_rng(seed)
     pick = lambda *values: values[rng.integers(len(values))]  # noqa: E731
     square = rng.random() < 0.6
@@ -92,7 +92,6 @@ def random_case(seed):
     hardware = replace(
         SMALL,
         lines=pick(1, 2, 3, 4, 7),
-        assignment=ASSIGNMENTS[seed % 3],
         q_banks=pick(1, 2, 5, 8),
         k_banks=pick(1, 2, 4),
         v_banks=pick(1, 3, 8),
@@ -124,19 +123,19 @@ def random_case(seed):
         min_kept=pick(0, queries // 2, queries),
         masks=rng.random() < 0.9,
     )
-    return op, hardware, pick(1, 1, 2)
+    return op, hardware, pick(1, 1, 2), Schedule(assignment=ASSIGNMENTS[seed % 3])
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_equals_its_naive_twin(seed):
-    op, hardware, instances = random_case(seed)
-    _, trace, twin = both(op, hardware, instances)
+    op, hardware, instances, schedule = random_case(seed)
+    _, trace, twin = both(op, hardware, instances, schedule)
     assert_equal_runs(trace, twin)
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_equals_its_naive_twin_on_ddr4(seed):
-    op, hardware, instances = random_case(seed)
+    op, hardware, instances, schedule = random_case(seed)
     hardware = replace(
         hardware,
         dram_model="ddr4",
@@ -144,7 +143,7 @@ def test_equals_its_naive_twin_on_ddr4(seed):
         dram_map=("groups_interleaved", "rows_interleaved")[seed % 2],
         index_buffer_bytes=hardware.index_buffer_bytes + 100,
     )
-    _, trace, twin = both(op, hardware, instances)
+    _, trace, twin = both(op, hardware, instances, schedule)
     assert_equal_runs(trace, twin)
 
 
