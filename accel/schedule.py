@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from .encodings import ENCODINGS
+
 __all__ = ["ASSIGNMENTS", "DATAFLOWS", "DEFAULT", "FILLS", "Schedule", "UserMapping"]
 
 ASSIGNMENTS = ("balanced", "round_robin", "lockstep")
@@ -64,7 +66,7 @@ class Schedule:
                       is taken
     dense_dataflow    one of `DATAFLOWS`
     dense_fill        one of `FILLS`
-    index_encoding    a name of `sievit.accel.vitcod.encodings.ENCODINGS`, which a run checks
+    index_encoding    one of `sievit.accel.encodings.ENCODINGS`
     mapping           of attention; None: the mapper chooses
 
     Raises ValueError, naming the field, for an unknown policy or a count below 1.
@@ -82,6 +84,7 @@ class Schedule:
         _at_least_one("mappings_stepped", self.mappings_stepped)
         one_of("dense_dataflow", self.dense_dataflow, DATAFLOWS)
         one_of("dense_fill", self.dense_fill, FILLS)
+        one_of("index_encoding", self.index_encoding, tuple(ENCODINGS))
         if self.mapping is not None and not isinstance(self.mapping, UserMapping):
             names = ", ".join(item.name for item in fields(UserMapping))
             raise ValueError(

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ...workload import Attention
+from ..encodings import ENCODINGS, Widths
 from ..hardware import Hardware
 from ..schedule import Schedule
-from .encodings import Widths, encoding_named
 from .pattern import Pattern
 
 
@@ -57,7 +57,7 @@ class Mapping:
     @cached_property
     def _widths(self) -> Widths:
         most = max(len(pattern.columns[1]) for pattern in self.patterns)
-        encoding = encoding_named(self.schedule.index_encoding)
+        encoding = ENCODINGS[self.schedule.index_encoding]
         return encoding(self.op.queries, self.op.keys, most)
 
     @property

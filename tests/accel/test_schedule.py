@@ -23,9 +23,9 @@ from sievit.accel import (
     simulate,
     simulate_attention,
 )
+from sievit.accel.encodings import ENCODINGS, Widths, absolute
 from sievit.accel.explore.grid import configured, grid, load_configurations
 from sievit.accel.hardware import POLICIES, schedule_of
-from sievit.accel.vitcod.encodings import ENCODINGS, Widths, absolute
 from sievit.accel.vitcod.mapper import candidates, choose
 from sievit.workload import Attention, Gemm, HeadCodec, Workload, polarize_head
 
@@ -55,6 +55,7 @@ WORK = Workload("work", (Gemm("qkv", 40, 32, 96), call()))
         (Schedule, "mappings_stepped", 0),
         (Schedule, "dense_dataflow", "rs"),
         (Schedule, "dense_fill", "never"),
+        (Schedule, "index_encoding", "runs"),
         (Schedule, "mapping", 3),
         (UserMapping, "group", 0),
         (UserMapping, "query_tile", 0),
@@ -68,10 +69,14 @@ def test_a_bad_value_is_named(kind, field, value):
         kind(**{field: value})
 
 
-def test_an_unknown_index_encoding_is_named_by_any_simulator():
-    for name in ("vitcod", "systolic"):
-        with pytest.raises(ValueError, match="index_encoding must be one of absolute, got 'runs'"):
-            simulate(WORK, simulator=name, schedule=Schedule(index_encoding="runs"))
+def test_a_registered_encoding_is_taken_and_counted(monkeypatch):
+    with pytest.raises(ValueError, match="index_encoding must be one of absolute, got 'words'"):
+        Schedule(index_encoding="words")
+    monkeypatch.setitem(ENCODINGS, "words", lambda *sizes: Widths(4, 4))
+    usual = choose(WORK.attention[0], VITCOD)
+    wide = choose(WORK.attention[0], VITCOD, Schedule(index_encoding="words"))
+    assert (usual.entry_bytes, usual.pointer_bytes) == (1, 2)
+    assert (wide.entry_bytes, wide.pointer_bytes) == (4, 4)
 
 
 def test_the_absolute_encoding():

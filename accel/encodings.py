@@ -1,7 +1,8 @@
 """How the kept entries of the sparser part are written in DRAM and IdxBuf: widths in bytes.
 
 An encoding is a plain function (queries, keys, entries) -> `Widths`, where ``entries`` are the
-most that one head holds. A new one is a function and a line of `ENCODINGS`.
+most that one head holds. A new one is a function and a line of `ENCODINGS`; a `Schedule`
+names the one that is used.
 """
 
 from __future__ import annotations
@@ -24,13 +25,6 @@ def absolute(queries: int, keys: int, entries: int) -> Widths:
 
 
 ENCODINGS: dict[str, Callable[[int, int, int], Widths]] = {"absolute": absolute}
-
-
-def encoding_named(name: str) -> Callable[[int, int, int], Widths]:
-    """The function of ``name``. Raises ValueError, naming those there are, for another."""
-    if name not in ENCODINGS:
-        raise ValueError(f"index_encoding must be one of {', '.join(ENCODINGS)}, got {name!r}")
-    return ENCODINGS[name]
 
 
 def _unsigned_bytes(values: int) -> int:
