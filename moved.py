@@ -137,6 +137,10 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "sievit.accel.vitcod.executor": {"CarriedRun": "ProgramExecutor"},
     "sievit.accel.vitcod.run": {"Stepped": "AttentionRun", "step": "run_attention"},
+    "sievit.ae.closed_form": {
+        "TURN_SWEEPS": "ROTATION_SWEEPS",
+        "agreeing_turn": "agreeing_rotation",
+    },
     "sievit.pipeline.result": {
         "PACKAGES": "sievit.provenance.PACKAGES",
         "versions": "sievit.provenance.versions",
@@ -146,11 +150,13 @@ NAMES: dict[str, dict[str, str]] = {
     "sievit.sparsify": {"codesign_masks": "budgeted_masks", "judge": "evaluate"},
     "sievit.sparsify.budgeted_masks": {"codesign_masks": "budgeted_masks"},
     "sievit.sparsify.fidelity": {"judge": "evaluate"},
+    "sievit.workload": {"PUBLISHED_MIN_KEPT": "PUBLISHED_GLOBAL_THRESHOLD"},
+    "sievit.workload.masks": {"PUBLISHED_MIN_KEPT": "PUBLISHED_GLOBAL_THRESHOLD"},
 }
 """Module or package of today -> {old name: new name, with its module where that is another}."""
 
-ARGUMENTS = {"min_kept": "global_threshold", "turn": "rotation"}
-"""Arguments and fields: old name -> new name."""
+ARGUMENTS = {"min_kept": "global_threshold", "turn": "rotation", "turned": "rotated"}
+"""Arguments, fields and methods: old name -> new name."""
 
 FLAGS = {
     "--min-kept": "--global-threshold",
@@ -180,16 +186,16 @@ def old_names(module: str) -> Callable[[str], Any]:
 
 
 def old_arguments(*names: str) -> Callable[[Made], Made]:
-    """Decorator of a function or dataclass that had arguments of these `ARGUMENTS`: they are
+    """Decorator of a function or class that had arguments of these `ARGUMENTS`: they are
     taken under their new name, with a warning, and win over it (as `dataclasses.replace`
-    needs). Fields can be read under the old name too."""
+    needs). What a class has can be read and set under the old name too."""
 
     def wrap(made: Made) -> Made:
         if not isinstance(made, type):
             return _renaming(made, names)
         made.__init__ = _renaming(made.__init__, names)
         for name in names:
-            setattr(made, name, property(_old_field(name)))
+            setattr(made, name, property(_old_field(name), _set_old_field(name)))
         return made
 
     return wrap
@@ -213,6 +219,14 @@ def _old_field(name: str) -> Callable[[Any], Any]:
         return getattr(instance, ARGUMENTS[name])
 
     return read
+
+
+def _set_old_field(name: str) -> Callable[[Any, Any], None]:
+    def write(instance: Any, value: Any) -> None:
+        _warn_of_argument(name)
+        setattr(instance, ARGUMENTS[name], value)
+
+    return write
 
 
 def _warn_of_argument(name: str) -> None:

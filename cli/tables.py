@@ -94,8 +94,8 @@ def _codec_fact(result: CodesignResult) -> str:
         f"parameters; explained variance Q {plain.q:.2f}, K {plain.k:.2f}"
     )
     if result.settings.rotation:
-        turned = summary.mean(rotated=True)
-        text += f", with heads turned to agree Q {turned.q:.2f}, K {turned.k:.2f}"
+        rotated = summary.mean(rotated=True)
+        text += f", with heads rotated to agree Q {rotated.q:.2f}, K {rotated.k:.2f}"
     moved = summary.mean_errors()
     return (
         f"{text}; on judging crops, under the mask: error Q {moved.q:.2f}, K {moved.k:.2f}, "

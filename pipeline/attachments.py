@@ -21,7 +21,7 @@ from ..accel.kernels import Arithmetic
 from ..ae import QKCodec, attach_codec
 from ..files import written_whole
 from ..sparsify import attach, attach_int8, calibrate_int8
-from ..workload import PUBLISHED_MIN_KEPT, AttentionMask, GlobalThreshold, HeadCodec
+from ..workload import PUBLISHED_GLOBAL_THRESHOLD, AttentionMask, GlobalThreshold, HeadCodec
 from ..workload.bits import packed, unpacked
 
 FORMAT = "sievit attachments 1"
@@ -103,7 +103,9 @@ class Attachments:
                 f"expected {FORMAT!r}"
             )
         about = json.loads(metadata["about"])
-        threshold = about.get("global_threshold", PUBLISHED_MIN_KEPT)  # older files say none
+        threshold = about.get(
+            "global_threshold", PUBLISHED_GLOBAL_THRESHOLD
+        )  # older files say none
         mask = _mask(about["mask"], threshold, tensors) if "mask" in about else None
         codecs = _codecs(about["codecs"], tensors) if "codecs" in about else None
         return cls(about["image_size"], mask, codecs, about["settings"])
@@ -120,9 +122,5 @@ def _codecs(shapes: list[dict[str, int]], tensors: dict[str, Tensor]) -> nn.Modu
     codecs = nn.ModuleList(QKCodec(HeadCodec(**shape)) for shape in shapes)
     prefix = "codecs."
     state = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
-    for name in list(state):
-        layer, _, key = name.partition(".")
-        if key in ("turn", "key_shift"):  # buffers that a codec has only where it is turned
-            setattr(codecs[int(layer)], key, state.pop(name))
     codecs.load_state_dict(state, strict=False)
     return codecs

@@ -15,7 +15,7 @@ def codec_weights(codec: QKCodec) -> tuple[CodecWeights, CodecWeights]:
     Raises ValueError for a codec that carries a rotation: the machine has none, `fold` it
     into the projections first.
     """
-    if codec.turn is not None or codec.key_shift is not None:
+    if codec.rotation is not None or codec.key_shift is not None:
         raise ValueError(
             "the codec carries a rotation of the heads, which the machine does not compute: "
             "fold it into the model's projections first (sievit.ae.fold)"

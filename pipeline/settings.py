@@ -8,7 +8,7 @@ from ..images import IMAGENET, Normalization
 from ..models.training.recipe import Recipe
 from ..moved import old_arguments
 from ..sparsify.rules import rule_named
-from ..workload import PUBLISHED_MIN_KEPT, GlobalThreshold
+from ..workload import PUBLISHED_GLOBAL_THRESHOLD, GlobalThreshold
 from ..workload.masks import check_global_threshold
 
 FEW_PHOTOS = 100
@@ -32,7 +32,7 @@ class MaskSettings:
     theta: float | None = None
     granularity: tuple[int, int] = (1, 1)
     grid: tuple[int, int] | None = None
-    global_threshold: GlobalThreshold = PUBLISHED_MIN_KEPT
+    global_threshold: GlobalThreshold = PUBLISHED_GLOBAL_THRESHOLD
 
     def __post_init__(self) -> None:
         rule_named(self.rule)

@@ -141,10 +141,10 @@ class Run:
         """Codecs for heads as they are, to show what rotating them is worth."""
         size = self.settings.image_size
         with (
-            self.stage("judging the codec without turn"),
+            self.stage("judging the codec without rotation"),
             attach_codec(self.model, plain.codecs, size),
         ):
-            self.fidelity["codec alone, heads not turned"] = self.evaluate(self.model)
+            self.fidelity["codec alone, heads not rotated"] = self.evaluate(self.model)
 
     def train(
         self, mask: AttentionMask, codecs: FittedCodecs | None

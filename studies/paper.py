@@ -20,7 +20,7 @@ from ..models import create, prefix_tokens, trace
 from ..models.running import image_size_of
 from ..progress import Progress, silent
 from ..sparsify import synthetic_maps, threshold
-from ..workload import PUBLISHED_MIN_KEPT, Attention, AttentionMask, HeadCodec, Workload
+from ..workload import PUBLISHED_GLOBAL_THRESHOLD, Attention, AttentionMask, HeadCodec, Workload
 from .ladder import Ladder, climb
 from .paper_rows import Case, Row, Run, rows
 from .processors import timed_here
@@ -28,7 +28,7 @@ from .published import MODELS, SPARSITIES
 
 SIMULATORS = ("vitcod", "vitcod_no_codec", "vitcod_no_reorder", "sanger", "spatten")
 
-MIN_KEPT = PUBLISHED_MIN_KEPT / 197
+GLOBAL_SHARE = PUBLISHED_GLOBAL_THRESHOLD / 197
 """The published 50 of 197 queries as a share, for layers with other token counts."""
 
 LADDER_MODEL, LADDER_SPARSITY = "deit_tiny", 0.95
@@ -90,7 +90,7 @@ def case_of_mask(model: str, mask: AttentionMask, image_size: int | None = None)
 
 def _case(name: str, workload: Workload, mask: AttentionMask, sparsity: float) -> Case:
     codecs = [_codec(op, name.startswith("levit")) for op in workload.attention]
-    workload = replace(workload.with_attention(mask, codecs, MIN_KEPT), name=name)
+    workload = replace(workload.with_attention(mask, codecs, GLOBAL_SHARE), name=name)
     return Case(name, sparsity, workload)
 
 

@@ -55,6 +55,7 @@ RENAMED = {
     ("sievit.accel", "Point"): "sievit.accel.DesignPoint",
     ("sievit.sparsify", "codesign_masks"): "sievit.sparsify.budgeted_masks",
     ("sievit.sparsify", "judge"): "sievit.sparsify.evaluate",
+    ("sievit.workload", "PUBLISHED_MIN_KEPT"): "sievit.workload.PUBLISHED_GLOBAL_THRESHOLD",
 }
 """Those that are called otherwise today."""
 

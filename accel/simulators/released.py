@@ -13,7 +13,7 @@ from math import ceil
 
 import numpy as np
 
-from ...workload import PUBLISHED_MIN_KEPT, Attention, Workload
+from ...workload import PUBLISHED_GLOBAL_THRESHOLD, Attention, Workload
 from ..hardware import Hardware
 from ..report.report import OpCost
 from ..schedule import Schedule
@@ -132,7 +132,8 @@ def _sizes(op: Attention) -> tuple[int, int, int, float]:
 def _global_columns(op: Attention) -> tuple[int, int]:
     """Columns of head 0 with more than 50 kept entries, and the kept entries of the others."""
     kept = op.masks[0].dense().sum(axis=0)
-    columns, sparse = int((kept > PUBLISHED_MIN_KEPT).sum()), kept[kept <= PUBLISHED_MIN_KEPT]
+    is_global = kept > PUBLISHED_GLOBAL_THRESHOLD
+    columns, sparse = int(is_global.sum()), kept[~is_global]
     _divides(op, columns, "global keys in head 0")
     return columns, _divides(op, int(np.sum(sparse)), "kept entries beside the global keys")
 

@@ -17,7 +17,7 @@ from sievit.ae import (
     fit_codecs,
     head_moments,
 )
-from sievit.ae.closed_form import agreeing_turn
+from sievit.ae.closed_form import agreeing_rotation
 from sievit.workload import HeadCodec
 
 quick = settings(derandomize=True, deadline=None, max_examples=15)
@@ -62,36 +62,36 @@ def test_moments_stream():
     shift = np.random.default_rng(0).standard_normal((4, 6))
     moved = HeadMoments.of(q - torch.from_numpy(shift)[:, None])
     np.testing.assert_allclose(whole.shifted(shift).second, moved.second, atol=1e-9)
-    turn = np.linalg.qr(np.random.default_rng(1).standard_normal((4, 6, 6)))[0]
-    turned = HeadMoments.of(q @ torch.from_numpy(turn))
-    np.testing.assert_allclose(whole.turned(turn).second, turned.second, atol=1e-9)
+    rotation = np.linalg.qr(np.random.default_rng(1).standard_normal((4, 6, 6)))[0]
+    rotated = HeadMoments.of(q @ torch.from_numpy(rotation))
+    np.testing.assert_allclose(whole.rotated(rotation).second, rotated.second, atol=1e-9)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_the_turn_is_free_and_makes_heads_agree(groups):
+def test_the_rotation_is_free_and_makes_heads_agree(groups):
     q, k = random_qk(4)
     moments = HeadMoments.of(q), HeadMoments.of(k)
     shape = HeadCodec(4, 2, groups)
     _, plain = fit_closed_form(*moments, shape)
-    codec, turned = fit_closed_form(*moments, shape, rotation=True)
-    turn = codec.turn.double()
+    codec, rotated = fit_closed_form(*moments, shape, rotation=True)
+    rotation = codec.rotation.double()
     identity = torch.eye(6, dtype=torch.float64).expand(4, 6, 6)
-    torch.testing.assert_close(turn @ turn.transpose(1, 2), identity, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rotation @ rotation.transpose(1, 2), identity, rtol=1e-5, atol=1e-5)
     new_q, new_k = codec.double().in_basis(q, k)
     before = (q @ k.transpose(-2, -1)).softmax(-1)
     after = (new_q @ new_k.transpose(-2, -1)).softmax(-1)
     torch.testing.assert_close(before, after, rtol=1e-3, atol=1e-5)
-    assert turned.q + turned.k > plain.q + plain.k + (0.3 if groups == 1 else 0.1)
+    assert rotated.q + rotated.k > plain.q + plain.k + (0.3 if groups == 1 else 0.1)
 
 
-def test_agreeing_turn_never_lowers_the_explained_energy(monkeypatch):
+def test_agreeing_rotation_never_lowers_the_explained_energy(monkeypatch):
     q, k = (HeadMoments.of(x) for x in random_qk(5))
     shape = HeadCodec(4, 2)
     shares = []
     for sweeps in (0, 1, 2, 5, 15):
-        monkeypatch.setattr("sievit.ae.closed_form.TURN_SWEEPS", sweeps)
-        turn = agreeing_turn(q, k, shape)
-        energies = [np.einsum("higi->hg", m.turned(turn).second) for m in (q, k)]
+        monkeypatch.setattr("sievit.ae.closed_form.ROTATION_SWEEPS", sweeps)
+        rotation = agreeing_rotation(q, k, shape)
+        energies = [np.einsum("higi->hg", m.rotated(rotation).second) for m in (q, k)]
         shares.append(sum(np.linalg.eigvalsh(e)[-2:].sum() / np.trace(e) for e in energies))
     assert all(b >= a - 1e-9 for a, b in pairwise(shares))
     assert shares[-1] > shares[0] + 0.3

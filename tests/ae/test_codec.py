@@ -8,8 +8,10 @@ import torch
 from codec_cases import random_qk, tiny_vit
 
 from sievit.ae import (
+    HeadMoments,
     QKCodec,
     attach_codec,
+    fit_closed_form,
     fit_codecs,
     head_moments,
 )
@@ -111,3 +113,34 @@ def test_codecs_of_the_wrong_number_or_heads_are_named():
     attach_codec(model, [QKCodec(HeadCodec(6, 3))] * 2)
     with pytest.raises(ValueError, match="layer 0 has 4 heads, its codec 6"):
         model(torch.randn(1, 3, 32, 32))
+
+
+def test_a_stored_rotation_loads_under_its_name_of_today_and_of_before():
+    fitted, _ = fit_closed_form(*map(HeadMoments.of, random_qk(8)), HeadCodec(4, 2), rotation=True)
+    stored = fitted.state_dict()
+    assert {"rotation", "key_shift"} < set(stored)
+    older = {("turn" if name == "rotation" else name): value for name, value in stored.items()}
+    q, k = (x.float() for x in random_qk(9))
+    for state in (stored, older):
+        codec = QKCodec(HeadCodec(4, 2))
+        codec.load_state_dict(state)
+        assert torch.equal(codec.rotation, fitted.rotation)
+        assert all(map(torch.equal, codec(q, k), fitted(q, k)))
+    held = torch.nn.ModuleList([QKCodec(HeadCodec(4, 2))])
+    held.load_state_dict({f"0.{name}": value for name, value in older.items()})
+    assert torch.equal(held[0].rotation, fitted.rotation)
+    assert held[0].rotation is not fitted.rotation
+
+
+def test_the_rotation_is_reached_by_its_old_name_with_a_warning():
+    codec, rotation = QKCodec(HeadCodec(4, 2)), torch.eye(6).expand(4, 6, 6)
+    with pytest.warns(DeprecationWarning, match="turn is called rotation"):
+        codec.turn = rotation
+    assert codec.rotation is rotation
+    assert "rotation" in codec.state_dict()
+    with pytest.warns(DeprecationWarning, match="turn is called rotation"):
+        assert codec.turn is rotation
+    moments = HeadMoments.of(random_qk(8)[0])
+    with pytest.warns(DeprecationWarning, match="turned is called rotated"):
+        turned = moments.turned(rotation.numpy())
+    np.testing.assert_array_equal(turned.second, moments.rotated(rotation.numpy()).second)

@@ -15,7 +15,7 @@ from sievit.ae import (
 from sievit.models import create, features
 
 
-def test_fold_moves_the_turn_into_the_projections():
+def test_fold_moves_the_rotation_into_the_projections():
     model = tiny_vit()
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     fitted = fit_codecs(head_moments(model, [images]), rotation=True)
@@ -24,7 +24,7 @@ def test_fold_moves_the_turn_into_the_projections():
         with attach_codec(model, fitted.codecs):
             carried = features(model, images)
         fold(model, fitted.codecs)
-        assert all(c.turn is None and c.key_shift is None for c in fitted.codecs)
+        assert all(c.rotation is None and c.key_shift is None for c in fitted.codecs)
         assert (features(model, images) - plain).abs().max() < 1e-4
         with attach_codec(model, fitted.codecs):
             folded = features(model, images)

@@ -8,17 +8,17 @@ from sievit.models import create
 
 
 def random_qk(seed: int, heads: int = 4, tokens: int = 30, dim: int = 6):
-    """Q and K whose heads share directions, turned away from each other, with offsets."""
+    """Q and K whose heads share directions, rotated away from each other, with offsets."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     pair = []
-    turns = [torch.linalg.qr(draw(dim, dim))[0] for _ in range(heads)]
+    rotations = [torch.linalg.qr(draw(dim, dim))[0] for _ in range(heads)]
     for _ in range(2):
         common = draw(2, 2, tokens, dim)
         weights = draw(heads, 2)
         mixed = torch.einsum("hc,bcnd->bhnd", weights, common)
-        turned = torch.stack([mixed[:, h] @ turns[h] for h in range(heads)], dim=1)
-        pair.append(turned + 0.05 * draw(2, heads, tokens, dim) + draw(heads, 1, dim))
+        rotated = torch.stack([mixed[:, h] @ rotations[h] for h in range(heads)], dim=1)
+        pair.append(rotated + 0.05 * draw(2, heads, tokens, dim) + draw(heads, 1, dim))
     return tuple(pair)
 
 

@@ -68,7 +68,7 @@ def test_the_path_is_complete(result):
         "random mask, rows as learned",
         "random mask, uniform",
         "learned mask",
-        "codec alone, heads not turned",
+        "codec alone, heads not rotated",
         "codec alone",
         "learned mask + codec",
         "learned mask + codec, recovered",

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -90,17 +91,24 @@ def test_files_load_back_to_the_same_outputs(tmp_path):
     assert json.loads((tmp_path / "training.json").read_text())["settings"]["mode"] == "joint"
 
 
-def test_turned_codecs_load_back_with_their_turn(tmp_path):
+def test_rotated_codecs_load_back_with_their_rotation(tmp_path):
     from sievit.ae import fit_codecs, head_moments
 
     model = network()
     codecs = fit_codecs(head_moments(model, [image()]), 2).codecs
-    assert codecs[0].turn is not None
+    assert codecs[0].rotation is not None
     Attachments(64, None, codecs, {}).save(tmp_path / "a.safetensors")
     loaded = Attachments.load(tmp_path / "a.safetensors")
     with Attachments(64, None, codecs, {}).attach(model):
         wanted = model(image())
     with loaded.attach(model):
+        assert torch.equal(model(image()), wanted)
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        about = file.metadata()
+        tensors = {name.replace("rotation", "turn"): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert "codecs.0.turn" in tensors
+    save_file(tensors, tmp_path / "earlier.safetensors", about)
+    with Attachments.load(tmp_path / "earlier.safetensors").attach(model):
         assert torch.equal(model(image()), wanted)
 
 
