@@ -1,4 +1,4 @@
-"""How a machine is used: policies of its lines, of dense products, and a mapping of one's own.
+"""How a machine is used: policies of its lines, of dense products, and a user's own mapping.
 
 The third argument of `simulate`, beside what is computed (the workload) and what is built
 (`Hardware`). Each default is today's best; variation is by `dataclasses.replace`. Simulators

@@ -1,6 +1,6 @@
 """A dense systolic array of the same MACs: attention without masks, codec or sparsity.
 
-Each head is two products in closed form (`dense.array_cycles`) with the softmax unit
+Each head is two products in closed form (`products.array_cycles`) with the softmax unit
 between them; the scores of one head run while the softmax of the one before does. Scores
 stay on chip, tiled by queries where they do not fit; K and V are loaded again for each
 tile where they do not fit their buffers.

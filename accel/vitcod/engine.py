@@ -282,7 +282,7 @@ MEMORY_COUNTS = {
 def run(program: Program, mapping: Mapping) -> Trace:
     """Step ``program`` on the mapping's hardware to its end.
 
-    The first call on a machine compiles the core; see `compiled`. Raises RuntimeError where
+    The first call on a computer compiles the core; see `jit`. Raises RuntimeError where
     the machine comes to a stand: a fault of the program or of the engine.
     """
     machine, state = machine_of(mapping), initial_state(program, mapping)

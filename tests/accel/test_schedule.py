@@ -175,7 +175,7 @@ def test_results_are_reused_for_an_equal_schedule_alone(tmp_path):
     assert [reused(schedule=mapped) for _ in range(2)] == [0, 1]
 
 
-# ---------------------------------------------------------------- a mapping of one's own
+# ---------------------------------------------------------------- a user's own mapping
 
 
 def test_the_mappers_own_choice_given_by_hand_changes_nothing():

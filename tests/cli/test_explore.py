@@ -46,7 +46,7 @@ def axes(tmp_path_factory):
 def test_axes_of_model_and_machine_are_told_in_lines_of_80(axes):
     output = axes[2]
     assert max(map(len, output.splitlines())) <= 80
-    assert "made by chance (seed 0)" in output
+    assert "synthetic masks (seed 0)" in output
     assert "48 points: 32 simulated, 16 failed." in output
     assert "lines must be an integer >= 1, got 0" in " ".join(output.split())
     assert "latent_heads must be in 1..heads" in " ".join(output.split())
