@@ -105,7 +105,7 @@ def agreeing_rotation(q: HeadMoments, k: HeadMoments, shape: HeadCodec) -> np.nd
         for head in range(heads):
             pull = sum(
                 np.hstack(_without(p[head], head)[:, None, None] * block[head])
-                @ np.vstack(rotation)
+                @ rotation.reshape(heads * dim, dim)
                 for p, block in zip(projectors, blocks, strict=True)
             )
             left, _, right = np.linalg.svd(pull)

@@ -67,7 +67,9 @@ class QKCodec(nn.Module):
         self.register_buffer("rotation", None)
         self.register_buffer("key_shift", None)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
+    ) -> None:
         """Takes a change of basis that this codec had not; earlier versions stored ``turn``."""
         if f"{prefix}turn" in state_dict:
             state_dict[f"{prefix}rotation"] = state_dict.pop(f"{prefix}turn")
@@ -75,7 +77,7 @@ class QKCodec(nn.Module):
             stored = state_dict.get(prefix + name)
             if stored is not None and getattr(self, name) is None:
                 setattr(self, name, torch.empty_like(stored))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **named)
 
     def in_basis(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Q and K in the codec's basis; scores then differ by a constant a query."""
