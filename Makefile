@@ -1,7 +1,7 @@
 # make demo   the main job on a real pretrained ViT and real photos; writes out/
 # make test   the test suite
 # make coverage   the same with the share of the library's lines that ran; takes a third longer
-# make lint   ruff and the import contract
+# make lint   ruff and the import contracts
 # make types  pyright over the library
 
 PYTHON ?= python3

@@ -6,6 +6,6 @@ The parts are imported by name (``from sievit.sparsify import threshold``); impo
 
 __version__ = "0.1.0"
 
-from sievit.moved import forward_modules
+from .moved import forward_modules
 
 forward_modules()

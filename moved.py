@@ -193,10 +193,11 @@ def old_arguments(*names: str) -> Callable[[Made], Made]:
     def wrap(made: Made) -> Made:
         if not isinstance(made, type):
             return _renaming(made, names)
-        made.__init__ = _renaming(made.__init__, names)
+        changed: Any = made
+        changed.__init__ = _renaming(changed.__init__, names)
         for name in names:
-            setattr(made, name, property(_old_field(name), _set_old_field(name)))
-        return made
+            setattr(changed, name, property(_old_field(name), _set_old_field(name)))
+        return changed
 
     return wrap
 

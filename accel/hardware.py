@@ -82,7 +82,7 @@ class Hardware:
         """Takes the policies of earlier versions as well: see `HardwareWithPolicies`."""
         if cls is Hardware and not POLICIES.isdisjoint(given):
             _warn_of_policies(sorted(POLICIES & set(given)))
-            cls = HardwareWithPolicies
+            return object.__new__(HardwareWithPolicies)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -67,8 +67,10 @@ class _Announcer(event.Listener):
         self.said = False
 
     def on_start(self, event: event.Event) -> None:
+        if self.said or event.data is None:
+            return
         module = str(event.data["dispatcher"].py_func.__module__)  # None where it has no file
-        if not self.said and module.startswith(f"{__package__}."):
+        if module.startswith(f"{__package__}."):
             self.said = True
             logging.getLogger("sievit.accel").info(
                 "compiling the simulator, once on this computer: about 20 seconds"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..workload import Conv, Deform, Elementwise, Gemm, Op, Unknown, Unused
+from ..workload import Attention, Conv, Deform, Elementwise, Gemm, Op, Unknown, Unused
 from .hardware import Hardware, schedule_of
 from .report.report import OpCost, Traffic
 from .schedule import DEFAULT, Schedule
@@ -220,6 +220,8 @@ def op_cost(
         return product_cost(op, hardware, batch, schedule=schedule)
     if isinstance(op, Unused):
         return None
+    if isinstance(op, Attention):
+        raise TypeError(f"op_cost takes any operation but attention, got {op.name}")
     return vector_cost(op, hardware, batch)
 
 

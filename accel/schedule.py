@@ -98,7 +98,7 @@ def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def _at_least_one(field: str, value: int) -> None:
+def _at_least_one(field: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{field} must be an integer >= 1, got {value!r}")
 

@@ -19,7 +19,7 @@ from ..models.running import image_size_of
 from ..moved import old_arguments
 from ..workload import HeadCodec
 from .closed_form import ExplainedVariance, HeadMoments, fit_closed_form
-from .codec import QKCodec, latent_heads_for
+from .codec import Codecs, QKCodec, each_codec, latent_heads_for
 
 Pair = tuple[Tensor, Tensor]
 Watcher = Callable[[int, Pair, Pair], None]
@@ -49,7 +49,7 @@ class _Coded(AttentionHook):
 
 def attach_codec(
     model: nn.Module,
-    codecs: Sequence[QKCodec],
+    codecs: Codecs,
     image_size: int | None = None,
     watcher: Watcher | None = None,
 ) -> Handle:
@@ -60,15 +60,16 @@ def attach_codec(
     they are trained through the model, but are not in its state dict. They move to the
     model's device.
     """
+    layers = each_codec(codecs)
     calls = find_attention(model, image_size_of(model, image_size))
     if len(calls) != len(codecs):
         raise ValueError(
             f"the model makes {len(calls)} calls of attention, got {len(codecs)} codecs"
         )
     first = next(model.parameters(), None)
-    for codec in codecs:
+    for codec in layers:
         codec.to(None if first is None else first.device)
-    hooks = [_Coded(layer, codec, watcher) for layer, codec in enumerate(codecs)]
+    hooks = [_Coded(layer, codec, watcher) for layer, codec in enumerate(layers)]
     return intercept(model, hooks, calls)
 
 
@@ -85,6 +86,12 @@ class _Moments(AttentionHook):
         self.k = new_k if self.k is None else self.k + new_k
         return q, k
 
+    @property
+    def pair(self) -> tuple[HeadMoments, HeadMoments]:
+        if self.q is None or self.k is None:
+            raise RuntimeError("this call of attention was not made in any forward")
+        return self.q, self.k
+
 
 @torch.no_grad()
 def head_moments(
@@ -100,7 +107,7 @@ def head_moments(
     observe_attention(model, batches, watch)
     if not hooks:
         raise ValueError("a codec is fitted to images, got none")
-    return tuple((hook.q, hook.k) for hook in hooks)
+    return tuple(hook.pair for hook in hooks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +119,7 @@ class FittedCodecs:
 
     @property
     def shapes(self) -> tuple[HeadCodec, ...]:
-        return tuple(codec.shape for codec in self.codecs)
+        return tuple(codec.shape for codec in each_codec(self.codecs))
 
 
 @old_arguments("turn")

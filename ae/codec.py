@@ -13,6 +13,7 @@ finds them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,6 +95,20 @@ class QKCodec(nn.Module):
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Q and K as decoded after compression, in the codec's basis."""
         return self.coded(*self.in_basis(q, k))
+
+
+Codecs = Sequence[QKCodec] | nn.ModuleList
+"""One codec a layer, as a sequence or as the module that holds them."""
+
+
+def each_codec(codecs: Codecs) -> list[QKCodec]:
+    """The codecs of a sequence or module, in order. Raises TypeError for any other module."""
+    found = []
+    for layer, codec in enumerate(codecs):
+        if not isinstance(codec, QKCodec):
+            raise TypeError(f"layer {layer} needs a QKCodec, got {type(codec).__name__}")
+        found.append(codec)
+    return found
 
 
 def latent_heads_for(heads: int) -> int:

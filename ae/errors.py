@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..models import AttentionHook, find_attention, intercept
 from ..models.running import evaluating, image_size_of, images_for
 from .adapt import Pair, attach_codec
-from .codec import QKCodec
+from .codec import Codecs
 from .train import relative_error
 
 
@@ -41,16 +41,22 @@ class _Seen(AttentionHook):
 
     def __init__(self) -> None:
         super().__init__(observe=self._take)
-        self.probabilities: Tensor | None = None
+        self._last: Tensor | None = None
 
     def _take(self, probabilities: Tensor) -> None:
-        self.probabilities = probabilities.detach()
+        self._last = probabilities.detach()
+
+    @property
+    def probabilities(self) -> Tensor:
+        if self._last is None:
+            raise RuntimeError("this call of attention was not made in the forward")
+        return self._last
 
 
 @torch.no_grad()
 def codec_errors(
     model: nn.Module,
-    codecs: Sequence[QKCodec],
+    codecs: Codecs,
     batches: Iterable[Tensor],
     image_size: int | None = None,
 ) -> tuple[CodecErrors, ...]:

@@ -7,20 +7,18 @@ each query, which softmax does not see.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from ..models import find_attention
 from ..models.running import image_size_of
-from .codec import QKCodec
+from .codec import Codecs, each_codec
 
 SEPARATE = (("query", "key"), ("q_proj", "k_proj"))
 
 
 @torch.no_grad()
-def fold(model: nn.Module, codecs: Sequence[QKCodec], image_size: int | None = None) -> None:
+def fold(model: nn.Module, codecs: Codecs, image_size: int | None = None) -> None:
     """Move each codec's ``rotation`` and ``key_shift`` into ``model``'s projections, in place.
 
     The module that makes the attention call must hold its projections as one linear
@@ -36,7 +34,7 @@ def fold(model: nn.Module, codecs: Sequence[QKCodec], image_size: int | None = N
     modules = [model.get_submodule(call.module) for call in calls]
     for call, module in zip(calls, modules, strict=True):
         _projections(call.module, module)
-    for call, module, codec in zip(calls, modules, codecs, strict=True):
+    for call, module, codec in zip(calls, modules, each_codec(codecs), strict=True):
         (q_weight, q_bias), (k_weight, k_bias) = _projections(call.module, module)
         _apply(q_weight, q_bias, codec.rotation, None)
         _apply(k_weight, k_bias, codec.rotation, codec.key_shift)

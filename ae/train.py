@@ -7,16 +7,15 @@ size; the default here is the relative squared error, ``published`` is the paper
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
 from ..models.training.distill import distill
 from ..models.training.feeding import Batches
 from ..models.training.loop import Checkpointing, Listener, Trained
+from ..models.training.objectives import summed
 from ..models.training.recipe import Recipe
 from .adapt import Pair, attach_codec
-from .codec import QKCodec
+from .codec import Codecs
 
 PUBLISHED_WEIGHT = 1e-4
 RELATIVE_WEIGHT = 0.01
@@ -34,7 +33,7 @@ class Reconstruction(nn.Module):
     """
 
     def __init__(
-        self, codecs: Sequence[QKCodec], published: bool = False, weight: float | None = None
+        self, codecs: Codecs, published: bool = False, weight: float | None = None
     ) -> None:
         super().__init__()
         self.codecs = codecs if isinstance(codecs, nn.ModuleList) else nn.ModuleList(codecs)
@@ -48,13 +47,13 @@ class Reconstruction(nn.Module):
         self.errors[layer] = q + k
 
     def forward(self) -> Tensor:
-        return self.weight * sum(self.errors.values())
+        return self.weight * summed(self.errors.values())
 
 
 def train_codec(
     student: nn.Module,
     teacher: nn.Module,
-    codecs: Sequence[QKCodec],
+    codecs: Codecs,
     batches: Batches,
     *,
     steps: int | None = None,

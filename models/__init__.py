@@ -1,5 +1,7 @@
 """Vision models, their weights, where their attention is, and what they cost."""
 
+from typing import TYPE_CHECKING
+
 from .attention.calls import AttentionCall, find_attention
 from .attention.intercept import AttentionHook, Handle, intercept
 from .costs.complexity import Complexity, complexity
@@ -10,6 +12,9 @@ from .registry import create, create_for, names
 from .replace import replace_attention, replace_depthwise
 from .saliency import SaliencyDecoder
 from .weights.load import LoadReport, load_weights
+
+if TYPE_CHECKING:
+    from .scaling import scale
 
 __all__ = [
     "AttentionCall",

@@ -25,10 +25,12 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
     ``last_hidden_state`` of a Hugging Face model. A feature map [batch, dim, height,
     width] is given as height * width tokens. Raises ``ValueError`` for other models.
     """
-    if hasattr(model, "forward_features"):
-        return _as_tokens(model.forward_features(images), model)
-    if hasattr(model, "config") and hasattr(model, "base_model"):
-        return model.base_model(pixel_values=images).last_hidden_state
+    forward = getattr(model, "forward_features", None)
+    if forward is not None:
+        return _as_tokens(forward(images), model)
+    base = getattr(model, "base_model", None)
+    if hasattr(model, "config") and base is not None:
+        return base(pixel_values=images).last_hidden_state
     raise ValueError(
         f"{type(model).__name__} has neither forward_features nor last_hidden_state; "
         "wrap it in a module with forward_features(images) -> [batch, tokens, dim]"

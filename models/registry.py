@@ -47,17 +47,23 @@ def create(
     builder = _builders().get(name)
     if builder is None:
         raise ValueError(unknown_name(name))
-    stored = None
-    if pretrained is not None:
-        from .weights.load import classes_in, load_weights, stored_weights
+    if pretrained is None:
+        return _named(builder(**overrides), name)
+    from .weights.load import classes_in, load_weights, stored_weights
 
-        stored = stored_weights(pretrained)
-        if "num_classes" not in overrides:
-            overrides["num_classes"] = classes_in(stored, partial(builder, **overrides))
-    model = builder(**overrides)
-    model.registered_name = name
-    if stored is not None:
-        model.load_report = load_weights(model, stored, str(pretrained))
+    stored = stored_weights(pretrained)
+    if "num_classes" not in overrides:
+        overrides["num_classes"] = classes_in(stored, partial(builder, **overrides))
+    model = _named(builder(**overrides), name)
+    # Torch's annotation of a module's attributes leaves plain values out; so in `_named`.
+    model.load_report = load_weights(  # pyright: ignore[reportArgumentType]
+        model, stored, str(pretrained)
+    )
+    return model
+
+
+def _named(model: nn.Module, name: str) -> nn.Module:
+    model.registered_name = name  # pyright: ignore[reportArgumentType]
     return model
 
 

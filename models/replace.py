@@ -64,11 +64,10 @@ def replace_attention(
     """
     prefix = prefix_tokens(model)
 
-    def operator(attention: nn.Module) -> nn.Module:
-        width = attention.proj.out_features
+    def operator(width: int) -> nn.Module:
         return TokenDCN(_started(width, group_channels, core, pointwise=True), prefix)
 
-    return _replaced(model, _is_attention, operator, "attention module with qkv and proj")
+    return _replaced(model, _attention_width, operator, "attention module with qkv and proj")
 
 
 def replace_depthwise(
@@ -82,21 +81,26 @@ def replace_depthwise(
     width.
     """
 
-    def operator(conv: nn.Module) -> nn.Module:
-        return MapDCN(_started(conv.out_channels, group_channels, core, pointwise=False))
+    def operator(width: int) -> nn.Module:
+        return MapDCN(_started(width, group_channels, core, pointwise=False))
 
-    return _replaced(model, _is_depthwise, operator, "depthwise convolution of stride 1")
-
-
-def _is_attention(module: nn.Module) -> bool:
-    layers = (getattr(module, name, None) for name in ("qkv", "proj"))
-    return all(isinstance(layer, nn.Linear) for layer in layers)
+    return _replaced(model, _depthwise_width, operator, "depthwise convolution of stride 1")
 
 
-def _is_depthwise(module: nn.Module) -> bool:
+def _attention_width(module: nn.Module) -> int | None:
+    """The width of an attention module, None for any other."""
+    qkv, proj = (getattr(module, name, None) for name in ("qkv", "proj"))
+    if isinstance(qkv, nn.Linear) and isinstance(proj, nn.Linear):
+        return proj.out_features
+    return None
+
+
+def _depthwise_width(module: nn.Module) -> int | None:
+    """The channels of a depthwise convolution of stride 1, None for any other module."""
     if not isinstance(module, nn.Conv2d) or module.stride != (1, 1) or module.groups == 1:
-        return False
-    return module.groups == module.in_channels == module.out_channels
+        return None
+    depthwise = module.groups == module.in_channels == module.out_channels
+    return module.out_channels if depthwise else None
 
 
 def _started(width: int, group_channels: int, core: Core, pointwise: bool) -> DCNv4:
@@ -114,16 +118,17 @@ def _started(width: int, group_channels: int, core: Core, pointwise: bool) -> DC
 
 def _replaced(
     model: nn.Module,
-    wanted: Callable[[nn.Module], bool],
-    operator: Callable[[nn.Module], nn.Module],
+    width_of: Callable[[nn.Module], int | None],
+    operator: Callable[[int], nn.Module],
     what: str,
 ) -> nn.Module:
     changed = copy.deepcopy(model)
-    names = [name for name, module in changed.named_modules() if wanted(module)]
-    if not names:
+    widths = {name: width_of(module) for name, module in changed.named_modules()}
+    found = [(name, width) for name, width in widths.items() if width is not None]
+    if not found:
         raise ValueError(f"{type(model).__name__} has no {what}")
-    for name in names:
+    for name, width in found:
         old = changed.get_submodule(name)
         place = next(old.parameters())
-        changed.set_submodule(name, operator(old).to(place).train(old.training))
+        changed.set_submodule(name, operator(width).to(place).train(old.training))
     return changed

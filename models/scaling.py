@@ -27,7 +27,7 @@ from .families.resnet import CONFIGS as RESNETS
 from .families.resnet import ResNet
 
 Config = RegNetConfig | EfficientNetConfig
-C = TypeVar("C", RegNetConfig, EfficientNetConfig)
+C = TypeVar("C", bound=Config)
 
 BASES: dict[str, Config] = {**EFFICIENTNETS, **REGNETS, **RESNETS}
 """The networks that can be scaled, by registry name."""

@@ -135,7 +135,7 @@ class Script:
         height = hardware.lines if self.square_array else hardware.macs_per_line
         return hardware.lines * height
 
-    def _computing(self, op: Attention, hardware: Hardware) -> int:
+    def _computing(self, op: Attention, hardware: Hardware) -> float:
         heads = range(1) if self.first_head else range(op.heads)
         shares = op.heads if self.lines_by_head else 1
         times = [self._head(op, head, hardware, shares) for head in heads]
@@ -143,7 +143,7 @@ class Script:
             return max(times)
         return sum(times) * (op.heads if self.first_head else 1)
 
-    def _head(self, op: Attention, head: int, hardware: Hardware, shares: int) -> int:
+    def _head(self, op: Attention, head: int, hardware: Hardware, shares: int) -> float:
         """SDDMM and SpMM of a head on 1 / shares of every line."""
         columns, sparse = _columns(op, head)
         dense, dim, lines = columns * op.queries, op.key_dim, hardware.lines
@@ -173,6 +173,8 @@ def _over(work: int, lanes: int) -> float:
 
 def _columns(op: Attention, head: int) -> tuple[int, int]:
     """Columns that more than 50 queries keep, and the kept entries of the others."""
+    if op.masks is None:
+        raise ValueError(f"the script's rules need masks, {op.name} has none")
     kept = op.masks[head].dense().sum(axis=0)
     is_global = kept > PUBLISHED_GLOBAL_THRESHOLD
     return int(is_global.sum()), int(np.sum(kept[~is_global]))

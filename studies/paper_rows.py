@@ -158,13 +158,14 @@ def _copies_row(
 ) -> Row:
     """As many machines as have the device's peak, an image each, sharing its bandwidth."""
     share = replace(hardware, dram_bytes_per_s=int(device.memory_bytes_per_s / copies))
-    factors = []
-    for run in runs:
-        attention = replace(run.case.workload, ops=run.case.workload.attention)
-        other = roofline(attention, device, batch=copies)
-        factors.append(speedup(simulate(attention, share), other).factor * copies)
+    alone = [replace(run.case.workload, ops=run.case.workload.attention) for run in runs]
+    others = [roofline(attention, device, batch=copies) for attention in alone]
+    factors = [
+        speedup(simulate(attention, share), other).factor * copies
+        for attention, other in zip(alone, others, strict=True)
+    ]
     text = (
-        f"{other.label}; {copies} copies of the machine, an image each, "
+        f"{others[-1].label}; {copies} copies of the machine, an image each, "
         f"{device.memory_bytes_per_s / 1e9:.4g} GB/s for all"
     )
     why = WHY_PROCESSOR["copies"]
@@ -279,8 +280,10 @@ def _script_shares(runs: Sequence[Run], hardware: Hardware, codec: bool) -> floa
             continue
         workload = run.case.workload if codec else _with_codecs(run.case.workload, lambda op: None)
         details = simulate(workload, hardware, "released").attention[0].details
-        loading, decoding = details["preloading"], details["processing"] if codec else 0
-        shares.append(loading / (loading + decoding + details["computation"]))
+        loading, decoding, computing = (
+            float(details[name]) for name in ("preloading", "processing", "computation")
+        )
+        shares.append(loading / (loading + (decoding if codec else 0) + computing))
     return fmean(shares) if shares else None
 
 

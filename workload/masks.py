@@ -97,7 +97,8 @@ class AttentionMask:
             arrays[f"bits{index}"] = packed(layer)
         arrays["global_threshold"] = np.array(self.global_threshold)
         with written_whole(path) as temporary:
-            np.savez_compressed(temporary, **arrays)
+            # NumPy's own annotation takes the arrays for its other keyword as well.
+            np.savez_compressed(temporary, **arrays)  # pyright: ignore[reportArgumentType]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AttentionMask:

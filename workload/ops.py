@@ -1,12 +1,13 @@
 """The operations a network is made of, each with what it computes, reads and writes.
 
 Plain frozen data for one image, numpy only. All sizes are elements; bytes = elements x
-the width that a machine gives them.
+the width that a machine gives them. What every operation answers stands at `Op`, below.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
 
 from .masks import PolarizedMask
 
@@ -50,27 +51,8 @@ class HeadCodec:
         return vectors * dim * self.heads * self.latent_heads // self.groups
 
 
-class Op:
-    """What every operation answers; elements are for one image.
-
-    macs             multiply-accumulates
-    params           learned parameters, biases included
-    activations      elements written by products (fast-scaling paper section 3: the
-                     output of convolutions and linear layers; 0 for the rest)
-    elements_read    activations and parameters read, each once
-    elements_written results written
-    """
-
-    name: str
-    macs: int = 0
-    params: int = 0
-    activations: int = 0
-    elements_read: int = 0
-    elements_written: int = 0
-
-
 @dataclass(frozen=True)
-class Gemm(Op):
+class Gemm:
     """``batch`` products [rows, inner] x [inner, cols].
 
     ``weight``: the second operand is a parameter (a linear layer), read once however
@@ -109,7 +91,7 @@ class Gemm(Op):
 
 
 @dataclass(frozen=True)
-class Conv(Op):
+class Conv:
     """A 2-d convolution; sizes are (height, width), the output's as the module gave it.
 
     ``transposed``: each input is multiplied with the whole kernel, ``stride`` apart in the
@@ -170,7 +152,7 @@ class Conv(Op):
 
 
 @dataclass(frozen=True)
-class Deform(Op):
+class Deform:
     """A deformable sampling operator (DCNv3, DCNv4): ``points`` output positions, each the
     weighted sum of ``samples`` bilinear samples, offsets and weights shared in a group.
 
@@ -184,6 +166,8 @@ class Deform(Op):
     samples: int
     in_size: tuple[int, int]
     points: int
+    params: ClassVar[int] = 0
+    activations: ClassVar[int] = 0
 
     @property
     def macs(self) -> int:
@@ -200,7 +184,7 @@ class Deform(Op):
 
 
 @dataclass(frozen=True)
-class Elementwise(Op):
+class Elementwise:
     """Work without products: norms, activations, residual adds, scales, pools, copies.
 
     ``kind`` is the plain name of the operation ("layer_norm", "gelu", "add", ...);
@@ -213,6 +197,8 @@ class Elementwise(Op):
     inputs: int
     outputs: int
     params: int = 0
+    macs: ClassVar[int] = 0
+    activations: ClassVar[int] = 0
 
     @property
     def elements_read(self) -> int:
@@ -224,7 +210,7 @@ class Elementwise(Op):
 
 
 @dataclass(frozen=True)
-class Unknown(Op):
+class Unknown:
     """An operation whose cost is not known: listed, never silently free.
 
     ``outputs`` elements were seen to leave it; its MACs count as 0 and the totals say so.
@@ -234,6 +220,9 @@ class Unknown(Op):
     kind: str
     inputs: int
     outputs: int
+    macs: ClassVar[int] = 0
+    params: ClassVar[int] = 0
+    activations: ClassVar[int] = 0
 
     @property
     def elements_read(self) -> int:
@@ -245,15 +234,19 @@ class Unknown(Op):
 
 
 @dataclass(frozen=True)
-class Unused(Op):
+class Unused:
     """A parameter, or the part of one, that a forward never reads."""
 
     name: str
-    params: int
+    params: int = 0
+    macs: ClassVar[int] = 0
+    activations: ClassVar[int] = 0
+    elements_read: ClassVar[int] = 0
+    elements_written: ClassVar[int] = 0
 
 
 @dataclass(frozen=True)
-class Attention(Op):
+class Attention:
     """One call of softmax attention: scores, softmax and weighted values.
 
     ``windows`` independent windows share the masks. ``masks`` holds one `PolarizedMask` a
@@ -328,3 +321,15 @@ class Attention(Op):
     @property
     def elements_written(self) -> int:
         return self.windows * self.heads * self.queries * self.value_dim
+
+
+Op: TypeAlias = Gemm | Conv | Deform | Elementwise | Unknown | Unused | Attention
+"""Any operation. Each has a ``name`` and answers, in elements for one image:
+
+macs             multiply-accumulates
+params           learned parameters, biases included
+activations      elements written by products (fast-scaling paper section 3: the
+                 output of convolutions and linear layers; 0 for the rest)
+elements_read    activations and parameters read, each once
+elements_written results written
+"""

@@ -87,7 +87,7 @@ def new_dram(
 ) -> Dram:
     """An idle memory, all rows closed."""
     memory, shape = np.zeros(1, MEMORY), (channels, timing.banks)
-    for name in MEMORY.names:
+    for name in MEMORY.names or ():
         memory[name] = getattr(timing, name, 0)
     memory["channels"] = channels
     memory["refresh_interval"] = timing.refi // timing.ranks

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Executor, as_completed
 from contextlib import closing, nullcontext
 from dataclasses import asdict, fields, replace
@@ -304,7 +304,7 @@ def _record(request: _Request, outcome: _Outcome, settings: _Settings) -> dict[s
 
 def _outcomes(
     chunks: list[_Chunk], executor: Executor | None, jobs: int | None
-) -> Iterator[tuple[_Request, _Outcome]]:
+) -> Generator[tuple[_Request, _Outcome], None, None]:
     """Every request of ``chunks`` with what came of it, as they end."""
     if executor is not None:
         yield from _submitted(chunks, executor)

@@ -30,6 +30,8 @@ def speedups(reports: Mapping[str, Report], against: str) -> tuple[Speedup, ...]
         }
         for part, (other, own) in times.items():
             if own and other:
-                labels = (f"{who}, batch {report.batch} (simulated)" for who in (name, against))
-                made.append(Speedup(other / own, part, *labels, "simulated"))
+                own_label, other_label = (
+                    f"{who}, batch {report.batch} (simulated)" for who in (name, against)
+                )
+                made.append(Speedup(other / own, part, own_label, other_label, "simulated"))
     return tuple(made)

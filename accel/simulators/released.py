@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import ceil
+from typing import TypeVar
 
 import numpy as np
 
-from ...workload import PUBLISHED_GLOBAL_THRESHOLD, Attention, Workload
+from ...workload import PUBLISHED_GLOBAL_THRESHOLD, Attention, PolarizedMask, Workload
 from ..hardware import Hardware
 from ..report.report import OpCost
 from ..schedule import Schedule
 from .simulator import NoParameters, Simulator
+
+Number = TypeVar("Number", int, float)
 
 
 def costs(
@@ -104,7 +107,7 @@ def _attention(op: Attention, hardware: Hardware) -> tuple[int, int, int]:
     return loading, decoding, computing
 
 
-def _linear(op: Attention, hardware: Hardware) -> tuple[int, ...]:
+def _linear(op: Attention, hardware: Hardware) -> tuple[int, int, int, int, int]:
     """(computing, encoding, loading, FFN computing, FFN loading) of a layer: Q, K, V and
     output projections with the encoder; then two layers of ratio 4."""
     heads, dim, tokens, ratio = _sizes(op)
@@ -131,7 +134,7 @@ def _sizes(op: Attention) -> tuple[int, int, int, float]:
 
 def _global_columns(op: Attention) -> tuple[int, int]:
     """Columns of head 0 with more than 50 kept entries, and the kept entries of the others."""
-    kept = op.masks[0].dense().sum(axis=0)
+    kept = _masks(op)[0].dense().sum(axis=0)
     is_global = kept > PUBLISHED_GLOBAL_THRESHOLD
     columns, sparse = int(is_global.sum()), kept[~is_global]
     _divides(op, columns, "global keys in head 0")
@@ -151,17 +154,22 @@ def _transfer(
     return ceil(size / (bandwidth * share))
 
 
-def _divides(op: Attention, value: float, what: str) -> float:
+def _divides(op: Attention, value: Number, what: str) -> Number:
     """``value``, which the script divides by."""
     if value == 0:
         raise ValueError(f"the released script divides by zero at {op.name}: 0 {what}")
     return value
 
 
-def _check(op: Attention) -> None:
-    """Refuse what the script has no words for."""
+def _masks(op: Attention) -> tuple[PolarizedMask, ...]:
     if op.masks is None:
         raise ValueError(f"the released script needs masks, {op.name} has none")
+    return op.masks
+
+
+def _check(op: Attention) -> None:
+    """Refuse what the script has no words for."""
+    _masks(op)
     if op.queries != op.keys or op.key_dim != op.value_dim or op.windows != 1:
         raise ValueError(
             "the released script knows one window of as many queries as keys and one head "

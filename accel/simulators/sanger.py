@@ -311,20 +311,25 @@ def _tile(op: Attention, hardware: Hardware, kept: np.ndarray, method: Sanger) -
     once, and one unit's Q."""
     for tiles in range(1, op.queries + 1):
         tile = -(-op.queries // tiles)
-        starts = range(0, op.queries, tile)
-        scores = int(np.add.reduceat(kept, starts, axis=1).max())
-        needs = {
-            "index_buffer_bytes": method.units_held * tile * -(-op.keys // 8),
-            "output_buffer_bytes": method.units_held * scores * hardware.score_bytes,
-            "q_buffer_bytes": tile * op.key_dim * hardware.operand_bytes,
-        }
-        short = [name for name, need in needs.items() if getattr(hardware, name) < need]
-        if not short:
+        if not _shortages(op, hardware, tile, kept, method):
             return tile
+    name, need = next(iter(_shortages(op, hardware, 1, kept, method).items()))
     raise ValueError(
-        f"{op.name}: one query needs {needs[short[0]]} bytes, "
-        f"{short[0]} is {getattr(hardware, short[0])}"
+        f"{op.name}: one query needs {need} bytes, {name} is {getattr(hardware, name)}"
     )
+
+
+def _shortages(
+    op: Attention, hardware: Hardware, tile: int, kept: np.ndarray, method: Sanger
+) -> dict[str, int]:
+    """The buffers that are too small for units of ``tile`` queries, and what they need."""
+    scores = int(np.add.reduceat(kept, range(0, op.queries, tile), axis=1).max())
+    needs = {
+        "index_buffer_bytes": method.units_held * tile * -(-op.keys // 8),
+        "output_buffer_bytes": method.units_held * scores * hardware.score_bytes,
+        "q_buffer_bytes": tile * op.key_dim * hardware.operand_bytes,
+    }
+    return {name: need for name, need in needs.items() if getattr(hardware, name) < need}
 
 
 SANGER = Simulator(

@@ -15,7 +15,7 @@ balanced      longest first to the least loaded line; a vector longer than the l
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -229,8 +229,9 @@ def _by_line(pieces, indices, line_piece, line_entry, in_turn):
     ``in_turn``: the index stream serves the lines in turn, else vector after vector.
     """
     next_piece, next_entry = line_piece.copy(), line_entry.copy()
-    moved = np.empty(pieces.size, PIECE)
-    entries = np.empty(indices.size, ENTRY)
+    # Numba reads the fields of a record as attributes, which arrays of NumPy do not have.
+    moved: Any = np.empty(pieces.size, PIECE)
+    entries: Any = np.empty(indices.size, ENTRY)
     keys = np.empty(indices.size, np.int64)
     for index in range(pieces.size):
         line = pieces[index].line

@@ -156,16 +156,18 @@ class ProgramExecutor:
                 raise RuntimeError(f"{self.op.name}: a score of head {head} is made twice")
             score = self.rules.score(q[operands] @ k[vector], head)
             if self.bias is not None:
-                score = self._biased(score, head, rows.start + operands, key)
+                score = self._biased(score, self.bias[head], head, rows.start + operands, key)
             unit.scores[operands, key] = score
             unit.written[operands, key] = True
             unit.left[operands] -= 1
         done = np.flatnonzero((unit.left == 0) & ~unit.ready)
         self._softmax(unit, head, rows, done)
 
-    def _biased(self, score: np.ndarray, head: int, rows: np.ndarray, key: int) -> np.ndarray:
+    def _biased(
+        self, score: np.ndarray, bias: np.ndarray, head: int, rows: np.ndarray, key: int
+    ) -> np.ndarray:
         queries, keys = self._order(head, Q), self._order(head, K)
-        added = score + self.bias[head, queries[rows], keys[key]]
+        added = score + bias[queries[rows], keys[key]]
         return np.clip(added, *self.rules.arithmetic.score_limits)
 
     def _softmax(self, unit: _Unit, head: int, rows: slice, done: np.ndarray) -> None:

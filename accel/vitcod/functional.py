@@ -113,17 +113,18 @@ def simulate_attention(
     accumulator might not hold, and a call that the machine's buffers cannot run.
     """
     arithmetic = arithmetic_of(hardware) if arithmetic is None else arithmetic
-    given = [_real(x) for x in (q, k, v)]
+    real_q, real_k, real_v = _real(q), _real(k), _real(v)
     q, k, v = (x if isinstance(x, Quantized) else quantize(x, arithmetic) for x in (q, k, v))
     shape = codecs[0].shape if codecs else None
     op = _op(q, k, v, masks, shape, bias)
-    plain = [codec.decoded(codec.encoded(x)) for codec, x in zip(codecs or (), given, strict=False)]
     sides = coded_operands(q, k, codecs, arithmetic) if codecs else (Side(q), Side(k))
-    operands = [side.operands for side in sides]
+    q_operands, k_operands = sides[0].operands, sides[1].operands
     if score_shift is None:
-        largest = _largest_scores(*operands, masks, softmax_scale, bias)
+        largest = _largest_scores(q_operands, k_operands, masks, softmax_scale, bias)
         score_shift = score_shift_for(largest, arithmetic)
-    rules = checked_rules(*operands, v, softmax_scale, output_scale, arithmetic, score_shift)
+    rules = checked_rules(
+        q_operands, k_operands, v, softmax_scale, output_scale, arithmetic, score_shift
+    )
     images = _images(v.values)
     stepped = run_attention(op, hardware, len(images), schedule)
     added = None if bias is None else fixed_bias(bias, rules)
@@ -132,7 +133,12 @@ def simulate_attention(
     run = ProgramExecutor(stepped.mapping, stepped.program, memory, decoders, rules, added)
     made = run.all_stages().reshape(*v.values.shape[:-2], op.queries, op.value_dim)
     scale = op.key_dim**-0.5 if softmax_scale is None else softmax_scale
-    reference = float_attention(*(plain or given[:2]), given[2], masks, scale, bias)
+    if codecs:
+        real_q, real_k = (
+            codec.decoded(codec.encoded(x))
+            for codec, x in zip(codecs, (real_q, real_k), strict=True)
+        )
+    reference = float_attention(real_q, real_k, real_v, masks, scale, bias)
     cost = cost_of(stepped, len(images))
     output = Quantized(made, rules.output_scale)
     return FunctionalResult(output, reference, cost, rules.score_shift)

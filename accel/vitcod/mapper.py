@@ -136,7 +136,9 @@ def _tilings(given: Mapping, work: WorkOfTiles) -> list[Mapping]:
     for regions in (2, 1):
         largest = replace(given, key_tile=key_tile, output_regions=regions)
         largest = _largest_tile(largest, residences, work)
-        for parts in TILE_PARTS if largest else ():
+        if largest is None:
+            continue
+        for parts in TILE_PARTS:
             size = -(-op.queries // (len(largest.query_tiles) * parts))
             for whole in residences:
                 tried = replace(largest, query_tile=size, whole_queries=whole)

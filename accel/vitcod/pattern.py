@@ -137,12 +137,10 @@ def _planned(
     high = max(keys.stop - pattern.num_global, low)
     height = rows.stop - rows.start
     if kind == SDDMM:
-        columns = _tile(*pattern.columns, low, high, rows.start, rows.stop, 0)
-        shape, shift = (dense, height), dense
-    else:
-        columns = _tile(*pattern.rows, rows.start, rows.stop, low, high, dense)
-        shape, shift = (height, dense), 0
-    return assign(*columns, *shape, lines, policy, shift)
+        pointer, operands = _tile(*pattern.columns, low, high, rows.start, rows.stop, 0)
+        return assign(pointer, operands, dense, height, lines, policy, dense)
+    pointer, operands = _tile(*pattern.rows, rows.start, rows.stop, low, high, dense)
+    return assign(pointer, operands, height, dense, lines, policy)
 
 
 def _frozen(values: np.ndarray) -> np.ndarray:

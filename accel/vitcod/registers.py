@@ -51,7 +51,7 @@ PHASES = ("sddmm", "spmm", "load", "decode", "softmax", "store", "reconfigure")
 for (waits inside the lines count as the product); "store" also after the last stage."""
 P_LOAD, P_DECODE, P_SOFTMAX, P_STORE, P_RECONFIGURE = range(2, len(PHASES))
 
-COUNTS = (
+COUNTS: tuple[str, ...] = (
     "cycles",
     "tail_cycles",  # after the last stage, until the channels are done
     "dram_units",  # moved, in 1/denominator bytes
@@ -265,20 +265,19 @@ def initial_state(program: Program, mapping: Mapping) -> State:
         _channels(program, mapping),
         np.zeros((CHANNELS, latency + 1), np.int64),
         np.zeros(hardware.lines, LINE),
-        *(
-            np.full(count, -1, np.int64).repeat(2).view(BANK_PORT)
-            for count in (
-                hardware.q_banks,
-                hardware.k_banks,
-                hardware.v_banks,
-                hardware.output_banks,
-            )
-        ),
+        _idle_ports(hardware.q_banks),
+        _idle_ports(hardware.k_banks),
+        _idle_ports(hardware.v_banks),
+        _idle_ports(hardware.output_banks),
         np.zeros((2, rows), ROW),
         np.zeros(len(STALLS), np.int64),
         dram,
         np.zeros(len(dram.done), np.int64),
     )
+
+
+def _idle_ports(banks: int) -> np.ndarray:
+    return np.full(banks, -1, np.int64).repeat(2).view(BANK_PORT)
 
 
 def _dram(hardware: Hardware) -> Dram:

@@ -41,14 +41,15 @@ def operations(
             yield replace(made[0], name=op.name), made[1]
             continue
         encoded = encoders.get(index)
-        if encoded is not None:
+        if encoded is not None and isinstance(op, (Gemm, Conv)):
             yield _projection_cost(op, encoded, hardware, schedule, batch), None
             continue
         alike = (type(op), *(value for key, value in vars(op).items() if key != "name"))
         if alike not in plain:
             plain[alike] = op_cost(op, hardware, batch, schedule)
-        if plain[alike] is not None:
-            yield replace(plain[alike], name=op.name), None
+        cost = plain[alike]
+        if cost is not None:
+            yield replace(cost, name=op.name), None
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class _Encoded:
     """What the encoder does behind one product: the sides it makes are Q, K or both."""
 
     attention: Attention
+    codec: HeadCodec
     sides: str
 
     @property
@@ -82,7 +84,7 @@ def encoded_products(ops: Sequence[Op]) -> dict[int, _Encoded]:
             if op.codec is not None and since:
                 sizes = [ops[place].elements_written for place in since]
                 for place, sides in _sides(op, sizes).items():
-                    found[since[place]] = _Encoded(op, sides)
+                    found[since[place]] = _Encoded(op, op.codec, sides)
             since = []
     return found
 
@@ -120,8 +122,7 @@ def _projection_cost(
     op: Gemm | Conv, encoded: _Encoded, hardware: Hardware, schedule: Schedule, batch: int
 ) -> OpCost:
     """A Q or K projection with the encoder behind it: Q and K leave the chip compressed."""
-    attention = encoded.attention
-    codec: HeadCodec = attention.codec
+    attention, codec = encoded.attention, encoded.codec
     vectors = encoded.vectors * batch
     saved = vectors * attention.key_dim * (codec.heads - codec.latent_heads)
     macs = codec.macs(vectors, attention.key_dim)

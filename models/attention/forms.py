@@ -187,14 +187,17 @@ class AttentionForms(TorchFunctionMode):
     def _weigh(self, func, args, kwargs, operands: Operands, tensor: Tensor, scores: Scores) -> Any:
         """A product with probabilities: attention where it sums over the keys."""
         result = self.step(scores, func, args, kwargs)
-        if operands.sums_over(tensor, scores.key_axis):
-            keys = tensor.shape[scores.key_axis]
+        axis = scores.key_axis
+        if axis is not None and operands.sums_over(tensor, axis):
+            keys = tensor.shape[axis]
             self.weighted(scores, result.numel() * keys // tensor.numel())
         return result
 
     def _softmax(self, func: Callable, args: tuple, kwargs: Mapping) -> Any:
         present = args[0] if args else kwargs.get("input")
-        scores = self._known.get(present) if isinstance(present, Tensor) else None
+        if not isinstance(present, Tensor):
+            return func(*args, **kwargs)
+        scores = self._known.get(present)
         axis = _argument(args, kwargs, 1, "dim")
         if scores is None or scores.key_axis is not None or axis is None:
             return func(*args, **kwargs)
@@ -263,7 +266,9 @@ def _last_two_turned(func: Callable, args: tuple, kwargs: Mapping, before: Tenso
     if name in ELEMENTWISE or name in RESHAPES:
         return False
     rank = before.ndim
-    if func in (Tensor.mT.__get__, Tensor.adjoint, torch.adjoint):
+    # Torch's annotation of a property of tensors is that of its value.
+    mt = Tensor.mT.__get__  # pyright: ignore[reportAttributeAccessIssue]
+    if func in (mt, Tensor.adjoint, torch.adjoint):
         return True
     if name in ("transpose", "swapaxes", "transpose_", "swapdims"):
         first, second = (_argument(args, kwargs, i, f"dim{i - 1}") for i in (1, 2))

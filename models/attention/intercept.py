@@ -39,13 +39,13 @@ class AttentionHook:
 
     keep: Tensor | None = None
     observe: Callable[[Tensor], None] | None = None
-    kernel: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
+    kernel: Callable[..., Tensor] | None = None
 
     def __init__(
         self,
         keep: Tensor | None = None,
         observe: Callable[[Tensor], None] | None = None,
-        kernel: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None,
+        kernel: Callable[..., Tensor] | None = None,
     ) -> None:
         self.keep = keep
         self.kernel = kernel
@@ -218,7 +218,8 @@ class _Interceptor(AttentionForms):
             present = _with_transforms(scores, present, heads, changing)
         turned = scores.key_axis == -2
         shaped = present.mT if turned else present
-        keep = _joint_keep(hooks, (heads, *shaped.shape[-2:]), present.device, name)
+        shape = (heads, shaped.shape[-2], shaped.shape[-1])
+        keep = _joint_keep(hooks, shape, present.device, name)
         shaped = shaped.reshape(-1, heads, *shaped.shape[-2:])
 
         def softmax(tensor: Tensor) -> Tensor:
@@ -269,9 +270,9 @@ def _hooked(call: Fused, hooks: list[AttentionHook], name: str) -> Tensor:
     call = replace(call, query=query, key=key)
     observers = [hook.observe for hook in hooks if hook.observe is not None]
     masking = [hook for hook in hooks if hook.keep is not None or hook.kernel is not None]
-    alone = not observers and len(masking) == 1 and masking[0].kernel is not None
-    if alone and not call.is_causal and call.dropout_p == 0:
-        kernel, bias = masking[0].kernel, call.attn_mask
+    kernel = masking[0].kernel if not observers and len(masking) == 1 else None
+    if kernel is not None and not call.is_causal and call.dropout_p == 0:
+        bias = call.attn_mask
         if bias is None:
             return kernel(query, key, call.value, call.softmax_scale)
         if getattr(kernel, "takes_bias", False) and bias.dtype != torch.bool:

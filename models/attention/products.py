@@ -114,13 +114,14 @@ def _of_einsum(args: tuple) -> Operands | None:
     equation = args[0].replace(" ", "")
     if len(operands) != 2 or "->" not in equation:
         return None
-    left, right, result = _spelled_out(equation, operands)
+    first, second = operands
+    left, right, result = _spelled_out(equation, (first, second))
     if any(len(set(part)) != len(part) for part in (left, right, result)) or len(result) < 3:
         return None
     summed = (set(left) | set(right)) - set(result)
     if len(summed) != 1 or not summed <= set(left) & set(right):
         return None
-    return Operands(*operands, (left, right, result))
+    return Operands(first, second, (left, right, result))
 
 
 def _spelled_out(equation: str, operands: tuple[Tensor, Tensor]) -> tuple[str, str, str]:
@@ -130,8 +131,8 @@ def _spelled_out(equation: str, operands: tuple[Tensor, Tensor]) -> tuple[str, s
     named = [len(part.replace("...", "")) for part in parts]
     hidden = [t.ndim - n for t, n in zip(operands, named[:2], strict=True)]
     widest = "ABCDEFGH"[: max([h for h, p in zip(hidden, parts, strict=False) if "..." in p] + [0])]
-    filled = [
+    left, right, whole = (
         part.replace("...", widest[len(widest) - h :] if h is not None else widest)
         for part, h in zip(parts, [*hidden, None], strict=True)
-    ]
-    return tuple(filled)
+    )
+    return left, right, whole

@@ -175,10 +175,10 @@ class AtenCosts:
     ) -> Gemm:
         """A product whose ``second`` operand and ``bias`` may be parameters."""
         weight = self.use.whole(second, batch * inner * cols)
-        added = bias is not None and self.use.whole(bias, batch * cols)
+        added = [bias] if bias is not None and self.use.whole(bias, batch * cols) else []
         self.use.charge([second] if weight else [])
-        self.use.charge([bias] if added else [])
-        return Gemm(name, rows, inner, cols, bias=added, batch=batch, weight=weight)
+        self.use.charge(added)
+        return Gemm(name, rows, inner, cols, bias=bool(added), batch=batch, weight=weight)
 
     def _product(self, name: str, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Gemm:
         """[batch, rows, inner] x [batch, inner, cols], or without the batch."""
@@ -206,9 +206,9 @@ class AtenCosts:
     def _convolution(self, name: str, args: tuple, kwargs: dict, written: Tensor) -> Conv:
         image, weight, bias, stride, _, _, transposed, _, groups = args[:9]
         held = self.use.whole(weight, weight.numel())
-        added = bias is not None and self.use.whole(bias, bias.numel())
+        added = [bias] if bias is not None and self.use.whole(bias, bias.numel()) else []
         self.use.charge([weight] if held else [])
-        self.use.charge([bias] if added else [])
+        self.use.charge(added)
         return Conv(
             name,
             in_channels=image.shape[1],
@@ -218,7 +218,7 @@ class AtenCosts:
             kernel=_two(weight.shape[2:]),
             stride=_two(list(stride) * (image.ndim - 2) if len(stride) == 1 else stride),
             groups=groups,
-            bias=added,
+            bias=bool(added),
             transposed=bool(transposed),
             weight=held,
         )

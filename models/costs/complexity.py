@@ -185,10 +185,9 @@ SUMMED = (
 
 def _merged(name: str, kind: str, layers: tuple[LayerComplexity, ...]) -> LayerComplexity:
     sums = {field: sum(getattr(layer, field) for layer in layers) for field in SUMMED}
-    cached = [layer.bytes_with_cache for layer in layers]
-    return LayerComplexity(
-        name, kind, **sums, bytes_with_cache=None if None in cached else sum(cached)
-    )
+    cached = [held for layer in layers if (held := layer.bytes_with_cache) is not None]
+    whole = sum(cached) if len(cached) == len(layers) else None
+    return LayerComplexity(name, kind, **sums, bytes_with_cache=whole)
 
 
 def _grouped(

@@ -136,7 +136,7 @@ def profile_run(
             f"batch, threads and repeats are at least 1, got {batch}, {threads}, {repeats}"
         )
     size = image_size or getattr(model, "image_size", 224)
-    sides = (size, size) if isinstance(size, int) else tuple(size)
+    sides = (size, size) if isinstance(size, int) else (size[0], size[1])
     like = next(model.parameters())
     images = torch.randn(batch, 3, *sides, dtype=like.dtype, device=like.device)
     tell = progress or (lambda share: None)

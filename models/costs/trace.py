@@ -80,13 +80,14 @@ class _Tracer(ModuleStack):
         self.slots.append(_Slot(op, self.visits[-1], attention, params))
 
     def entered(self, module: nn.Module) -> None:
-        self.silent += hasattr(module, "as_op")
+        self.silent += getattr(module, "as_op", None) is not None
 
     def left(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if hasattr(module, "as_op"):
+        as_op = getattr(module, "as_op", None)
+        if as_op is not None:
             self.silent -= 1
             if not self.silent:
-                self.add(module.as_op(self.visits[-1].module, *args, **kwargs))
+                self.add(as_op(self.visits[-1].module, *args, **kwargs))
                 self.use.charge(self.use.inside(self.visits[-1].module))
 
     def finished(self, seen: list[SeenCall], images: int) -> tuple[Op, ...]:

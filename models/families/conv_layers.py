@@ -55,8 +55,8 @@ class LinearBN(nn.Sequential):
         self.bn = nn.BatchNorm1d(outputs)
         nn.init.constant_(self.bn.weight, bn_weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.c(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.c(input)
         return self.bn(x.flatten(0, 1)).reshape_as(x)
 
     def folded(self) -> nn.Linear:

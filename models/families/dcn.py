@@ -180,8 +180,9 @@ class DeformSampling(nn.Module):
             "offset_scale": self.offset_scale,
             "remove_center": self.remove_center,
         }
-        if weight is None and hasattr(self.core, "merged") and not in_shadow():
-            return self.core.merged(value, offset, **geometry)
+        merged = getattr(self.core, "merged", None)
+        if weight is None and merged is not None and not in_shadow():
+            return merged(value, offset, **geometry)
         if weight is None:
             offset, weight = split_offset_mask(offset, self.groups, self.samples)
         if in_shadow():  # `as_op` says what it costs; a compiled core takes no fake tensors
@@ -198,7 +199,7 @@ class DeformSampling(nn.Module):
             channels=value.shape[-1],
             groups=self.groups,
             samples=self.samples,
-            in_size=tuple(value.shape[1:3]),
+            in_size=(value.shape[1], value.shape[2]),
             points=offset.shape[1] * offset.shape[2],
         )
 
@@ -233,6 +234,9 @@ class DCNv3(nn.Module):
     ``center_feature_scale`` each group is mixed with the projected value under its centre
     by a learned gate. A fresh operator is a uniform mean of the window.
     """
+
+    center_feature_scale_proj_weight: nn.Parameter | None
+    center_feature_scale_proj_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -286,6 +290,9 @@ class DCNv4(nn.Module):
     A fresh operator gives zero before its output projection.
     """
 
+    center_feature_scale_proj_weight: nn.Parameter | None
+    center_feature_scale_proj_bias: nn.Parameter | None
+
     def __init__(
         self,
         channels: int,
@@ -318,13 +325,13 @@ class DCNv4(nn.Module):
     def reset_parameters(self) -> None:
         """The published first values: zero offsets and weights, Xavier projections."""
         _zero(self.offset_mask)
-        if self.value_proj is not None:
+        if self.value_proj is not None and self.output_proj is not None:
             _xavier(self.value_proj, self.output_proj)
 
     def forward(self, x: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
         if x.ndim == 3:
-            shape = shape or (math.isqrt(x.shape[1]),) * 2
-            return self.forward(x.unflatten(1, shape)).flatten(1, 2)
+            side = math.isqrt(x.shape[1])
+            return self.forward(x.unflatten(1, shape or (side, side))).flatten(1, 2)
         value = x if self.value_proj is None else self.value_proj(x)
         branch = x
         if self.offset_mask_dw is not None:
@@ -360,7 +367,7 @@ def _add_center_scale(module: nn.Module, channels: int, groups: int, present: bo
     module.register_parameter("center_feature_scale_proj_bias", bias)
 
 
-def _mix_center(module: nn.Module, mixed: Tensor, value: Tensor, source: Tensor) -> Tensor:
+def _mix_center(module: DCNv3 | DCNv4, mixed: Tensor, value: Tensor, source: Tensor) -> Tensor:
     """mixed * (1 - s) + value * s, s a gate a group from ``source``; mixed without a gate."""
     weight = module.center_feature_scale_proj_weight
     if weight is None:

@@ -88,7 +88,9 @@ class MBConv(nn.Module):
         self.drop = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x if self.exp is None else F.silu(self.exp_bn(self.exp(x)))
+        y = x
+        if self.exp is not None and self.exp_bn is not None:
+            y = F.silu(self.exp_bn(self.exp(x)))
         y = self.se(F.silu(self.dwise_bn(self.dwise(y))))
         y = self.lin_proj_bn(self.lin_proj(y))
         return x + drop_path(y, self.drop, self.training) if self.skip else y

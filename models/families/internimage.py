@@ -100,6 +100,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A deformable branch and an MLP branch, each with its residual, in the style's form."""
 
+    gamma1: nn.Parameter | None
+    gamma2: nn.Parameter | None
+
     def __init__(
         self,
         channels: int,
@@ -190,10 +193,6 @@ class Stage(nn.Module):
 
 class PoolAttention(nn.Module):
     """Attention of the mean token over all tokens: [batch, tokens, dim] -> [batch, out]."""
-
-    q: nn.Linear
-    k: nn.Linear
-    v: nn.Linear
 
     def __init__(self, dim: int, heads: int, out_dim: int) -> None:
         super().__init__()
@@ -313,7 +312,7 @@ class InternImage(nn.Module):
         maps = []
         for level in self.levels:
             maps.append(level(x))
-            x = level.downsample(maps[-1])
+            x = level.get_submodule("downsample")(maps[-1])
         return maps
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -180,7 +180,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.skip:
             return self.f(x)
-        shortcut = x if self.proj is None else self.bn(self.proj(x))
+        shortcut = x
+        if self.proj is not None and self.bn is not None:
+            shortcut = self.bn(self.proj(x))
         return self.af(shortcut + self.f(x))
 
 
@@ -212,7 +214,7 @@ class Head(nn.Module):
         self.fc = nn.Linear(hidden or inputs, num_classes) if num_classes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.conv is not None:
+        if self.conv is not None and self.bn is not None and self.af is not None:
             x = self.af(self.bn(self.conv(x)))
         return self.fc(x.mean((2, 3)))
 

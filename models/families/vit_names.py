@@ -23,10 +23,12 @@ from .layers import resize_positions
 class PlainViT(Protocol):
     """What names and shapes depend on in a `sievit.models.families.vit.ViT`."""
 
-    head: nn.Module | None
     dim: int
     grid_size: tuple[int, int]
     position_prefix: int
+
+    @property
+    def head(self) -> nn.Module | None: ...
 
 
 PREFIX = re.compile(r"^(vit|deit|dinov2|dinov2_with_registers|backbone)\.")

@@ -21,6 +21,7 @@ from torch import nn
 from ..running import moved
 from .checkpoints import newest_checkpoint, save_checkpoint
 from .feeding import Batches, steps_of
+from .objectives import summed
 from .processes import exchanged, from_first, mean_over_processes, over_processes, rank
 from .recipe import Recipe, has_bf16, rate_scale, schedule
 
@@ -81,7 +82,6 @@ def train(
     which differ; FloatingPointError with step, rate and last checkpoint when a loss is not
     finite.
     """
-    _check_budget(steps, seconds)
     loop = _Loop(objective, list(parameters), recipe, steps, seconds, checkpointing)
     with loop.only_training():
         loop.resume()
@@ -118,6 +118,7 @@ class _Loop:
             raise ValueError("there is no parameter to train")
         self.objective, self.parameters, self.recipe = objective, trained, recipe
         self.steps, self.seconds, self.checkpointing = steps, seconds, checkpointing
+        self.budget = _budget(steps, seconds)
         self.device = trained[0].device
         self.bf16 = has_bf16(self.device) if recipe.bf16 is None else recipe.bf16
         self.optimizer = torch.optim.AdamW(
@@ -135,9 +136,9 @@ class _Loop:
     def share(self) -> float:
         """Share of the budget that is used; the first process's, where there are several."""
         if self.steps is not None:
-            return self.step / self.steps
+            return self.step / self.budget
         spent = self.spent + time.perf_counter() - self.begin
-        return from_first(spent / self.seconds, self.device)
+        return from_first(spent / self.budget, self.device)
 
     @contextlib.contextmanager
     def only_training(self) -> Iterator[None]:
@@ -179,7 +180,7 @@ class _Loop:
                 torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16),
             ):
                 terms = self.whole(moved(batch, self.device))
-                loss = sum(terms.values()) / len(micro)
+                loss = summed(terms.values()) / len(micro)
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(term.detach()) / len(micro)
             with exchanged(self.whole, last):
@@ -223,7 +224,9 @@ class _Loop:
     def keep(self) -> None:
         """Write a checkpoint where one is due; the first process does."""
         plan = self.checkpointing
-        due = plan is not None and (self.step % plan.every == 0 or self.step == self.steps)
+        if plan is None:
+            return
+        due = self.step % plan.every == 0 or self.step == self.steps
         if due and rank() == 0:
             save_checkpoint(plan.folder, self.step, self._state())
 
@@ -240,7 +243,8 @@ class _Loop:
 
     def _settings(self) -> dict[str, Any]:
         own = asdict(self.recipe) | {"betas": list(self.recipe.betas), "steps": self.steps}
-        return own | {"seconds": self.seconds} | dict(self.checkpointing.settings or {})
+        given = self.checkpointing.settings if self.checkpointing else None
+        return own | {"seconds": self.seconds} | dict(given or {})
 
     def resume(self) -> None:
         """Take up the newest whole checkpoint, where there is one."""
@@ -264,11 +268,14 @@ class _Loop:
         return Trained(self.step - self.resumed_at, spent, tuple(self.losses), self.resumed_at)
 
 
-def _check_budget(steps: int | None, seconds: float | None) -> None:
-    if (steps is None) == (seconds is None):
+def _budget(steps: int | None, seconds: float | None) -> float:
+    """Of ``steps`` and ``seconds`` the one that is given."""
+    given = [budget for budget in (steps, seconds) if budget is not None]
+    if len(given) != 1:
         raise ValueError(f"give either steps or seconds, got steps={steps}, seconds={seconds}")
-    if (steps if steps is not None else seconds) <= 0:
+    if given[0] <= 0:
         raise ValueError(f"the budget must be above 0, got steps={steps}, seconds={seconds}")
+    return given[0]
 
 
 def _check_settings(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

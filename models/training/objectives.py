@@ -7,7 +7,9 @@ processes as one module; the teacher is held outside it. Their sum is the loss.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +23,11 @@ from ..features import as_logits, features, prefix_tokens
 from .blocks import block_outputs
 
 Terms = dict[str, Tensor]
+
+
+def summed(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of scalar tensors, of at least one."""
+    return functools.reduce(operator.add, terms)
 
 
 @dataclass(frozen=True)
@@ -105,10 +112,10 @@ class TokenDistillation(nn.Module):
 
     def _mean(self, values: Tensor) -> Tensor:
         """Of ``values`` [batch, tokens], by share."""
-        if not 0 < self.prefix < values.shape[1]:
+        share = self.loss.prefix_share
+        if share is None or not 0 < self.prefix < values.shape[1]:
             return values.mean()
         prefix, patches = values[:, : self.prefix].mean(), values[:, self.prefix :].mean()
-        share = self.loss.prefix_share
         return share * prefix + (1.0 - share) * patches
 
 

@@ -144,7 +144,7 @@ def _from_hugging_face(name: str) -> dict[str, Tensor]:
         raise OSError(f"Hugging Face gave no weights for {name!r} ({_line(error)})") from error
 
 
-def _package(name: str, source: str) -> ModuleType:
+def _package(name: str, source: str | os.PathLike[str]) -> ModuleType:
     """The package that ``source`` needs."""
     try:
         return importlib.import_module(name)

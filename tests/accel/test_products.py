@@ -225,6 +225,8 @@ def test_vector_work_unknown_and_unused():
     assert odd.busy["vector"] == 0
     assert odd.cycles >= 2000 / VITCOD.dram_bytes_per_cycle
     assert op_cost(Unused("p", 10), VITCOD) is None
+    with pytest.raises(TypeError, match="but attention, got attn"):
+        op_cost(Attention("attn", 1, 4, 4, 8, 8), VITCOD)
 
 
 def network(tokens: int = 40, heads: int = 2, dim: int = 16) -> Workload:

@@ -115,6 +115,17 @@ def test_codecs_of_the_wrong_number_or_heads_are_named():
         model(torch.randn(1, 3, 32, 32))
 
 
+def test_codecs_are_taken_as_a_module_and_anything_else_in_it_is_named():
+    model, codecs = tiny_vit(), [QKCodec(HeadCodec(4, 2)) for _ in range(2)]
+    images, made = torch.randn(1, 3, 32, 32), []
+    for held in (codecs, torch.nn.ModuleList(codecs)):
+        with attach_codec(model, held), torch.no_grad():
+            made.append(model(images))
+    torch.testing.assert_close(made[0], made[1], rtol=0, atol=0)
+    with pytest.raises(TypeError, match="layer 1 needs a QKCodec, got Linear"):
+        attach_codec(model, torch.nn.ModuleList([codecs[0], torch.nn.Linear(1, 1)]))
+
+
 def test_a_stored_rotation_loads_under_its_name_of_today_and_of_before():
     fitted, _ = fit_closed_form(*map(HeadMoments.of, random_qk(8)), HeadCodec(4, 2), rotation=True)
     stored = fitted.state_dict()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import asdict
+from typing import get_args
+
 import numpy as np
 import pytest
 
@@ -9,9 +13,13 @@ from sievit.workload import (
     Attention,
     AttentionMask,
     Conv,
+    Deform,
     Elementwise,
     Gemm,
     HeadCodec,
+    Op,
+    Unknown,
+    Unused,
     Workload,
     polarize_head,
 )
@@ -48,6 +56,36 @@ def test_conv_counts():
     assert patch.macs == 8 * 4 * 3 * 196
     depthwise = Conv("dw", 6, 6, (5, 5), (5, 5), (3, 3), groups=6)
     assert (depthwise.macs, depthwise.params) == (6 * 25 * 9, 54)
+
+
+OPERATIONS = {
+    "gemm": (Gemm("x", 5, 3, 7, bias=True), (105, 28, 35, 43, 35)),
+    "conv": (Conv("x", 2, 3, (4, 4), (4, 4), (1, 1)), (96, 6, 48, 38, 48)),
+    "deform": (Deform("x", 4, 2, 9, (4, 4), 16), (2880, 0, 0, 64 + 864, 64)),
+    "elementwise": (Elementwise("x", "layer_norm", 8, 8, params=4), (0, 4, 0, 12, 8)),
+    "unknown": (Unknown("x", "fft", 8, 6), (0, 0, 0, 8, 6)),
+    "unused": (Unused("x", 3), (0, 3, 0, 0, 0)),
+    "attention": (Attention("x", 1, 2, 2, 3, 5), (32, 0, 4 + 10, 12 + 10, 10)),
+}
+
+
+def test_every_operation_is_an_op():
+    assert {type(op) for op, _ in OPERATIONS.values()} == set(get_args(Op))
+    assert all(isinstance(op, Op) for op, _ in OPERATIONS.values())
+
+
+@pytest.mark.parametrize("kind", OPERATIONS)
+def test_every_operation_answers_all_that_an_op_does(kind):
+    op, expected = OPERATIONS[kind]
+    got = (op.macs, op.params, op.activations, op.elements_read, op.elements_written)
+    assert (op.name, got) == ("x", expected)
+    assert pickle.loads(pickle.dumps(op)) == op
+
+
+@pytest.mark.parametrize("kind", OPERATIONS)
+def test_only_the_description_of_an_operation_is_a_field(kind):
+    op, _ = OPERATIONS[kind]
+    assert asdict(op) == vars(op)
 
 
 def attention(**changes) -> Attention:
