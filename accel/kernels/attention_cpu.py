@@ -240,8 +240,9 @@ def _backward_task(
 def _loop(backward: bool, key_dim: int, value_dim: int) -> Callable:
     """The loop over the items of a forward or a backward, for these lengths of a row.
 
-    In a backward one head of one image is one item, so that its keys' gradients are summed
-    in one order.
+    ``lies`` is one record of `_FORWARD` or `_BACKWARD`, ``room`` what `_room` gives. In a
+    backward one head of one image is one item, so that its keys' gradients are summed in
+    one order.
     """
     source = _SOURCE
 
@@ -375,4 +376,5 @@ def _readable(tensor: Tensor) -> Tensor:
 
 
 def _heads(tensor: Tensor) -> tuple[int, ...]:
+    """The fields of `_HEADS`."""
     return tensor.data_ptr(), *(_BYTES * stride for stride in tensor.stride()[:3])
