@@ -19,9 +19,7 @@ from ..models.running import image_size_of
 from ..moved import old_arguments, old_names
 from ..sparsify import polarize, synthetic_maps, threshold
 from ..workload import AttentionMask, GlobalThreshold, HeadCodec, Workload
-
-ALL = "all"
-"""Global are the keys that all queries keep: for masks of `learn_mask_within`."""
+from .settings import ALL
 
 __getattr__ = old_names(__name__)
 
