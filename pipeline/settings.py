@@ -76,6 +76,8 @@ class MaskSettings:
             got = ", ".join(given) or "none of them"
             raise ValueError(f"give exactly one of {', '.join(AMOUNTS)}, got {got}")
         self._check_budget()
+        if self.grid is not None and self.rule != "window":
+            raise ValueError(f"grid={self.grid} goes with the rule 'window', got {self.rule!r}")
 
     def _check_budget(self) -> None:
         if self.tile not in TILES:

@@ -155,7 +155,7 @@ def test_training_within_cycles_resumes_on_the_same_machine_alone(tmp_path):
     again = train_sparse(model, photos(), settings, tmp_path)
     assert again.logs["mask"].steps == 0
     other = replace(presets["vitcod"], lines=128)
-    with pytest.raises(ValueError, match="hardware was .* is "):
+    with pytest.raises(ValueError, match=r"hardware was .* is "):
         train_sparse(model, photos(), settings, tmp_path, hardware=other)
 
 

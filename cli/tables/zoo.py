@@ -10,12 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..models.costs.complexity import Complexity, LayerComplexity
-from ..models.costs.dcn_traffic import DCNV4_CHANNELS, SamplingTraffic
-from ..models.costs.run_profile import MEMORY_BOUND, RunProfile
+from ...models.costs.complexity import Complexity, LayerComplexity
+from ...models.costs.dcn_traffic import DCNV4_CHANNELS, SamplingTraffic
+from ...models.costs.run_profile import MEMORY_BOUND, RunProfile
 
 if TYPE_CHECKING:
-    from ..studies.runtime import RuntimeStudy
+    from ...studies.runtime import RuntimeStudy
 
 Size = tuple[int, int]
 

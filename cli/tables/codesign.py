@@ -9,10 +9,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..pipeline.result import CodesignResult
-from ..sparsify import Fidelity
-from ..workload import AttentionMask, GlobalThreshold
-from .machine_tables import simulation_table
+from ...pipeline.result import CodesignResult
+from ...sparsify import Fidelity
+from ...workload import AttentionMask, GlobalThreshold
+from .machines import simulation_table
 
 
 def codesign_tables(result: CodesignResult) -> RenderableType:

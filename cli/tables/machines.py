@@ -14,11 +14,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..accel.report.energy import Area, Energy
-from ..accel.report.report import LEVELS, OpCost, Report
-from ..accel.report.speedups import speedups
-from ..accel.schedule import DEFAULT
-from ..accel.simulators.registry import SIMULATORS
+from ...accel.report.energy import Area, Energy
+from ...accel.report.report import LEVELS, OpCost, Report
+from ...accel.report.speedups import speedups
+from ...accel.schedule import DEFAULT
+from ...accel.simulators.registry import SIMULATORS
 
 PRODUCTS = ("sddmm", "spmm")
 """Phases that have a column of their own; the rest of a layer's cycles are waits and extras."""
