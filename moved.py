@@ -273,17 +273,18 @@ def old_arguments(*names: str) -> Callable[[Made], Made]:
     needs). Fields can be read under the old name too."""
 
     def wrap(made: Made) -> Made:
+        renamed: Any = made  # a type checker takes what this is given for what it gives
         if not isinstance(made, type):
-            return _renaming(made, names)
-        made.__init__ = _renaming(made.__init__, names)
+            return _renaming(renamed, names)
+        renamed.__init__ = _renaming(renamed.__init__, names)
         for name in names:
-            setattr(made, name, property(_old_field(name)))
-        return made
+            setattr(renamed, name, property(_old_field(name)))
+        return renamed
 
     return wrap
 
 
-def _renaming(function: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+def _renaming(function: Any, names: tuple[str, ...]) -> Any:
     @functools.wraps(function)
     def called(*positional: Any, **given: Any) -> Any:
         for name in names:

@@ -14,9 +14,9 @@ from .inputs import (
     hardware_named,
     load_network,
     load_photos,
+    mask_file,
     normalization_named,
     profile_named,
-    saved_mask,
     simulators_named,
     weights_source,
 )
@@ -40,7 +40,7 @@ def explore(
     limit: o.Limit = 512,
     learn_crops: o.LearnCrops = FROM_SETTINGS,
     seed: e.MaskSeed = FROM_SETTINGS,
-    image_size: o.OwnImageSize = None,
+    image_size: e.ImageSize = None,
     latent_heads: e.Codecs = "none",
     groups: e.CodecGroups = "1",
     global_threshold: o.GlobalKeys = None,
@@ -174,7 +174,7 @@ def _variants(
 def _read(paths: Sequence[Path]) -> dict[str, AttentionMask]:
     names = [path.name for path in paths]
     labels = names if len(set(names)) == len(names) else [str(path) for path in paths]
-    return {label: saved_mask(path).mask for label, path in zip(labels, paths, strict=True)}
+    return {label: mask_file(path).mask for label, path in zip(labels, paths, strict=True)}
 
 
 def _learned(

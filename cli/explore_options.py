@@ -36,6 +36,9 @@ LearnedFrom = Annotated[
     ),
 ]
 MaskSeed = Annotated[int, typer.Option("--seed", help="Seed of crops and of synthetic masks.")]
+ImageSize = Annotated[
+    int | None, typer.Option(help="Pixels. Default: the model's own; masks need theirs.")
+]
 Codecs = Annotated[
     str, typer.Option("--latent-heads", help="Codecs: latent heads, as none,2,3.")
 ]  # fmt: skip

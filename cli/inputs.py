@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from .options import DEFAULT_MODEL, DEFAULT_WEIGHTS
 
 if TYPE_CHECKING:
+    from ..accel import EnergyProfile, Hardware
+    from ..accel.explore.grid import Configuration
     from ..images import Normalization, Photos
     from ..workload import AttentionMask, HeadCodec
 
@@ -61,7 +63,10 @@ def normalization_named(name: str, source: str | None) -> Normalization:
 
     if name == "auto":
         found = None if source is None else input_statistics(source)
-        return IMAGENET if found is None else Normalization(*found)
+        if found is None:
+            return IMAGENET
+        (r, g, b), (r_std, g_std, b_std) = found
+        return Normalization((r, g, b), (r_std, g_std, b_std))
     if name not in NORMALIZATIONS:
         known = ", ".join(NORMALIZATIONS)
         raise ValueError(f"--normalization must be auto or one of {known}, got {name!r}")
@@ -78,29 +83,37 @@ def load_network(model: str, source: str | None) -> tuple[Any, Any]:
 
     torch.manual_seed(0)  # the weights of 'random'
     network = create_to_run(model, source).eval()
-    left_out = () if source is None else network.load_report.left_out
-    if not any(name.startswith(("dec.", "decoder.")) for name in left_out):
+    report = getattr(network, "load_report", None)
+    left_out = () if report is None else report.left_out
+    decodes = any(name.startswith(("dec.", "decoder.")) for name in left_out)
+    if source is None or not decodes:
         return network, None
     decoder = SaliencyDecoder().eval()
     load_pretrained(decoder, source)
     return network, decoder
 
 
-class SavedMask(NamedTuple):
+Kept = TypeVar("Kept")
+
+
+class SavedMask(NamedTuple, Generic[Kept]):
     """What a mask file holds. ``codecs``, a shape a layer, is None where it says nothing of
     codecs and () where it has none."""
 
-    mask: AttentionMask | None
+    mask: Kept
     codecs: tuple[HeadCodec, ...] | None = None
     image_size: int | None = None
 
 
-def saved_mask(path: Path | None) -> SavedMask:
+def saved_mask(path: Path | None) -> SavedMask[AttentionMask] | SavedMask[None]:
+    """A mask file's mask, and what else it holds; nothing without a file."""
+    return SavedMask(None) if path is None else mask_file(path)
+
+
+def mask_file(path: Path) -> SavedMask[AttentionMask]:
     """A mask file's mask, and what else it holds."""
     from ..workload import AttentionMask
 
-    if path is None:
-        return SavedMask(None)
     if path.suffix != ".safetensors":
         return SavedMask(AttentionMask.load(path))
     from ..pipeline.attachments import Attachments
@@ -108,11 +121,10 @@ def saved_mask(path: Path | None) -> SavedMask:
     found = Attachments.load(path)
     if found.mask is None:
         raise ValueError(f"{path}: holds codecs, but no mask")
-    codecs = () if found.codecs is None else tuple(codec.shape for codec in found.codecs)
-    return SavedMask(found.mask, codecs, found.image_size)
+    return SavedMask(found.mask, found.codec_shapes, found.image_size)
 
 
-def codec_shape(model: str, latent_heads: int, groups: int) -> Any:
+def codec_shape(model: str, latent_heads: int, groups: int) -> HeadCodec:
     """A codec shape for the heads of ``model``'s attention."""
     from ..models import create, find_attention
     from ..workload import HeadCodec
@@ -136,7 +148,7 @@ def load_photos(
     return learn if judge_images is None else (learn, load_folder(judge_images, limit))
 
 
-def profile_named(name: str) -> Any:
+def profile_named(name: str) -> EnergyProfile:
     """A profile by its name, or from a file."""
     from ..accel import PROFILES, load_profile
 
@@ -160,7 +172,8 @@ def simulators_named(names: list[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def hardware_named(name: str) -> Any:
+def hardware_named(name: str) -> Hardware:
+    """A preset by its name."""
     from ..accel import presets
 
     if name not in presets:
@@ -168,7 +181,9 @@ def hardware_named(name: str) -> Any:
     return presets[name]
 
 
-def configuration_of(hardware: str, texts: list[str] | None, names: tuple[str, ...]) -> Any:
+def configuration_of(
+    hardware: str, texts: list[str] | None, names: tuple[str, ...]
+) -> Configuration:
     """The preset ``hardware`` with what --set says, for the simulators ``names``.
 
     Raises ValueError for a field that is unknown, given twice or with several values, and
@@ -180,7 +195,7 @@ def configuration_of(hardware: str, texts: list[str] | None, names: tuple[str, .
     changes: dict[str, Any] = {}
     for text in texts or []:
         joined, values = field_values(text)
-        if len(values) > 1:
+        if len(values) != 1:
             raise ValueError(f"--set takes one value of {joined} here, got {text!r}")
         for field in joined.split("+"):
             if field in changes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .inputs import hardware_named, saved_mask
+from .inputs import hardware_named, mask_file
 from .options import DEFAULT_MODEL
 from .terminal import OUT, progress_bars
 
@@ -59,7 +59,7 @@ def _cases(
                 "own six models"
             )
         return cases_by_chance(seed=seed), f"{BY_CHANCE}, seed {seed}"
-    saved = saved_mask(mask)
+    saved = mask_file(mask)
     keep, image_size = saved.mask, image_size or saved.image_size
     if model == DEFAULT_MODEL and keep.shapes == PUBLISHED_MASKS[1]:
         model = PUBLISHED_MASKS[0]

@@ -57,7 +57,7 @@ class SettingsCommand(TyperCommand):
     """A command that reads the defaults of its options from its settings."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        found = super().get_params(ctx)
+        found: list[Any] = super().get_params(ctx)
         waiting = [option for option in found if option.default is FROM_SETTINGS]
         if waiting:
             from ..sparsify.rules import RULES

@@ -143,12 +143,13 @@ def _profile(
     from ..models.costs.dcn_traffic import sampling_traffic
     from ..models.costs.plots import plot_layers
     from ..models.costs.run_profile import profile_run
+    from ..models.running import image_size_of
     from ..pipeline.networks import with_compiled_core
     from .tables.zoo import intensity_table, profile_table, traffic_table
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else PyTorch's profiler writes lines
     model = create_for(name, size)
-    workload = trace(model, size or model.image_size)
+    workload = trace(model, size or image_size_of(model))
     cost = complexity(workload, None, *counting)
     traffic = sampling_traffic(workload)
     with progress_bars(quiet) as progress:
@@ -196,10 +197,11 @@ def _count(
     import torch
 
     from ..models import complexity, create_for
+    from ..models.running import image_size_of
 
     with torch.device("meta"):
         model = create_for(name, size)
-    sides = size or (model.image_size, model.image_size)
+    sides = size or (image_size_of(model), image_size_of(model))
     return complexity(model, sides, element_bytes, cache_bytes), sides
 
 

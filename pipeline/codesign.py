@@ -121,6 +121,7 @@ def learn_mask_within(
     settings = replace(settings.with_amount(cycles=cycles, tile_entries=tile_entries), tile=tile)
     run = _learning(model, images, settings, progress, hardware)
     mask, found = run.learn_mask(), run.sparse.found
+    assert found is not None  # a budget was given
     return replace(found, mask=mask)
 
 

@@ -144,11 +144,11 @@ class Settings(MaskSettings, CodecSettings):
     judge_crops        crops that fidelity is judged on
     codec_steps        training steps of the codec; 0 keeps the closed form
     recovery_steps     training steps of the recovery; 0 for none
-    recovery_seconds   replaces the steps; how many fit then depends on the machine
+    recovery_seconds   replaces the steps; how many fit then depends on the computer
     recovery_rate      learning rate; None is `rate_for` the number of photos
     batch_size         crops in a batch, for training, judging and measuring
     int8               judge the recovered model in the machine's integers too
-    measure            time dense attention on this machine
+    measure            time dense attention on this computer
     """
 
     image_size: int = 224

@@ -7,7 +7,7 @@ stage keeps checkpoints in its own folder and resumes there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -260,7 +260,8 @@ class _Training:
             if isinstance(batch, Tensor):
                 yield batch[rank() :: several]
             else:
-                yield tuple(part[rank() :: several] for part in batch)
+                images, labels = batch
+                yield images[rank() :: several], labels[rank() :: several]
 
     def _checkpointing(self, stage: str) -> Checkpointing | None:
         if self.folder is None:
@@ -279,8 +280,8 @@ class _Training:
         return Checkpointing(self.folder / stage, self.settings.checkpoint_every, settings)
 
     def _log(self, stage: str) -> _Listeners:
-        writes = self.folder is not None and rank() == 0
-        log = TrainingLog(self.folder / stage) if writes else None
+        folder = self.folder if rank() == 0 else None
+        log = None if folder is None else TrainingLog(folder / stage)
         return _Listeners(log, lambda share: self.progress(f"training: {stage}", share))
 
 
@@ -290,7 +291,7 @@ class _Listeners:
     def __init__(self, log: TrainingLog | None, tell: Callable[[float], None]) -> None:
         self.log, self.tell = log, tell
 
-    def __call__(self, step: int, rate: float, terms: dict[str, float], share: float) -> None:
+    def __call__(self, step: int, rate: float, terms: Mapping[str, float], share: float) -> None:
         self.tell(share)
         if self.log is not None:
             self.log(step, rate, terms, share)

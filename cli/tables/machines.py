@@ -338,7 +338,7 @@ def comparison_tables(
         ["DRAM\nkB", "buffers\nkB", "lines\nkB", "attention\nuJ", "network\nuJ"],
     )
     for name, report in reports.items():
-        moved = dict.fromkeys(LEVELS, 0)
+        moved: dict[str, int] = dict.fromkeys(LEVELS, 0)
         for row in report.traffic():
             moved[row.level] += row.total_bytes
         parts = (True, False) if report.macs else ()
