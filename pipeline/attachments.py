@@ -39,6 +39,11 @@ class Attachments:
     codecs: nn.ModuleList | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def codec_shapes(self) -> tuple[HeadCodec, ...]:
+        """Of each layer; () without codecs."""
+        return tuple(codec.shape for codec in self.codecs or () if isinstance(codec, QKCodec))
+
     def attach(self, model: nn.Module, backend: str = "auto") -> ExitStack:
         """Put them into ``model``; closing what is returned takes them out again.
 
@@ -80,7 +85,7 @@ class Attachments:
             for layer, keep in enumerate(self.mask.keep):
                 tensors[f"mask.{layer}.bits"] = torch.from_numpy(packed(keep))
         if self.codecs is not None:
-            about["codecs"] = [asdict(codec.shape) for codec in self.codecs]
+            about["codecs"] = [asdict(shape) for shape in self.codec_shapes]
             for name, value in self.codecs.state_dict().items():
                 tensors[f"codecs.{name}"] = value.detach().cpu().contiguous()
         with written_whole(path) as temporary:

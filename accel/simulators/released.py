@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from ...moved import old_names
 from ...workload import PUBLISHED_GLOBAL_THRESHOLD, Attention, PolarizedMask, Workload
 from ..hardware import Hardware
 from ..report.report import OpCost
@@ -179,3 +180,5 @@ def _check(op: Attention) -> None:
 
 
 RELEASED = Simulator("released", costs, "the published script's own formulas")
+
+__getattr__ = old_names(__name__)

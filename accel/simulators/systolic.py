@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ...moved import old_names
 from ...workload import Attention, Workload
 from ..hardware import Hardware
 from ..products import array_cycles, operand_reads
@@ -139,3 +140,5 @@ WEIGHT_STATIONARY = Simulator(
 INPUT_STATIONARY = Simulator(
     "systolic_is", costs, "dense, input-stationary", parameters=Systolic("is")
 )
+
+__getattr__ = old_names(__name__)

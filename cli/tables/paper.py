@@ -15,11 +15,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..figure import blank, save
-from ..studies.ladder import Ladder
-from ..studies.paper import PaperStudy
-from ..studies.paper_rows import Row
-from ..studies.published import Published
+from ...figure import blank, save
+from ...studies.ladder import Ladder
+from ...studies.paper import PaperStudy
+from ...studies.paper_rows import Row
+from ...studies.published import Published
 
 MARKS = {"paper": "", "notes": "*", "unconfirmed": "?"}
 LEGEND = (

@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..accel.explore.labels import axis_heading, axis_words, figure_shown, heading, shown
-from ..accel.explore.points import (
+from ...accel.explore.labels import axis_heading, axis_words, figure_shown, heading, shown
+from ...accel.explore.points import (
     OBJECTIVES,
     DesignPoint,
     Effect,
@@ -18,7 +18,7 @@ from ..accel.explore.points import (
     sensitivity,
     value_of,
 )
-from ..accel.report.energy import PROFILES, area
+from ...accel.report.energy import PROFILES, area
 
 MOST_ROWS = 24
 """Of a front and of errors: the rest is counted, and is in the files."""

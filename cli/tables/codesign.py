@@ -9,14 +9,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..pipeline.result import CodesignResult
-from ..sparsify import Fidelity
-from ..workload import AttentionMask, GlobalThreshold
-from .machine_tables import simulation_table
+from ...pipeline.result import CodecSummary, CodesignResult
+from ...sparsify import Fidelity
+from ...workload import AttentionMask, GlobalThreshold
+from .machines import simulation_table
 
 
 def codesign_tables(result: CodesignResult) -> RenderableType:
-    """The whole report: model, mask, fidelity, machines, this machine."""
+    """The whole report: model, mask, fidelity, machines, this computer."""
     parts: list[RenderableType] = [
         Text(),
         _headline(result),
@@ -68,7 +68,7 @@ def _facts(result: CodesignResult) -> list[tuple[str, str]]:
         ),
     ]
     if result.codec_summary is not None:
-        facts.append(("codec", _codec_fact(result)))
+        facts.append(("codec", _codec_fact(result.codec_summary, settings.rotation)))
     if result.recovery_log is not None:
         log = result.recovery_log
         facts.append(
@@ -83,19 +83,18 @@ def _facts(result: CodesignResult) -> list[tuple[str, str]]:
 
 def _kept_by(threshold: GlobalThreshold) -> str:
     words = {"all": "kept by every query", "none": "none wanted"}
-    return words.get(threshold, f"kept by more than {threshold} queries")
+    return words.get(str(threshold), f"kept by more than {threshold} queries")
 
 
-def _codec_fact(result: CodesignResult) -> str:
-    summary = result.codec_summary
+def _codec_fact(summary: CodecSummary, rotated: bool) -> str:
     shape, plain = summary.shapes[0], summary.mean(rotated=False)
     text = (
         f"Q and K over {shape.heads} -> {shape.latent_heads} heads, {summary.parameters} "
         f"parameters; explained variance Q {plain.q:.2f}, K {plain.k:.2f}"
     )
-    if result.settings.rotation:
-        rotated = summary.mean(rotated=True)
-        text += f", with heads rotated to agree Q {rotated.q:.2f}, K {rotated.k:.2f}"
+    if rotated:
+        agreeing = summary.mean(rotated=True)
+        text += f", with heads rotated to agree Q {agreeing.q:.2f}, K {agreeing.k:.2f}"
     moved = summary.mean_errors()
     return (
         f"{text}; on judging crops, under the mask: error Q {moved.q:.2f}, K {moved.k:.2f}, "

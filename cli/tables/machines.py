@@ -14,11 +14,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..accel.report.energy import Area, Energy
-from ..accel.report.report import LEVELS, OpCost, Report
-from ..accel.report.speedups import speedups
-from ..accel.schedule import DEFAULT
-from ..accel.simulators.registry import SIMULATORS
+from ...accel.report.energy import Area, Energy
+from ...accel.report.report import LEVELS, OpCost, Report
+from ...accel.report.speedups import speedups
+from ...accel.schedule import DEFAULT
+from ...accel.simulators.registry import SIMULATORS
 
 PRODUCTS = ("sddmm", "spmm")
 """Phases that have a column of their own; the rest of a layer's cycles are waits and extras."""
@@ -338,7 +338,7 @@ def comparison_tables(
         ["DRAM\nkB", "buffers\nkB", "lines\nkB", "attention\nuJ", "network\nuJ"],
     )
     for name, report in reports.items():
-        moved = dict.fromkeys(LEVELS, 0)
+        moved: dict[str, int] = dict.fromkeys(LEVELS, 0)
         for row in report.traffic():
             moved[row.level] += row.total_bytes
         parts = (True, False) if report.macs else ()
