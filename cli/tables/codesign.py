@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -12,6 +11,7 @@ from rich.text import Text
 from ...pipeline.result import CodecSummary, CodesignResult
 from ...sparsify import Fidelity
 from ...workload import AttentionMask, GlobalThreshold
+from .layout import titled
 from .machines import simulation_table
 
 
@@ -102,16 +102,9 @@ def _codec_fact(summary: CodecSummary, rotated: bool) -> str:
     )
 
 
-def _table(title: str) -> Table:
-    """No vertical lines, so that tables fit 80 columns."""
-    return Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
-    )
-
-
 def fidelity_table(rows: Mapping[str, Fidelity]) -> Table:
     """Variant by variant, against the dense model's tokens."""
-    table = _table("Fidelity to the dense model (1 = the same)")
+    table = titled("Fidelity to the dense model (1 = the same)")
     table.add_column("variant", no_wrap=True)
     saliency = any(row.saliency_iou is not None for row in rows.values())
     labelled = any(row.accuracy is not None for row in rows.values())
@@ -143,7 +136,7 @@ def _optional(value: float | None) -> str:
 
 def mask_table(mask: AttentionMask) -> Table:
     """Sparsity of each layer and of its sparsest and densest head."""
-    table = _table(f"Mask: {mask.sparsity:.1%} pruned")
+    table = titled(f"Mask: {mask.sparsity:.1%} pruned")
     for heading in ("layer", "heads", "queries", "keys", "pruned", "least", "most"):
         table.add_column(heading, justify="right")
     for layer, (shape, heads) in enumerate(zip(mask.shapes, mask.sparsity_by_head(), strict=True)):
@@ -155,7 +148,7 @@ def mask_table(mask: AttentionMask) -> Table:
 def measured_table(result: CodesignResult) -> RenderableType:
     """Dense attention timed here, and what the simulated machine is against each row."""
     first = result.measured[0]
-    table = _table(f"Dense attention measured on {first.device}, {first.dtype}")
+    table = titled(f"Dense attention measured on {first.device}, {first.dtype}")
     table.add_column("kernel", no_wrap=True)
     for heading in (
         "batch",

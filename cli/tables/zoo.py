@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +12,7 @@ from rich.text import Text
 from ...models.costs.complexity import Complexity, LayerComplexity
 from ...models.costs.dcn_traffic import DCNV4_CHANNELS, SamplingTraffic
 from ...models.costs.run_profile import MEMORY_BOUND, RunProfile
+from .layout import titled
 
 if TYPE_CHECKING:
     from ...studies.runtime import RuntimeStudy
@@ -174,14 +174,7 @@ def pixels(size: Size) -> str:
 
 def _table(title: str, names: Sequence[str], heads: Sequence[str]) -> Table:
     """Columns of names to the left, of numbers to the right."""
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=0,
-    )
+    table = titled(title, padding=0)
     for name in names:
         table.add_column(name, overflow="fold", no_wrap=name not in ("layer", "operator"))
     for head in heads:
