@@ -1,10 +1,11 @@
 """Accelerators simulated cycle by cycle: what a workload costs in silicon.
 
-Floor plan: the machine (`hardware`) and how it is used (`schedule`) -> what every machine
-does alike (`products`, `report`) -> ViTCoD's, stepped cycle by cycle (`vitcod`) on its memory
-(`dram`) -> all machines by name (`simulators`) -> `simulate` -> when it happens (`trace`), and
-many machines at once (`explore`). Beside it the machine's integers (`arithmetic`), attention
-in them (`integer_attention`), and kernels for real processors (`kernels`).
+Floor plan: the machine (`hardware`) and how it is used (`schedule`, with the `encodings` of an
+index) -> what every machine does alike (`products`, `report`) -> ViTCoD's, stepped cycle by
+cycle (`vitcod`) on its memory (`dram`) -> all machines by name (`simulators`) -> `simulate` ->
+when it happens (`trace`), and many machines at once (`explore`). Beside it the machine's
+integers (`arithmetic`), attention in them (`integer_attention`), and kernels for real
+processors (`kernels`).
 """
 
 from ..moved import old_names

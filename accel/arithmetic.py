@@ -4,7 +4,7 @@ Symmetric int8 Q, K and V with a scale a head; int32 sums; scores held in 16 bit
 fixed point; probabilities as uint8; int8 output. ViTCoD (HPCA 2023, section V) states int8
 alone, the rest is a choice, and every width is a field of `Arithmetic`. Each change of scale
 is an integer multiplier and a shift (`FixedPoint`), rounded half to even, saturated.
-`integers` makes attention of it.
+`integer_attention` makes attention of it.
 """
 
 from __future__ import annotations

@@ -217,8 +217,8 @@ presets: dict[str, Hardware] = {
     "vitcod": Hardware(),
     "vitcod_ddr4": Hardware(name="vitcod_ddr4", dram_model="ddr4"),
 }
-"""Named machines. 'vitcod' (the default of `simulate`) is the only one whose sizes a source
-at hand gives; 'vitcod_ddr4' is the same machine with its memory stepped command by command.
+"""Named machines. 'vitcod' (the default of `simulate`) is the only one whose sizes are
+published; 'vitcod_ddr4' is the same machine with its memory stepped command by command.
 Others are made with `dataclasses.replace`."""
 
 

@@ -73,7 +73,7 @@ class _Announcer(event.Listener):
         if module.startswith(f"{__package__}."):
             self.said = True
             logging.getLogger("sievit.accel").info(
-                "compiling the simulator, once on this machine: about 20 seconds"
+                "compiling the simulator, once on this computer: about 20 seconds"
             )
 
     def on_end(self, event: event.Event) -> None:

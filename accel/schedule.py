@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 from ..workload import GlobalThreshold
 from ..workload.masks import check_global_threshold
+from .encodings import ENCODINGS
 
 __all__ = [
     "ASSIGNMENTS",
@@ -125,7 +126,7 @@ class Schedule:
     dense_orientation one of `ORIENTATIONS`
     dense_fill        one of `FILLS`
     vector_fusion     one of `VECTOR_FUSIONS`
-    index_encoding    a name of `sievit.accel.vitcod.encodings.ENCODINGS`, which a run checks
+    index_encoding    one of `sievit.accel.encodings.ENCODINGS`
     mapping           of attention; None: the mapper chooses
 
     Raises ValueError, naming the field, for an unknown policy or a count below 1.
@@ -163,6 +164,7 @@ class Schedule:
         one_of("dense_orientation", self.dense_orientation, ORIENTATIONS)
         one_of("dense_fill", self.dense_fill, FILLS)
         one_of("vector_fusion", self.vector_fusion, VECTOR_FUSIONS)
+        one_of("index_encoding", self.index_encoding, tuple(ENCODINGS))
         if self.mapping is not None and not isinstance(self.mapping, UserMapping):
             names = ", ".join(item.name for item in fields(UserMapping))
             raise ValueError(

@@ -1,8 +1,8 @@
 """Auto-encoders over the heads of Q and K: less to move, a little more to compute.
 
-Floor plan: the module (`codec`) -> its closed-form weights and the free turn of the heads
+Floor plan: the module (`codec`) -> its closed-form weights and the free rotation of the heads
 (`closed_form`) -> more latent heads where heads agree least (`budget`) -> into a model and
-back (`adapt`) -> training (`train`) -> what they do to each layer (`errors`) -> the turn
+back (`adapt`) -> training (`train`) -> what they do to each layer (`errors`) -> the rotation
 moved into the projections (`fold`).
 """
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..workload import HeadCodec
-from .closed_form import HeadMoments, agreeing_turn, principal_components
+from .closed_form import HeadMoments, agreeing_rotation, principal_components
 
 REACH = 2
 """Groups of latent heads that a layer may have more or fewer than the mean."""
@@ -20,7 +20,7 @@ def latent_heads_by_layer(
 
     Of all ways to share them out, within `REACH` steps of ``groups`` from the mean, the one
     that explains most: the sum over layers of the shares of Q's and of K's variance, each with
-    heads turned for it. A layer gets fewer than all its heads: with all it would need no codec.
+    heads rotated for it. A layer gets fewer than all its heads: with all it would need no codec.
 
     moments  (Q, K) a layer, from `head_moments`
 
@@ -59,7 +59,7 @@ def _explained(pair: tuple[HeadMoments, HeadMoments], mean: float, groups: int) 
     for latent in range(groups, heads, groups):
         if abs(latent - mean) <= REACH * groups:
             shape = HeadCodec(heads, latent, groups)
-            turn = agreeing_turn(q, k, shape)
-            covariances = (m.turned(turn).head_covariance()[0] for m in (q, k))
+            rotation = agreeing_rotation(q, k, shape)
+            covariances = (m.rotated(rotation).head_covariance()[0] for m in (q, k))
             found[latent] = sum(principal_components(c, shape)[1] for c in covariances)
     return found

@@ -1,4 +1,4 @@
-"""Closed-form codec weights: principal components over the heads, and the free turn.
+"""Closed-form codec weights: principal components over the heads, and the free rotation.
 
 Everything needed is in the second moments between heads, gathered once over the map
 photos: S[h, g] = sum over tokens of x_h^T x_g, a [key_dim, key_dim] block for each pair
@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..moved import old_arguments
+from ..moved import old_arguments, old_names
 from ..workload import HeadCodec
 from .codec import HeadLinear, QKCodec
 
-TURN_SWEEPS = 30
+ROTATION_SWEEPS = 30
 
 
+@old_arguments("turned")
 @dataclass(frozen=True, eq=False)
 class HeadMoments:
     """Sums over ``count`` token vectors: ``first`` [heads, dim], ``second``
@@ -55,10 +56,10 @@ class HeadMoments:
         second = second + self.count * np.multiply.outer(shift, shift)
         return replace(self, first=self.first - self.count * shift, second=second)
 
-    def turned(self, turn: np.ndarray) -> HeadMoments:
-        """Moments of x_h A_h, ``turn`` [heads, dim, dim]."""
-        second = np.einsum("hij,higk,gkl->hjgl", turn, self.second, turn, optimize=True)
-        return replace(self, first=np.einsum("hi,hij->hj", self.first, turn), second=second)
+    def rotated(self, rotation: np.ndarray) -> HeadMoments:
+        """Moments of x_h A_h, ``rotation`` [heads, dim, dim]."""
+        second = np.einsum("hij,higk,gkl->hjgl", rotation, self.second, rotation, optimize=True)
+        return replace(self, first=np.einsum("hi,hij->hj", self.first, rotation), second=second)
 
     def head_covariance(self) -> tuple[np.ndarray, np.ndarray]:
         """Over the vectors of ``heads`` numbers, one a (token, dim): covariance
@@ -89,7 +90,7 @@ def principal_components(covariance: np.ndarray, shape: HeadCodec) -> tuple[np.n
     return np.concatenate(directions), float(explained / total) if total > 0 else 1.0
 
 
-def agreeing_turn(q: HeadMoments, k: HeadMoments, shape: HeadCodec) -> np.ndarray:
+def agreeing_rotation(q: HeadMoments, k: HeadMoments, shape: HeadCodec) -> np.ndarray:
     """Orthogonal A_h [heads, dim, dim] that make the heads agree: q_h A_h and k_h A_h
     then lie closer to ``latent_heads`` common directions, and q_h k_h^T is unchanged.
 
@@ -98,23 +99,23 @@ def agreeing_turn(q: HeadMoments, k: HeadMoments, shape: HeadCodec) -> np.ndarra
     """
     heads, dim = q.first.shape
     blocks = [m.second.transpose(0, 2, 1, 3) / np.einsum("hihi", m.second) for m in (q, k)]
-    turn = np.broadcast_to(np.eye(dim), (heads, dim, dim)).copy()
-    for _ in range(TURN_SWEEPS):
-        projectors = [_projector(_energy(block, turn), shape) for block in blocks]
+    rotation = np.broadcast_to(np.eye(dim), (heads, dim, dim)).copy()
+    for _ in range(ROTATION_SWEEPS):
+        projectors = [_projector(_energy(block, rotation), shape) for block in blocks]
         for head in range(heads):
             pull = sum(
                 np.hstack(_without(p[head], head)[:, None, None] * block[head])
-                @ turn.reshape(heads * dim, dim)
+                @ rotation.reshape(heads * dim, dim)
                 for p, block in zip(projectors, blocks, strict=True)
             )
             left, _, right = np.linalg.svd(pull)
-            turn[head] = left @ right
-    return turn
+            rotation[head] = left @ right
+    return rotation
 
 
-def _energy(blocks: np.ndarray, turn: np.ndarray) -> np.ndarray:
+def _energy(blocks: np.ndarray, rotation: np.ndarray) -> np.ndarray:
     """tr(A_h^T S_hg A_g), [heads, heads]."""
-    return np.einsum("hij,hgij->hg", turn, blocks @ turn)
+    return np.einsum("hij,hgij->hg", rotation, blocks @ rotation)
 
 
 def _projector(energy: np.ndarray, shape: HeadCodec) -> np.ndarray:
@@ -144,16 +145,16 @@ def fit_closed_form(
     """A layer's codec from principal components over the heads, with biases.
 
     ``rotation`` first makes the free change of basis: keys are centred, which only adds a
-    constant to each query's scores, and heads are rotated by `agreeing_turn`.
+    constant to each query's scores, and heads are rotated by `agreeing_rotation`.
     """
     codec = QKCodec(shape)
     if rotation:
         shift = k.mean
         k = k.shifted(shift)
-        rotations = agreeing_turn(q, k, shape)
-        q, k = q.turned(rotations), k.turned(rotations)
+        rotations = agreeing_rotation(q, k, shape)
+        q, k = q.rotated(rotations), k.rotated(rotations)
         codec.key_shift = torch.from_numpy(shift).float()
-        codec.turn = torch.from_numpy(rotations).float()
+        codec.rotation = torch.from_numpy(rotations).float()
     explained = ExplainedVariance(
         q=_set_sides(codec.encoder_q, codec.decoder_q, q, shape),
         k=_set_sides(codec.encoder_k, codec.decoder_k, k, shape),
@@ -180,3 +181,6 @@ def _set_sides(
     ):
         parameter.copy_(torch.from_numpy(np.ascontiguousarray(value)).float())
     return explained
+
+
+__getattr__ = old_names(__name__)

@@ -6,17 +6,20 @@ biases, no nonlinearity, and its own weights for Q, for K and for each layer.
 
 Two changes of basis are free, because softmax attention does not see them: a rotation
 A_h of a head's dims in both Q and K, and a vector added to every key of a head (it adds
-the same number to all scores of a query). `QKCodec` can carry both; `align` finds them.
+the same number to all scores of a query). `QKCodec` can carry both; `closed_form`
+finds them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..moved import old_arguments
 from ..workload import HeadCodec
 
 
@@ -42,16 +45,17 @@ class HeadLinear(nn.Module):
         return mixed.flatten(1, 2) + self.bias.to(x.dtype).view(1, -1, 1, 1)
 
 
+@old_arguments("turn")
 class QKCodec(nn.Module):
     """One layer's codec: encoder and decoder for Q, encoder and decoder for K.
 
-    ``turn`` [heads, key_dim, key_dim] and ``key_shift`` [heads, key_dim] are the free
+    ``rotation`` [heads, key_dim, key_dim] and ``key_shift`` [heads, key_dim] are the free
     change of basis, applied before encoding: q_h A_h and (k_h - shift_h) A_h with
     orthogonal A_h. None leaves the basis as it is. They are buffers, not parameters: in
     a deployed model they are folded into the projections (`fold`).
     """
 
-    turn: Tensor | None
+    rotation: Tensor | None
     key_shift: Tensor | None
 
     def __init__(self, shape: HeadCodec) -> None:
@@ -61,15 +65,27 @@ class QKCodec(nn.Module):
         back = (shape.latent_heads, shape.heads, shape.groups)
         self.encoder_q, self.decoder_q = HeadLinear(*ends), HeadLinear(*back)
         self.encoder_k, self.decoder_k = HeadLinear(*ends), HeadLinear(*back)
-        self.register_buffer("turn", None)
+        self.register_buffer("rotation", None)
         self.register_buffer("key_shift", None)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
+    ) -> None:
+        """Takes a change of basis that this codec had not; earlier versions stored ``turn``."""
+        if f"{prefix}turn" in state_dict:
+            state_dict[f"{prefix}rotation"] = state_dict.pop(f"{prefix}turn")
+        for name in ("rotation", "key_shift"):
+            stored = state_dict.get(prefix + name)
+            if stored is not None and getattr(self, name) is None:
+                setattr(self, name, torch.empty_like(stored))
+        super()._load_from_state_dict(state_dict, prefix, *rest, **named)
 
     def in_basis(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Q and K in the codec's basis; scores then differ by a constant a query."""
         if self.key_shift is not None:
             k = k - self.key_shift.to(k.dtype).unsqueeze(1)
-        if self.turn is not None:
-            q, k = q @ self.turn.to(q.dtype), k @ self.turn.to(k.dtype)
+        if self.rotation is not None:
+            q, k = q @ self.rotation.to(q.dtype), k @ self.rotation.to(k.dtype)
         return q, k
 
     def coded(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

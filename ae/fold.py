@@ -1,7 +1,7 @@
 """Fold the free change of basis into a model's Q and K projections.
 
 After it the model computes q_h A_h and (k_h - shift_h) A_h by itself, at no cost, and the
-codecs carry no turn any more. Attention is unchanged: scores differ by a constant for
+codecs carry no rotation any more. Attention is unchanged: scores differ by a constant for
 each query, which softmax does not see.
 """
 
@@ -19,7 +19,7 @@ SEPARATE = (("query", "key"), ("q_proj", "k_proj"))
 
 @torch.no_grad()
 def fold(model: nn.Module, codecs: Codecs, image_size: int | None = None) -> None:
-    """Move each codec's ``turn`` and ``key_shift`` into ``model``'s projections, in place.
+    """Move each codec's ``rotation`` and ``key_shift`` into ``model``'s projections, in place.
 
     The module that makes the attention call must hold its projections as one linear
     layer ``qkv`` (ours, timm) or as ``query`` and ``key`` or ``q_proj`` and ``k_proj``
@@ -36,9 +36,9 @@ def fold(model: nn.Module, codecs: Codecs, image_size: int | None = None) -> Non
         _projections(call.module, module)
     for call, module, codec in zip(calls, modules, each_codec(codecs), strict=True):
         (q_weight, q_bias), (k_weight, k_bias) = _projections(call.module, module)
-        _apply(q_weight, q_bias, codec.turn, None)
-        _apply(k_weight, k_bias, codec.turn, codec.key_shift)
-        codec.turn, codec.key_shift = None, None
+        _apply(q_weight, q_bias, codec.rotation, None)
+        _apply(k_weight, k_bias, codec.rotation, codec.key_shift)
+        codec.rotation, codec.key_shift = None, None
 
 
 Projection = tuple[Tensor, Tensor]
@@ -59,17 +59,17 @@ def _projections(name: str, module: nn.Module) -> tuple[Projection, Projection]:
             return (q.weight, q.bias), (k.weight, k.bias)
     raise ValueError(
         f"module {name!r} holds no linear layers with bias called qkv, query and key, or "
-        "q_proj and k_proj; keep the turn inside the codec instead of folding it"
+        "q_proj and k_proj; keep the rotation inside the codec instead of folding it"
     )
 
 
-def _apply(weight: Tensor, bias: Tensor, turn: Tensor | None, shift: Tensor | None) -> None:
+def _apply(weight: Tensor, bias: Tensor, rotation: Tensor | None, shift: Tensor | None) -> None:
     """x W^T + b -> (x W^T + b - shift) A, head by head, in place."""
     if shift is not None:
         bias -= shift.flatten().to(bias)
-    if turn is not None:
-        heads, dim, _ = turn.shape
-        exact = turn.to(weight.device).double()
-        turned = torch.einsum("hij,hic->hjc", exact, weight.double().view(heads, dim, -1))
-        weight.copy_(turned.flatten(0, 1).to(weight))
+    if rotation is not None:
+        heads, dim, _ = rotation.shape
+        exact = rotation.to(weight.device).double()
+        rotated = torch.einsum("hij,hic->hjc", exact, weight.double().view(heads, dim, -1))
+        weight.copy_(rotated.flatten(0, 1).to(weight))
         bias.copy_(torch.einsum("hij,hi->hj", exact, bias.double().view(heads, dim)).flatten())

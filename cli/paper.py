@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import DEFAULT_MODEL, hardware_named, saved_mask
+from .inputs import hardware_named, mask_file
+from .options import DEFAULT_MODEL
 from .terminal import OUT, progress_bars
 
 if TYPE_CHECKING:
@@ -26,12 +27,12 @@ def run_paper(
     plots: Path | None,
     quiet: bool,
 ) -> None:
-    """The study over the paper's six models with masks by chance, or over one model with
+    """The study over the paper's six models with synthetic masks, or over one model with
     the user's mask; tables to standard output, JSON and a picture where asked for."""
     from ..files import write_json
     from ..provenance import versions
     from ..studies.paper import compare_with_paper
-    from .paper_tables import paper_tables, plot_factors
+    from .tables.paper import paper_tables, plot_factors
 
     machine = hardware_named(hardware)
     with progress_bars(quiet) as progress:
@@ -58,7 +59,7 @@ def _cases(
                 "own six models"
             )
         return cases_by_chance(seed=seed), f"{BY_CHANCE}, seed {seed}"
-    saved = saved_mask(mask)
+    saved = mask_file(mask)
     keep, image_size = saved.mask, image_size or saved.image_size
     if model == DEFAULT_MODEL and keep.shapes == PUBLISHED_MASKS[1]:
         model = PUBLISHED_MASKS[0]

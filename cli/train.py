@@ -4,33 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .options import (
-    DEFAULT_MODEL,
-    Groups,
-    ImageSize,
-    JudgeImages,
-    LatentHeads,
-    LearnCrops,
-    Limit,
-    Model,
-    PixelNormalization,
-    Quiet,
-    RuleName,
-    Seed,
-    Weights,
+from . import options as o
+from .inputs import (
+    hardware_named,
     load_network,
     load_photos,
     normalization_named,
     saved_mask,
     weights_source,
 )
+from .settings import FROM_SETTINGS, check_hardware, flag, given, train_settings, values_of
 from .terminal import OUT, check_writable, one_line_errors, progress_bars
 
 if TYPE_CHECKING:
+    from ..accel import Hardware
     from ..ae import CodecErrors
     from ..images import Photos
     from ..pipeline.sparse_model import SparseModel
@@ -39,60 +30,46 @@ if TYPE_CHECKING:
 
 
 def train(
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of photos. Default: scikit-image's samples.")
-    ] = None,
-    judge_images: JudgeImages = None,
-    model: Model = DEFAULT_MODEL,
-    weights: Weights = None,
-    limit: Limit = 100_000,
-    out: Annotated[
-        Path, typer.Option(help="Folder for checkpoints, logs and the trained model.")
-    ] = Path("trained"),
-    mode: Annotated[
-        str, typer.Option(help="mask, two-step (codec, then mask) or joint (both at once).")
-    ] = "mask",
-    rule: RuleName = None,
-    sparsity: Annotated[
-        float | None, typer.Option(help="Share of entries to prune. Default: 0.9.")
-    ] = None,
-    mask: Annotated[
-        Path | None,
-        typer.Option(help="Mask file to train with, say of `sievit masks`; instead of sparsity."),
-    ] = None,
-    latent_heads: LatentHeads = None,
-    groups: Groups = 1,
-    labels: Annotated[
-        bool, typer.Option("--labels", help="Train on folders as classes, without a teacher.")
-    ] = False,
-    prefix_share: Annotated[
-        float, typer.Option(help="Of the final tokens' loss, for CLS (and registers).")
-    ] = 0.1,
-    block_weight: Annotated[
-        float, typer.Option(help="Of distilling each block's tokens beside the final ones.")
-    ] = 4.0,
-    attention_weight: Annotated[
-        float, typer.Option(help="Of distilling attention beside them.")
-    ] = 0.0,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each stage.")] = 200,
-    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-5,
-    batch_size: Annotated[int, typer.Option(help="Photos in a step, over all processes.")] = 8,
-    accumulate: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 1,
-    ema: Annotated[float, typer.Option(help="Decay of a moving average; 0 for none.")] = 0.0,
-    gradual: Annotated[
-        bool, typer.Option("--gradual", help="Let the mask grow sparser as training goes on.")
-    ] = False,
-    recompute: Annotated[
-        bool,
-        typer.Option("--recompute", help="Recompute blocks in the backward pass."),
-    ] = False,
-    image_size: ImageSize = 224,
-    normalization: PixelNormalization = "auto",
-    learn_crops: LearnCrops = 128,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    seed: Seed = 0,
-    quiet: Quiet = False,
+    ctx: typer.Context,
+    images: o.Images = None,
+    judge_images: o.JudgeImages = None,
+    model: o.Model = o.DEFAULT_MODEL,
+    weights: o.Weights = None,
+    limit: o.Limit = 100_000,
+    out: o.TrainedFolder = Path("trained"),
+    mode: o.Mode = FROM_SETTINGS,
+    rule: o.RuleName = FROM_SETTINGS,
+    sparsity: o.Sparsity = FROM_SETTINGS,
+    theta: o.Theta = FROM_SETTINGS,
+    cycles: o.Cycles = FROM_SETTINGS,
+    tile_entries: o.TileEntries = FROM_SETTINGS,
+    tile: o.Tile = FROM_SETTINGS,
+    granularity: o.Granularity = FROM_SETTINGS,
+    grid: o.Grid = FROM_SETTINGS,
+    global_threshold: o.MaskGlobalKeys = FROM_SETTINGS,
+    hardware: o.BudgetHardware = "vitcod",
+    mask: o.TrainedMask = None,
+    latent_heads: o.LatentHeads = FROM_SETTINGS,
+    groups: o.Groups = FROM_SETTINGS,
+    rotation: o.Rotation = FROM_SETTINGS,
+    labels: o.Labels = FROM_SETTINGS,
+    prefix_share: o.PrefixShare = FROM_SETTINGS,
+    block_weight: o.BlockWeight = FROM_SETTINGS,
+    attention_weight: o.AttentionWeight = FROM_SETTINGS,
+    steps: o.Steps = FROM_SETTINGS,
+    learning_rate: o.LearningRate = FROM_SETTINGS,
+    batch_size: o.TrainBatch = FROM_SETTINGS,
+    accumulate: o.Accumulate = FROM_SETTINGS,
+    ema_decay: o.EmaDecay = FROM_SETTINGS,
+    gradual: o.Gradual = FROM_SETTINGS,
+    recompute: o.Recompute = FROM_SETTINGS,
+    image_size: o.ImageSize = FROM_SETTINGS,
+    normalization: o.PixelNormalization = "auto",
+    learn_crops: o.LearnCrops = FROM_SETTINGS,
+    checkpoint_every: o.CheckpointEvery = FROM_SETTINGS,
+    device: o.Device = "auto",
+    seed: o.Seed = FROM_SETTINGS,
+    quiet: o.Quiet = False,
 ) -> None:
     """Sparsify a pretrained ViT and train it to keep its accuracy.
 
@@ -100,43 +77,21 @@ def train(
     torchrun, several processes share each batch.
     """
     with one_line_errors(quiet):
-        from ..pipeline.train import TrainSettings
-
-        if mask is not None and sparsity is not None:
+        if mask is not None and (said := given(ctx)):
+            name, value = next(iter(said.items()))
             raise ValueError(
-                f"give either --mask or --sparsity: a mask has its own, got {sparsity} too"
+                f"give either --mask or {flag(name)}: a mask has its own, got {value} too"
             )
-        if mask is not None and rule is not None:
-            raise ValueError(f"give either --mask or --rule: a mask has its own, got {rule} too")
-        source = weights_source(model, weights)
-        settings = TrainSettings(
-            image_size=image_size,
-            normalization=normalization_named(normalization, source),
-            rule=rule or TrainSettings.rule,
-            sparsity=TrainSettings.sparsity if sparsity is None else sparsity,
-            mode=mode,
-            latent_heads=latent_heads,
-            groups=groups,
-            labels=labels,
-            prefix_share=prefix_share,
-            block_weight=block_weight,
-            attention_weight=attention_weight,
-            steps=steps,
-            batch_size=batch_size,
-            accumulate=accumulate,
-            learning_rate=rate,
-            ema_decay=ema,
-            gradual=gradual,
-            recompute=recompute,
-            learn_crops=learn_crops,
-            checkpoint_every=checkpoint_every,
-            seed=seed,
-        )
+        source, made = weights_source(model, weights), train_settings()
+        values = values_of(ctx, made)
+        check_hardware(ctx)
+        values["normalization"] = normalization_named(normalization, source)
+        settings, machine = made(**values), hardware_named(hardware)
         check_writable(out)
         keep = saved_mask(mask).mask
         network, _ = load_network(model, source)
         photos = load_photos(images, judge_images, limit)
-        _run(network, _device(device), photos, settings, keep, out, quiet)
+        _run(network, _device(device), photos, settings, keep, machine, out, quiet)
 
 
 def _run(
@@ -145,6 +100,7 @@ def _run(
     photos: tuple[Photos, Photos] | Photos | None,
     settings: TrainSettings,
     mask: AttentionMask | None,
+    hardware: Hardware,
     out: Path,
     quiet: bool,
 ) -> None:
@@ -157,7 +113,9 @@ def _run(
         network.to(device)
         first = rank() == 0
         with progress_bars(quiet or not first) as progress:
-            found = train_sparse(network, learn, settings, out, progress, mask=mask)
+            found = train_sparse(
+                network, learn, settings, out, progress, mask=mask, hardware=hardware
+            )
             if not first:
                 return
             rows = found.evaluate(network, judged, progress, learned_from=learn)
@@ -170,7 +128,7 @@ def _run(
 
 def _report(found: SparseModel, rows: dict[str, Any], errors: Sequence[CodecErrors]) -> None:
     from ..ae import mean_errors
-    from .tables import fidelity_table
+    from .tables.codesign import fidelity_table
 
     for stage, log in found.logs.items():
         resumed = f", resumed at {log.resumed_at}" if log.resumed_at else ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Quiet
+from .options import JsonFile, Quiet
 from .terminal import OUT, one_line_errors, progress_bars
 
 if TYPE_CHECKING:
@@ -21,16 +21,23 @@ Counting = tuple[int, int | None]  # bytes of an element, of a cache
 def zoo(
     patterns: Annotated[
         list[str] | None,
-        typer.Argument(help="Names or shell wildcards; '*' is every model. None lists the names."),
+        typer.Argument(
+            help="Names or shell wildcards; '*' is every model. Without any, the names are listed."
+        ),
     ] = None,
     image_size: Annotated[
         str | None, typer.Option(help="Pixels, 224 or 192x256. Default: each model's own.")
     ] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Every layer of every model.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show every layer of every model.")
+    ] = False,
     cache: Annotated[
-        str | None, typer.Option(help="Also bytes accessed with a cache: bytes, or 320kB, 2MB.")
+        str | None,
+        typer.Option(
+            help="Also count the bytes accessed with a cache of this size: bytes, or 320kB, 2MB."
+        ),
     ] = None,
-    element_bytes: Annotated[int, typer.Option(min=1, help="Width of every element.")] = 4,
+    element_bytes: Annotated[int, typer.Option(min=1, help="Bytes of every element.")] = 4,
     profile: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Measure a model's run time by operation.")
     ] = None,
@@ -38,22 +45,21 @@ def zoo(
         bool,
         typer.Option(
             "--runtime-study",
-            help="Scale, time and simulate networks (those named, or a default set): which "
-            "count predicts run time?",
+            help="Scale, time and simulate networks (those named, or a default set), to see which "
+            "count predicts run time.",
         ),
     ] = False,
     seconds: Annotated[
-        float, typer.Option(min=0, help="The study begins no network after so many.")
+        float,
+        typer.Option(min=0, help="The study starts no further network after this many seconds."),
     ] = 150.0,
-    batch: Annotated[int, typer.Option(min=1, help="Images a batch, when measuring.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch, when measuring.")] = 4,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads, when measuring. Default: PyTorch's.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Batches measured.")] = 5,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", help="Write all figures there.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw a picture there.")] = None,
+    json_out: JsonFile = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a picture into this file.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """List the registered models; count what they cost; measure where run time goes."""
@@ -96,7 +102,7 @@ def _costs(
     quiet: bool,
 ) -> dict[str, Any]:
     from ..models.costs.plots import plot_costs, plot_layers
-    from .zoo_tables import cost_table, costs_table
+    from .tables.zoo import cost_table, costs_table
 
     found = _matching(patterns)
     costs, sizes = [], []
@@ -137,12 +143,13 @@ def _profile(
     from ..models.costs.dcn_traffic import sampling_traffic
     from ..models.costs.plots import plot_layers
     from ..models.costs.run_profile import profile_run
+    from ..models.running import image_size_of
     from ..pipeline.networks import with_compiled_core
-    from .zoo_tables import intensity_table, profile_table, traffic_table
+    from .tables.zoo import intensity_table, profile_table, traffic_table
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else PyTorch's profiler writes lines
     model = create_for(name, size)
-    workload = trace(model, size or model.image_size)
+    workload = trace(model, size or image_size_of(model))
     cost = complexity(workload, None, *counting)
     traffic = sampling_traffic(workload)
     with progress_bars(quiet) as progress:
@@ -170,7 +177,7 @@ def _runtime_study(
     patterns: list[str] | None, measured: dict[str, Any], plot: Path | None, quiet: bool
 ) -> dict[str, Any]:
     from ..studies import runtime as studies
-    from .zoo_tables import runtime_table
+    from .tables.zoo import runtime_table
 
     bases = _matching(patterns) if patterns else studies.DEFAULT_BASES
     with progress_bars(quiet) as progress:
@@ -190,10 +197,11 @@ def _count(
     import torch
 
     from ..models import complexity, create_for
+    from ..models.running import image_size_of
 
     with torch.device("meta"):
         model = create_for(name, size)
-    sides = size or (model.image_size, model.image_size)
+    sides = size or (image_size_of(model), image_size_of(model))
     return complexity(model, sides, element_bytes, cache_bytes), sides
 
 

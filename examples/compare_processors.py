@@ -1,4 +1,4 @@
-"""A network's attention on this machine, on logged and on modelled processors, beside ours.
+"""A network's attention on this computer, on logged and on modelled processors, beside ours.
 
 python examples/compare_processors.py [MASK.npz or ViTCoD's MASK.npy] [MODEL]
 """
@@ -15,7 +15,7 @@ HEADINGS = ("att. ms", "net. ms", "att. x", "net. x")
 
 
 def main(mask_path: str | None = None, model: str = "deit_tiny") -> None:
-    mask = AttentionMask.load(mask_path) if mask_path else 0.9  # 90 %, made by chance
+    mask = AttentionMask.load(mask_path) if mask_path else 0.9  # 90 %, synthetic
     workload, about = sparse_workload(model, mask, latent_heads=0)
     network = create(model)
     report = simulate(workload)

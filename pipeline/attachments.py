@@ -21,7 +21,7 @@ from ..accel.kernels import Arithmetic
 from ..ae import QKCodec, attach_codec
 from ..files import written_whole
 from ..sparsify import attach, attach_int8, calibrate_int8
-from ..workload import PUBLISHED_MIN_KEPT, AttentionMask, GlobalThreshold, HeadCodec
+from ..workload import PUBLISHED_GLOBAL_THRESHOLD, AttentionMask, GlobalThreshold, HeadCodec
 from ..workload.bits import packed, unpacked
 
 FORMAT = "sievit attachments 1"
@@ -38,6 +38,11 @@ class Attachments:
     mask: AttentionMask | None = None
     codecs: nn.ModuleList | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def codec_shapes(self) -> tuple[HeadCodec, ...]:
+        """Of each layer; () without codecs."""
+        return tuple(codec.shape for codec in self.codecs or () if isinstance(codec, QKCodec))
 
     def attach(self, model: nn.Module, backend: str = "auto") -> ExitStack:
         """Put them into ``model``; closing what is returned takes them out again.
@@ -80,7 +85,7 @@ class Attachments:
             for layer, keep in enumerate(self.mask.keep):
                 tensors[f"mask.{layer}.bits"] = torch.from_numpy(packed(keep))
         if self.codecs is not None:
-            about["codecs"] = [asdict(codec.shape) for codec in self.codecs]
+            about["codecs"] = [asdict(shape) for shape in self.codec_shapes]
             for name, value in self.codecs.state_dict().items():
                 tensors[f"codecs.{name}"] = value.detach().cpu().contiguous()
         with written_whole(path) as temporary:
@@ -103,7 +108,9 @@ class Attachments:
                 f"expected {FORMAT!r}"
             )
         about = json.loads(metadata["about"])
-        threshold = about.get("global_threshold", PUBLISHED_MIN_KEPT)  # older files say none
+        threshold = about.get(
+            "global_threshold", PUBLISHED_GLOBAL_THRESHOLD
+        )  # older files say none
         mask = _mask(about["mask"], threshold, tensors) if "mask" in about else None
         codecs = _codecs(about["codecs"], tensors) if "codecs" in about else None
         return cls(about["image_size"], mask, codecs, about["settings"])
@@ -120,9 +127,5 @@ def _codecs(shapes: list[dict[str, int]], tensors: dict[str, Tensor]) -> nn.Modu
     codecs = nn.ModuleList(QKCodec(HeadCodec(**shape)) for shape in shapes)
     prefix = "codecs."
     state = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
-    for name in list(state):
-        layer, _, key = name.partition(".")
-        if key in ("turn", "key_shift"):  # buffers that a codec has only where it is turned
-            setattr(codecs[int(layer)], key, state.pop(name))
     codecs.load_state_dict(state, strict=False)
     return codecs

@@ -15,14 +15,14 @@ def codec_weights(codec: QKCodec) -> tuple[CodecWeights, CodecWeights]:
     Raises ValueError for a codec that carries a rotation: the machine has none, `fold` it
     into the projections first.
     """
-    if codec.turn is not None or codec.key_shift is not None:
+    if codec.rotation is not None or codec.key_shift is not None:
         raise ValueError(
             "the codec carries a rotation of the heads, which the machine does not compute: "
             "fold it into the model's projections first (sievit.ae.fold)"
         )
-    sides = ((codec.encoder_q, codec.decoder_q), (codec.encoder_k, codec.decoder_k))
-    return tuple(
-        CodecWeights(codec.shape, *_of(encoder), *_of(decoder)) for encoder, decoder in sides
+    return (
+        CodecWeights(codec.shape, *_of(codec.encoder_q), *_of(codec.decoder_q)),
+        CodecWeights(codec.shape, *_of(codec.encoder_k), *_of(codec.decoder_k)),
     )
 
 

@@ -16,16 +16,13 @@ from torch import nn
 from ..accel import Hardware, presets
 from ..ae import CodecErrors, FittedCodecs
 from ..images import Images, Photos, photo_sets
-from ..models import prefix_tokens
 from ..progress import Progress, silent
-from ..sparsify import HardwareMask, budgeted_masks, polarize
-from ..sparsify.budgeted_masks import block_orders, kept_mass, tile_area, tiles
+from ..sparsify import HardwareMask, polarize
+from ..sparsify.budgeted_masks import kept_mass
 from ..sparsify.fidelity import Saliency
 from ..workload import AttentionMask
-from .networks import ALL, attention_cycles
 from .result import CodecSummary, CodesignResult
 from .settings import Settings
-from .sparsifier import mask_of
 from .stages import Run
 
 
@@ -54,17 +51,17 @@ def codesign(
     apart. Raises ValueError for settings that cannot be met.
     """
     if sparsity is not None:
-        settings = replace(settings, sparsity=sparsity, theta=None)
+        settings = settings.with_amount(sparsity=sparsity)
     torch.manual_seed(settings.seed)
-    run = Run(model, photo_sets(images), settings, saliency, progress)
-    maps, mask = run.learn_mask()
+    run = Run(model, photo_sets(images), settings, saliency, progress, hardware)
+    mask = run.learn_mask()
     codecs, plain = run.fit_codecs() if settings.codec else (None, None)
     run.judge_masks(mask)
-    if settings.codec and settings.rotation:
+    if plain and settings.rotation:
         run.judge_unrotated(plain)
     student, codec_log, recovery_log = run.train(mask, codecs)
     if settings.int8:
-        run.judge_integers(student, mask, codecs, hardware)
+        run.judge_integers()
     polarized = polarize(mask)
     shapes = codecs.shapes if codecs else [None] * len(polarized)
     dense = run.traced(name)
@@ -74,7 +71,7 @@ def codesign(
         learned_from=run.learn.names,
         judged_on=run.judged.names,
         mask=mask,
-        kept_mass=kept_mass(maps, mask),
+        kept_mass=kept_mass(run.sparse.maps, mask),
         codecs=codecs.codecs if codecs else None,
         codec_summary=_summary(codecs, plain, run.codec_errors),
         fidelity=run.fidelity,
@@ -82,7 +79,7 @@ def codesign(
         recovery_log=recovery_log,
         student=student,
         workload=sparse,
-        reports=run.simulate(sparse, hardware),
+        reports=run.simulate(sparse),
         measured=run.measure(dense) if settings.measure else (),
         stage_seconds=run.seconds,
     )
@@ -93,10 +90,10 @@ def learn_mask(
     images: Images,
     settings: Settings = Settings(),
     progress: Progress = silent,
+    hardware: Hardware = presets["vitcod"],
 ) -> AttentionMask:
     """The mask alone, learned as `codesign` does; all photos are learned from."""
-    photos = images if isinstance(images, Photos) else photo_sets(images)[0]
-    return Run(model, (photos, photos), settings, None, progress).learn_mask()[1]
+    return _learning(model, images, settings, progress, hardware).learn_mask()
 
 
 def learn_mask_within(
@@ -121,17 +118,11 @@ def learn_mask_within(
         raise ValueError(
             f"give either cycles or tile_entries, got cycles={cycles}, tile_entries={tile_entries}"
         )
-    photos = images if isinstance(images, Photos) else photo_sets(images)[0]
-    run = Run(model, (photos, photos), settings, None, progress)
-    maps, prefix = run.average(), prefix_tokens(model)
-    with run.stage("choosing entries by what they cost"):
-        if cycles is not None:
-            cost = attention_cycles(run.traced(None), hardware)
-            found = budgeted_masks(maps, cost, cycles, prefix_tokens=prefix)
-            return replace(found, mask=replace(found.mask, global_threshold=ALL))
-        orders = block_orders([layer.shape[1] for layer in maps], tile, prefix)
-        solver = tiles(tile, orders, prefix)
-        return budgeted_masks(maps, tile_area(tile), tile_entries, solver, prefix_tokens=prefix)
+    settings = replace(settings.with_amount(cycles=cycles, tile_entries=tile_entries), tile=tile)
+    run = _learning(model, images, settings, progress, hardware)
+    mask, found = run.learn_mask(), run.sparse.found
+    assert found is not None  # a budget was given
+    return replace(found, mask=mask)
 
 
 def learn_masks(
@@ -142,17 +133,24 @@ def learn_masks(
     progress: Progress = silent,
 ) -> dict[float, AttentionMask]:
     """As `learn_mask`, at several sparsities: the attention is averaged once for all."""
+    run = _learning(model, images, settings, progress, presets["vitcod"])
+    run.average()
+    wanted = {s: settings.with_amount(sparsity=s) for s in sparsities}
+    return {s: run.sparse.make_mask(at, settings.seed) for s, at in wanted.items()}
+
+
+def _learning(
+    model: nn.Module, images: Images, settings: Settings, progress: Progress, hardware: Hardware
+) -> Run:
+    """A run that learns from all photos."""
     photos = images if isinstance(images, Photos) else photo_sets(images)[0]
-    maps = Run(model, (photos, photos), settings, None, progress).average()
-    prefix = prefix_tokens(model)
-    wanted = {s: replace(settings, sparsity=s, theta=None) for s in sparsities}
-    return {s: mask_of(maps, at, prefix, settings.seed) for s, at in wanted.items()}
+    return Run(model, (photos, photos), settings, None, progress, hardware)
 
 
 def _summary(
     codecs: FittedCodecs | None, plain: FittedCodecs | None, errors: tuple[CodecErrors, ...]
 ) -> CodecSummary | None:
-    if codecs is None:
+    if codecs is None or plain is None:
         return None
     return CodecSummary(
         shapes=codecs.shapes,

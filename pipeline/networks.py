@@ -19,9 +19,7 @@ from ..models.running import image_size_of
 from ..moved import old_arguments, old_names
 from ..sparsify import polarize, synthetic_maps, threshold
 from ..workload import AttentionMask, GlobalThreshold, HeadCodec, Workload
-
-ALL = "all"
-"""Global are the keys that all queries keep: for masks of `learn_mask_within`."""
+from .settings import ALL
 
 __getattr__ = old_names(__name__)
 
@@ -91,7 +89,7 @@ def sparse_workload(
 ) -> tuple[Workload, str]:
     """A registered model with a mask and a codec, and a sentence that says which.
 
-    mask          a number is the sparsity of a mask made by chance (`synthetic_maps`)
+    mask          a number is the sparsity of a synthetic mask (`synthetic_maps`)
     latent_heads  None is half a layer's heads, rounded up, as ViTCoD has it; 0 is no codec
     codecs        one a layer, in place of ``latent_heads`` and ``groups``; () is no codec
     """
@@ -106,8 +104,8 @@ def sparse_workload(
         maps = synthetic_maps(shapes, prefix, seed)
         mask = threshold(maps, sparsity=mask, prefix_tokens=prefix)
         origin = (
-            f"a mask made by chance (seed {seed}), shaped like ViTCoD's published ones: good to "
-            "compare machines, no word on accuracy"
+            f"a synthetic mask (seed {seed}), shaped like ViTCoD's published ones: enough to "
+            "compare machines, without a statement about accuracy"
         )
     if codecs is None:
         codecs = [_codec_for(op.heads, latent_heads, groups) for op in dense.attention]

@@ -66,7 +66,7 @@ class CodesignResult:
     student          the recovered model, mask and codecs attached
     workload         the network with masks and codec shapes, as simulated
     reports          simulator -> `sievit.accel.Report`
-    measured         dense attention timed on this machine
+    measured         dense attention timed on this computer
     """
 
     settings: Settings

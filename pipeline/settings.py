@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
+from ..accel.kernels.plan import TILES
 from ..images import IMAGENET, Normalization
 from ..models.training.recipe import Recipe
 from ..moved import old_arguments
 from ..sparsify.rules import rule_named
-from ..workload import PUBLISHED_MIN_KEPT, GlobalThreshold
+from ..workload import PUBLISHED_GLOBAL_THRESHOLD, GlobalThreshold
 from ..workload.masks import check_global_threshold
+
+BUDGETS = ("cycles", "tile_entries")
+"""Fields of `MaskSettings`: what a mask may cost."""
+AMOUNTS = ("sparsity", "theta", *BUDGETS)
+"""Fields of `MaskSettings` of which one says how much a mask keeps."""
+
+ALL = "all"
+"""Global are the keys that every query keeps."""
 
 FEW_PHOTOS = 100
 """Below this many, photos are too few to judge a model by."""
@@ -21,18 +31,33 @@ class MaskSettings:
     """How a mask is made of averaged attention, and polarized; checks itself.
 
     rule               one of `sievit.sparsify.RULES`
-    sparsity, theta    exactly one of them; "information" and "window" alone take a theta
+    sparsity           share of entries to prune, in [0, 1)
+    theta              attention mass that a row keeps, in (0, 1]; "information" and "window"
+                       alone take it
     granularity        (queries, keys) of a block that is kept or pruned as one
     grid               token grid of "window"; None is a square
     global_threshold   a key is global when more queries keep it (ViTCoD: 50)
+    cycles             a budget: the most attention within so many simulated cycles, whose
+                       keys are global when every query keeps them: `global_threshold` is
+                       then "all"
+    tile_entries       a budget: the most attention within so many entries that a GPU kernel
+                       computes which gathers keys for ``tile`` queries at once, neighbours
+                       in the token grid where that is square
+
+    Exactly one of sparsity, theta, cycles and tile_entries is given. A budget has a rule of
+    its own (`sievit.sparsify.budgeted_masks`), so goes with no other, no granularity and no
+    grid.
     """
 
     rule: str = "information"
     sparsity: float | None = 0.9
     theta: float | None = None
+    cycles: float | None = None
+    tile_entries: float | None = None
+    tile: int = 32
     granularity: tuple[int, int] = (1, 1)
     grid: tuple[int, int] | None = None
-    global_threshold: GlobalThreshold = PUBLISHED_MIN_KEPT
+    global_threshold: GlobalThreshold = PUBLISHED_GLOBAL_THRESHOLD
 
     def __post_init__(self) -> None:
         rule_named(self.rule)
@@ -45,10 +70,45 @@ class MaskSettings:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
         if self.theta is not None and not 0.0 < self.theta <= 1.0:
             raise ValueError(f"theta must be in (0, 1], got {self.theta}")
-        if (self.sparsity is None) == (self.theta is None):
-            raise ValueError(
-                f"give either sparsity or theta, got sparsity={self.sparsity}, theta={self.theta}"
-            )
+        amounts = {name: getattr(self, name) for name in AMOUNTS}
+        given = [f"{name}={value}" for name, value in amounts.items() if value is not None]
+        if len(given) != 1:
+            got = ", ".join(given) or "none of them"
+            raise ValueError(f"give exactly one of {', '.join(AMOUNTS)}, got {got}")
+        self._check_budget()
+        if self.grid is not None and self.rule != "window":
+            raise ValueError(f"grid={self.grid} goes with the rule 'window', got {self.rule!r}")
+
+    def _check_budget(self) -> None:
+        if self.tile not in TILES:
+            raise ValueError(f"tile must be one of {', '.join(map(str, TILES))}, got {self.tile}")
+        for name in BUDGETS:
+            budget = getattr(self, name)
+            if budget is None:
+                continue
+            if budget <= 0:
+                raise ValueError(f"{name} must be above 0, got {budget}")
+            for other in ("rule", "granularity", "grid"):
+                value = getattr(self, other)
+                if value != getattr(MaskSettings, other):
+                    raise ValueError(f"a budget ({name}) takes no {other}, got {value!r}")
+        if self.cycles is not None:
+            if self.global_threshold not in (ALL, MaskSettings.global_threshold):
+                raise ValueError(
+                    f"a budget of cycles makes masks whose global_threshold is {ALL!r}, got "
+                    f"{self.global_threshold!r}"
+                )
+            object.__setattr__(self, "global_threshold", ALL)
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the mask is chosen by what its entries cost."""
+        return any(getattr(self, name) is not None for name in BUDGETS)
+
+    def with_amount(self, **given: float | None) -> Self:
+        """These settings with another of `AMOUNTS` in place of the one they have."""
+        changes: dict[str, Any] = {**dict.fromkeys(AMOUNTS), **given}
+        return replace(self, **changes)
 
 
 @old_arguments("turn")
@@ -84,11 +144,11 @@ class Settings(MaskSettings, CodecSettings):
     judge_crops        crops that fidelity is judged on
     codec_steps        training steps of the codec; 0 keeps the closed form
     recovery_steps     training steps of the recovery; 0 for none
-    recovery_seconds   replaces the steps; how many fit then depends on the machine
+    recovery_seconds   replaces the steps; how many fit then depends on the computer
     recovery_rate      learning rate; None is `rate_for` the number of photos
     batch_size         crops in a batch, for training, judging and measuring
     int8               judge the recovered model in the machine's integers too
-    measure            time dense attention on this machine
+    measure            time dense attention on this computer
     """
 
     image_size: int = 224

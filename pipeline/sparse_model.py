@@ -58,6 +58,8 @@ class SparseModel:
         if self.classes is not None:
             rows["dense"] = judging.row(dense)
         mask = self.attachments.mask
+        if mask is None:
+            raise ValueError("a sparse model has a mask; these attachments hold none")
         with attach(dense, mask, image_size=self.attachments.image_size):
             rows["mask, untrained"] = judging.row(dense)
         progress("judging", 0.4)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,23 +20,15 @@ from torch import nn
 
 from ..accel import Hardware, Report, arithmetic_of, simulate
 from ..accel.kernels import MeasuredAttention, measure_attention
-from ..ae import (
-    CodecErrors,
-    FittedCodecs,
-    attach_codec,
-    codec_errors,
-    head_moments,
-    train_codec,
-)
+from ..ae import CodecErrors, FittedCodecs, attach_codec, codec_errors, train_codec
 from ..images import Photos, batches, center_crops, endless_crops, random_crops
-from ..models import prefix_tokens, trace
+from ..models import trace
 from ..models.training.loop import Trained
 from ..models.training.recipe import Recipe
 from ..progress import Progress
 from ..sparsify import (
     Fidelity,
     attach,
-    average_attention,
     evaluate,
     random_mask,
     recover,
@@ -43,9 +36,8 @@ from ..sparsify import (
 )
 from ..sparsify.fidelity import Saliency
 from ..workload import AttentionMask, Workload
-from .attachments import Attachments
 from .settings import Settings, rate_for
-from .sparsifier import Sparsifier, codecs_of, mask_of
+from .sparsifier import Sparsifier
 
 SIMULATORS = ("systolic", "vitcod_plain", "vitcod_no_reorder", "vitcod_no_codec", "vitcod")
 
@@ -53,6 +45,8 @@ INT8_CROPS = 16
 """Crops that the scales of the machine's integers are taken from."""
 
 Tell = Callable[[float], None]
+Batch = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+"""Images, or images and labels."""
 
 
 class Run:
@@ -65,7 +59,10 @@ class Run:
         settings: Settings,
         saliency: Saliency | None,
         progress: Progress,
+        hardware: Hardware,
     ) -> None:
+        self.hardware = hardware
+        self.sparse = Sparsifier(model, settings.image_size, hardware)
         self.model, self.settings, self.saliency = model, settings, saliency
         self.learn, self.judged = photos
         self.progress = progress
@@ -90,43 +87,47 @@ class Run:
         self.progress(name, 1.0)
         self.seconds[name] = time.perf_counter() - begin
 
-    def average(self) -> tuple[np.ndarray, ...]:
-        """Averaged attention maps, one a layer."""
+    def average(self) -> None:
+        """Average the attention over the crops that are learned from."""
         crops = self.learn_crops
         with self.stage("averaging attention") as tell:
-            return average_attention(
-                self.model,
-                self.batches(crops),
-                progress=lambda done: tell(done / len(crops)),
-            )
+            self.sparse.average(self.batches(crops), lambda done: tell(done / len(crops)))
 
-    def learn_mask(self) -> tuple[tuple[np.ndarray, ...], AttentionMask]:
-        """Averaged maps and the mask that the settings' rule makes of them."""
-        maps = self.average()
-        return maps, mask_of(maps, self.settings, prefix_tokens(self.model), self.settings.seed)
+    def learn_mask(self) -> AttentionMask:
+        """The mask that the settings' rule or budget makes of averaged attention."""
+        self.average()
+        settings = self.settings
+        if not settings.has_budget:
+            return self.sparse.make_mask(settings, settings.seed)
+        with self.stage("choosing entries by what they cost"):
+            return self.sparse.make_mask(settings, settings.seed)
 
     def fit_codecs(self) -> tuple[FittedCodecs, FittedCodecs]:
         """Codecs as the settings want them, and ones without rotation to compare with."""
-        settings = self.settings
+        settings, sparse = self.settings, self.sparse
         with self.stage("fitting the codec") as tell:
-            moments = head_moments(self.model, self.batches(self.learn_crops))
-            plain, layers = codecs_of(moments, settings, rotation=False), len(moments)
+            sparse.observe_heads(self.batches(self.learn_crops))
+            plain, layers = sparse.fit_codecs(settings, rotation=False), len(sparse.moments)
             if not settings.rotation:
                 return plain, plain
-            fitted = codecs_of(moments, settings, progress=lambda n: tell(n / layers))
+            fitted = sparse.fit_codecs(settings, progress=lambda n: tell(n / layers))
         return fitted, plain
 
     def evaluate(self, changed: nn.Module) -> Fidelity:
         """Fidelity of ``changed`` as it stands, against the dense model."""
+        if self.dense is None:
+            raise ValueError("the dense model is judged first, by `judge_masks`")
         crops = self.batches(self.judge_crops)
         return evaluate(changed, self.dense, crops, self.saliency, self.settings.image_size)
 
     def judge_masks(self, mask: AttentionMask) -> None:
         """The learned mask beside both random controls of equal sparsity."""
-        forced = {"prefix_tokens": prefix_tokens(self.model), "seed": self.settings.seed}
+        chance = partial(
+            random_mask, mask.shapes, prefix_tokens=self.sparse.prefix, seed=self.settings.seed
+        )
         variants = {
-            "random mask, rows as learned": random_mask(mask.shapes, like=mask, **forced),
-            "random mask, uniform": random_mask(mask.shapes, sparsity=mask.sparsity, **forced),
+            "random mask, rows as learned": chance(like=mask),
+            "random mask, uniform": chance(sparsity=mask.sparsity),
             "learned mask": mask,
         }
         with self.stage("judging masks") as tell:
@@ -141,10 +142,10 @@ class Run:
         """Codecs for heads as they are, to show what rotating them is worth."""
         size = self.settings.image_size
         with (
-            self.stage("judging the codec without turn"),
+            self.stage("judging the codec without rotation"),
             attach_codec(self.model, plain.codecs, size),
         ):
-            self.fidelity["codec alone, heads not turned"] = self.evaluate(self.model)
+            self.fidelity["codec alone, heads not rotated"] = self.evaluate(self.model)
 
     def train(
         self, mask: AttentionMask, codecs: FittedCodecs | None
@@ -155,13 +156,13 @@ class Run:
         stream = endless_crops(
             self.learn, size, settings.batch_size, settings.seed + 1, by=settings.normalization
         )
-        sparse = Sparsifier(copy.deepcopy(self.model), size)
-        student = sparse.model
+        self.sparse = self.sparse.copied()
+        student = self.sparse.model
         codec_log = recovery_log = None
         if codecs:
-            codec_log = self._put_codec(sparse, mask, codecs, stream)
+            codec_log = self._put_codec(mask, codecs, stream)
         else:
-            sparse.put_mask(mask)
+            self.sparse.put_mask(mask)
         seconds, steps = settings.recovery_seconds, settings.recovery_steps
         if seconds or steps:
             recipe = Recipe(learning_rate=settings.recovery_rate or rate_for(len(self.learn)))
@@ -180,15 +181,11 @@ class Run:
         return student, codec_log, recovery_log
 
     def _put_codec(
-        self,
-        sparse: Sparsifier,
-        mask: AttentionMask,
-        codecs: FittedCodecs,
-        stream: Iterator[torch.Tensor],
+        self, mask: AttentionMask, codecs: FittedCodecs, stream: Iterator[Batch]
     ) -> Trained | None:
         """Fold the rotation, judge the codec alone, attach the mask, train, attach the codec."""
         size, steps, log = self.settings.image_size, self.settings.codec_steps, None
-        student = sparse.model
+        sparse, student = self.sparse, self.sparse.model
         with self.stage("judging the codec"):
             sparse.fold(codecs.codecs)
             with attach_codec(student, codecs.codecs, size):
@@ -211,23 +208,17 @@ class Run:
             self.fidelity["learned mask + codec"] = self.evaluate(student)
         return log
 
-    def judge_integers(
-        self,
-        student: nn.Module,
-        mask: AttentionMask,
-        codecs: FittedCodecs | None,
-        hardware: Hardware,
-    ) -> None:
-        """``student`` with its attention in the integers of ``hardware``, whose scales come
+    def judge_integers(self) -> None:
+        """The trained model with its attention in the hardware's integers, whose scales come
         from crops that were learned from; left out, with a warning, where the model writes
         its softmax out or the widths are none that `Arithmetic` takes."""
-        attached = Attachments(self.settings.image_size, mask, codecs.codecs if codecs else None)
+        attached = self.sparse.attachments()
         bare = copy.deepcopy(self.model)
-        bare.load_state_dict(student.state_dict())
+        bare.load_state_dict(self.sparse.model.state_dict())
         with self.stage("judging in integers"):
             some = self.batches(self.learn_crops[:INT8_CROPS])
             try:
-                widths = arithmetic_of(hardware)
+                widths = arithmetic_of(self.hardware)
                 with attached.attach_int8(bare, some, widths):
                     name = f"as above, attention in int{widths.operand_bits}"
                     self.fidelity[name] = self.evaluate(bare)
@@ -239,12 +230,12 @@ class Run:
         workload = trace(self.model, self.settings.image_size)
         return workload if name is None else replace(workload, name=name)
 
-    def simulate(self, workload: Workload, hardware: Hardware) -> dict[str, Report]:
+    def simulate(self, workload: Workload) -> dict[str, Report]:
         """The workload on every machine of `SIMULATORS`."""
         reports = {}
         with self.stage("simulating") as tell:
             for index, simulator in enumerate(SIMULATORS):
-                reports[simulator] = simulate(workload, hardware, simulator=simulator)
+                reports[simulator] = simulate(workload, self.hardware, simulator=simulator)
                 tell((index + 1) / len(SIMULATORS))
         return reports
 

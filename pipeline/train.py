@@ -7,8 +7,7 @@ stage keeps checkpoints in its own folder and resumes there.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -16,26 +15,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..ae import Reconstruction, head_moments
+from ..accel import Hardware, presets
+from ..ae import Reconstruction
 from ..images import IMAGENET, Normalization, Photos, batches, endless_crops, random_crops
 from ..models.features import as_logits
 from ..models.training.loop import Checkpointing, Trained
 from ..models.training.objectives import TokenLoss
-from ..models.training.processes import agreed, rank, world_size
+from ..models.training.processes import rank, world_size
 from ..models.training.recipe import Recipe
 from ..moved import old_arguments
 from ..progress import Progress, silent
-from ..sparsify import GradualMask, attach, average_attention, finetune
+from ..sparsify import GradualMask, attach, finetune
 from ..workload import AttentionMask
-from .settings import CodecSettings, MaskSettings
+from .settings import AMOUNTS, CodecSettings, MaskSettings
 from .sparse_model import SparseModel, class_labels
-from .sparsifier import Sparsifier, codecs_of
+from .sparsifier import Sparsifier
 from .training_log import TrainingLog
 
 MODES = ("two-step", "joint", "mask")
 
 
-NEWER = ("rule", "theta", "granularity", "grid", "global_threshold", "rotation")
+NEWER = tuple(f.name for f in fields(MaskSettings) if f.name != "sparsity") + ("rotation",)
 """Settings that checkpoints of earlier versions do not name; they had today's defaults."""
 
 
@@ -83,10 +83,12 @@ class TrainSettings(MaskSettings, CodecSettings):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         _ = self.loss  # checks itself
-        if self.gradual and (self.rule, self.theta) != ("information", None):
+        if self.gradual and (self.rule != "information" or self.sparsity is None):
+            amounts = {name: getattr(self, name) for name in AMOUNTS}
+            got = next(f"{name}={value}" for name, value in amounts.items() if value is not None)
             raise ValueError(
                 'a mask grows by the rule "information" to a sparsity alone, got '
-                f"gradual=True, rule={self.rule!r}, theta={self.theta}"
+                f"gradual=True, rule={self.rule!r}, {got}"
             )
         if self.batch_size % self.accumulate:
             raise ValueError(
@@ -116,6 +118,7 @@ def train_sparse(
     progress: Progress = silent,
     *,
     mask: AttentionMask | None = None,
+    hardware: Hardware = presets["vitcod"],
 ) -> SparseModel:
     """Make ``model`` sparse and train it so; ``model`` itself is not changed.
 
@@ -123,6 +126,7 @@ def train_sparse(
     folder    for checkpoints and logs, a folder a stage; what is there is resumed
     mask      to train with, in place of one learned from ``photos``, say of
               `sievit.sparsify.budgeted_masks`; ``settings.sparsity`` is then the mask's
+    hardware  the simulated machine that ``settings.cycles`` are counted on
 
     With several processes (`torchrun`) each takes its share of every batch. Raises
     ValueError for photos without classes where labels are wanted, more processes than
@@ -136,12 +140,10 @@ def train_sparse(
         with attach(model, mask, image_size=settings.image_size):
             pass  # it fits: said now, not after the codec's training
         settings = replace(
-            settings,
-            sparsity=mask.sparsity,
-            theta=None,
-            global_threshold=mask.global_threshold,
+            settings.with_amount(sparsity=mask.sparsity), global_threshold=mask.global_threshold
         )
-    run = _Training(model, photos, settings, folder, progress, mask)
+    sparse = Sparsifier(model, settings.image_size, hardware).copied()
+    run = _Training(sparse, photos, settings, folder, progress, mask)
     if settings.mode == "mask":
         run.train("mask", run.find_mask())
     elif settings.mode == "joint":
@@ -160,20 +162,18 @@ class _Training:
 
     def __init__(
         self,
-        model: nn.Module,
+        sparse: Sparsifier,
         photos: Photos,
         settings: TrainSettings,
         folder: Path | None,
         progress: Progress,
         mask: AttentionMask | None,
     ) -> None:
-        self.teacher = model
-        self.sparse = Sparsifier(copy.deepcopy(model), settings.image_size)
-        self.student = self.sparse.model
+        self.sparse, self.teacher, self.student = sparse, sparse.dense, sparse.model
         self.photos, self.settings = photos, settings
         self.folder, self.progress = folder, progress
         self.classes, self.labels = (
-            _classes(model, photos, settings) if settings.labels else (None, None)
+            _classes(self.teacher, photos, settings) if settings.labels else (None, None)
         )
         self.codec_term: Reconstruction | None = None
         self.given = self.sparse.mask = mask
@@ -185,16 +185,15 @@ class _Training:
         if self.given is not None:
             return self.given
         self.progress("averaging attention", 0.0)
-        maps = average_attention(self.student, self._learn_batches())
-        self.sparse.maps = agreed(maps)
+        self.sparse.average(self._learn_batches())
         self.progress("averaging attention", 1.0)
         return self.sparse.make_mask(self.settings, self.settings.seed)
 
     def put_codec(self) -> None:
         """Codecs in closed form, their rotation folded into the student where it can be."""
         self.progress("fitting the codec", 0.0)
-        moments = head_moments(self.student, self._learn_batches())
-        codecs = codecs_of(moments, self.settings).codecs
+        self.sparse.observe_heads(self._learn_batches())
+        codecs = self.sparse.fit_codecs(self.settings).codecs
         self.sparse.fold(codecs)
         self.codec_term = Reconstruction(codecs)
         self.sparse.put_codecs(self.codec_term.watch)
@@ -203,7 +202,7 @@ class _Training:
     def train(self, stage: str, mask: AttentionMask | None) -> None:
         settings = self.settings
         gradual = None
-        if mask is not None and settings.gradual:
+        if mask is not None and settings.gradual and settings.sparsity is not None:
             gradual = GradualMask(
                 self.sparse.maps,
                 settings.sparsity,
@@ -226,7 +225,7 @@ class _Training:
                 checkpointing=self._checkpointing(stage),
                 listener=listener,
             )
-        if gradual is not None:
+        if gradual is not None and gradual.handle is not None:
             self.sparse.attached.enter_context(gradual.handle)
 
     def finished(self) -> SparseModel:
@@ -261,7 +260,8 @@ class _Training:
             if isinstance(batch, Tensor):
                 yield batch[rank() :: several]
             else:
-                yield tuple(part[rank() :: several] for part in batch)
+                images, labels = batch
+                yield images[rank() :: several], labels[rank() :: several]
 
     def _checkpointing(self, stage: str) -> Checkpointing | None:
         if self.folder is None:
@@ -273,13 +273,15 @@ class _Training:
             if name not in usual or value != usual[name]
         }
         settings["photos"] = len(self.photos)
+        if self.settings.cycles is not None:
+            settings["hardware"] = asdict(self.sparse.hardware)
         if self.given is not None:
             settings["mask"] = self.given.digest
         return Checkpointing(self.folder / stage, self.settings.checkpoint_every, settings)
 
     def _log(self, stage: str) -> _Listeners:
-        writes = self.folder is not None and rank() == 0
-        log = TrainingLog(self.folder / stage) if writes else None
+        folder = self.folder if rank() == 0 else None
+        log = None if folder is None else TrainingLog(folder / stage)
         return _Listeners(log, lambda share: self.progress(f"training: {stage}", share))
 
 
@@ -289,7 +291,7 @@ class _Listeners:
     def __init__(self, log: TrainingLog | None, tell: Callable[[float], None]) -> None:
         self.log, self.tell = log, tell
 
-    def __call__(self, step: int, rate: float, terms: dict[str, float], share: float) -> None:
+    def __call__(self, step: int, rate: float, terms: Mapping[str, float], share: float) -> None:
         self.tell(share)
         if self.log is not None:
             self.log(step, rate, terms, share)

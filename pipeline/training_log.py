@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 COLUMNS = ("step", "rate", "loss")
 
@@ -21,7 +22,7 @@ class TrainingLog:
     def __init__(self, folder: str | os.PathLike[str], tensorboard: bool = True) -> None:
         self.path = Path(folder) / "log.csv"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = None
+        self._file: TextIO | None = None
         self._board = None
         if tensorboard and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -30,7 +31,7 @@ class TrainingLog:
 
     def __call__(self, step: int, rate: float, terms: Mapping[str, float], share: float) -> None:
         if self._file is None:
-            self._begin(step, terms)
+            self._file = self._begun(step, terms)
         row = [step, f"{rate:.6g}", f"{sum(terms.values()):.8g}"]
         csv.writer(self._file).writerow([*row, *(f"{value:.8g}" for value in terms.values())])
         self._file.flush()
@@ -38,8 +39,8 @@ class TrainingLog:
             for name, value in {"rate": rate, **terms}.items():
                 self._board.add_scalar(name, value, step)
 
-    def _begin(self, step: int, terms: Mapping[str, float]) -> None:
-        """Keep the rows before ``step``, drop the others and a torn last line."""
+    def _begun(self, step: int, terms: Mapping[str, float]) -> TextIO:
+        """The file with the rows before ``step``, without the others and a torn last line."""
         header = [*COLUMNS, *terms]
         kept: list[list[str]] = []
         if self.path.exists():
@@ -48,8 +49,9 @@ class TrainingLog:
             if rows and rows[0] == header:
                 whole = [row for row in rows[1:] if len(row) == len(header) and row[0].isdigit()]
                 kept = [row for row in whole if int(row[0]) < step]
-        self._file = open(self.path, "w", newline="")  # noqa: SIM115
-        csv.writer(self._file).writerows([header, *kept])
+        begun = open(self.path, "w", newline="")  # noqa: SIM115
+        csv.writer(begun).writerows([header, *kept])
+        return begun
 
     def close(self) -> None:
         if self._file is not None:

@@ -1,12 +1,11 @@
 """Fixed attention masks: learn, polarize, attach, evaluate and recover.
 
-Floor plan: average attention (`average`) -> masks (`threshold` by one of the
-`rules`, `budgeted_masks`) -> dense block
-and sparse rest (`reorder`) -> into a model (`adapt`) -> what is left of its features
-(`fidelity`) -> recovery (`finetune`). The machine's integers in a
-model stand in `int8`. Beside them two analyses of the EfficientViT paper:
-head similarity (`similarity`) and Taylor pruning of channels (`taylor`); and maps made by
-chance for studies of machines (`synthetic`).
+Floor plan: average attention (`average`) -> masks (`threshold` by one of the `rules`,
+`budgeted_masks`) -> dense block and sparse rest (`reorder`) -> into a model (`adapt`) -> what is
+left of its features (`fidelity`) -> recovery (`finetune`). The machine's integers in a model
+stand in `int8`. Beside them two analyses of the EfficientViT paper: head similarity
+(`similarity`) and Taylor pruning of channels (`taylor`); and synthetic maps for studies of
+machines (`synthetic`).
 """
 
 from ..moved import old_names

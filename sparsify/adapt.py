@@ -25,21 +25,28 @@ class _Masked(AttentionHook):
 
     def __init__(self, layer: int, keep: Tensor, plan: AttentionPlan | None = None) -> None:
         self.layer = layer
-        self.keep = keep
-        self.plan = plan
-        self.kernel = None if plan is None else self._sparse
+        self.keep = self.mask = keep
+        self.shape = tuple(keep.shape)
+        self.kernel = None if plan is None else _Sparse(plan)
 
     def transform(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         got = (q.shape[1], q.shape[2], k.shape[2])
-        if got != tuple(self.keep.shape):
+        if got != self.shape:
             raise ValueError(
                 f"attention layer {self.layer} has (heads, queries, keys) = {got}, "
-                f"the mask is for {tuple(self.keep.shape)}: was it learned at another image size?"
+                f"the mask is for {self.shape}: was it learned at another image size?"
             )
-        self.keep = self.keep.to(q.device)
+        self.keep = self.mask = self.mask.to(q.device)
         return q, k
 
-    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+
+class _Sparse:
+    """The kernel of one call, its plan moved along with the tensors."""
+
+    def __init__(self, plan: AttentionPlan) -> None:
+        self.plan = plan
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if self.plan.device != q.device:
             self.plan = self.plan.to(q.device)
         return sparse_attention(q, k, v, self.plan, scale)

@@ -20,10 +20,11 @@ class _Sum(AttentionHook):
     """Adds up one call's probabilities over images (and windows)."""
 
     def __init__(self) -> None:
+        super().__init__(observe=self.add)
         self.total: Tensor | None = None
         self.count = 0
 
-    def observe(self, probabilities: Tensor) -> None:
+    def add(self, probabilities: Tensor) -> None:
         added = probabilities.detach().sum(dim=0, dtype=torch.float64)
         if self.total is not None and self.total.shape != added.shape:
             raise ValueError(
@@ -65,6 +66,8 @@ def _means(sums: list[_Sum], images: int) -> tuple[np.ndarray, ...]:
         raise ValueError("the model makes no call of softmax attention")
     means = []
     for layer, record in enumerate(sums):
+        if record.total is None:
+            raise ValueError(f"attention of layer {layer} was not seen in any batch")
         mean = (record.total / record.count).cpu().numpy()
         if not np.isfinite(mean).all():
             raise ValueError(f"attention of layer {layer} is not finite (NaN or infinite)")

@@ -139,7 +139,7 @@ def tiles(rows: int = 32, orders: Sequence[np.ndarray] = (), prefix_tokens: int 
         candidates = [order for order in orders if len(order) == queries]
         starts = [*([0] if prefix_tokens else []), *range(prefix_tokens, queries, rows)]
         heights = np.diff([*starts, queries])
-        best, kept = -np.inf, None
+        best, kept = -np.inf, np.zeros(values.shape, dtype=bool)
         for order in (np.arange(queries), *candidates):
             sums = np.add.reduceat(values[order], starts, axis=0)
             gains = sums - price * rows
@@ -200,7 +200,7 @@ def _at_price(
     fairness: float,
     cost: Cost,
 ) -> HardwareMask:
-    scaled = price / np.mean([layer.shape[-1] for layer in layers])  # 1 is the mean entry
+    scaled = price / float(np.mean([layer.shape[-1] for layer in layers]))  # 1: the mean entry
     mask = AttentionMask(
         tuple(
             np.stack([_head(head, scaled, solve, prefix, fairness) for head in layer])

@@ -112,25 +112,38 @@ def _dims(attention: vit.Attention | CutAttention) -> tuple[int, int, int]:
     return attention.heads, dim, dim
 
 
+def _slope(weight: Tensor) -> Tensor:
+    """Gradient times weight, entry by entry."""
+    if weight.grad is None:
+        raise ValueError("a weight has no gradient: run the backward pass first")
+    return weight.grad * weight
+
+
+def _conv_bn(layers: nn.ModuleList, index: int | None) -> ConvBN:
+    """That of a cascaded head, whose channel set has an index."""
+    layer = None if index is None else layers[index]
+    if not isinstance(layer, ConvBN):
+        raise ValueError(f"there is no convolution of head {index}")
+    return layer
+
+
 def gate_gradient(model: nn.Module, channels: ChannelSet) -> Tensor:
     """d loss / d z [heads, units] of a factor z = 1 on each channel, from the gradients of
     the weights: sum over a channel's weights of gradient times weight."""
     module = model.get_submodule(channels.module)
     if isinstance(module, FFN):
-        weight = module.pw2.c.weight
-        return (weight.grad * weight).sum((0, 2, 3))[None]
+        return _slope(module.pw2.c.weight).sum((0, 2, 3))[None]
     if isinstance(module, CascadedGroupAttention):
-        norm = module.dws[channels.index].bn
-        return (norm.weight.grad * norm.weight + norm.bias.grad * norm.bias)[None]
-    if channels.kind == "mlp":
-        weight = module.fc2.weight
-        return (weight.grad * weight).sum(0)[None]
+        norm = _conv_bn(module.dws, channels.index).bn
+        return (_slope(norm.weight) + _slope(norm.bias))[None]
+    if isinstance(module, Mlp):
+        return _slope(module.fc2.weight).sum(0)[None]
+    if not isinstance(module, vit.Attention | CutAttention):
+        raise ValueError(f"{channels.name} is no channel set of a {type(module).__name__}")
     if channels.kind == "v":
-        weight = module.proj.weight
-        return (weight.grad * weight).sum(0).view(channels.heads, channels.units)
-    weight, bias = module.qkv.weight, module.qkv.bias
-    gates = (weight.grad * weight).sum(1)
-    gates = gates if bias is None else gates + bias.grad * bias
+        return _slope(module.proj.weight).sum(0).view(channels.heads, channels.units)
+    gates, bias = _slope(module.qkv.weight).sum(1), module.qkv.bias
+    gates = gates if bias is None else gates + _slope(bias)
     return gates[: channels.heads * channels.units].view(channels.heads, channels.units)
 
 
@@ -169,9 +182,10 @@ def resize(
             _resize_mlp(module, place["mlp", None])
         elif isinstance(module, FFN):
             _resize_ffn(module, place["mlp", None])
-        else:
+        elif isinstance(module, CascadedGroupAttention):
             for (_, head), plan in place.items():
-                _resize_cascaded_head(module, head, plan)
+                if head is not None:
+                    _resize_cascaded_head(module, head, plan)
     return changed
 
 
@@ -254,8 +268,9 @@ def _resize_conv_bn(layer: ConvBN, parts: Sequence[tuple[int, Plan, float]]) -> 
     layer.c.weight = nn.Parameter(joined(layer.c.weight, random=True))
     norm.weight = nn.Parameter(joined(norm.weight, mean=1.0))
     norm.bias = nn.Parameter(joined(norm.bias))
-    norm.running_mean = joined(norm.running_mean)
-    norm.running_var = joined(norm.running_var, mean=1.0)
+    if norm.running_mean is not None and norm.running_var is not None:
+        norm.running_mean = joined(norm.running_mean)
+        norm.running_var = joined(norm.running_var, mean=1.0)
     layer.c.out_channels = norm.num_features = len(norm.weight)
 
 
@@ -271,8 +286,8 @@ def _resize_cascaded_head(attention: CascadedGroupAttention, head: int, plan: Pl
     key_dim, value_dim = attention.key_dims[head], attention.value_dim
     values = Plan(torch.arange(value_dim)[None], 0)
     parts = [(key_dim, plan, 0.0), (key_dim, plan, NEW_STD), (value_dim, values, 0.0)]
-    _resize_conv_bn(attention.qkvs[head], parts)
-    depthwise = attention.dws[head]
+    _resize_conv_bn(_conv_bn(attention.qkvs, head), parts)
+    depthwise = _conv_bn(attention.dws, head)
     _resize_conv_bn(depthwise, [(key_dim, plan, NEW_STD)])
     depthwise.c.in_channels = depthwise.c.groups = plan.count
     attention.key_dims[head] = plan.count

@@ -38,6 +38,8 @@ def random_mask(
         _check_like(shapes, like)
         pairs = zip(scores, like.keep, strict=True)
         return AttentionMask(tuple(_smallest(layer, keep.sum(axis=-1)) for layer, keep in pairs))
+    if sparsity is None:
+        raise ValueError("random_mask needs either sparsity or like, got neither")
     flat = np.concatenate([layer.ravel() for layer in scores])
     forced = int(np.count_nonzero(flat < 0))
     kept = max(round((1.0 - sparsity) * flat.size), forced)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..models import features, prefix_tokens
 from ..models.features import as_logits
 from ..models.running import evaluating, images_for
+from ..moved import old_names
 
 
 @dataclass(frozen=True)
@@ -119,3 +120,6 @@ def evaluate(
     """`fidelity` of ``model`` as it stands, on the images that gave ``dense``."""
     changed = token_features(model, batches)
     return fidelity(dense, changed, prefix_tokens(model), saliency, image_size)
+
+
+__getattr__ = old_names(__name__)

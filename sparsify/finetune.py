@@ -9,7 +9,7 @@ average, checkpoints, several processes. ViTCoD fine-tunes with labels for 100 e
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from torch import nn
@@ -87,8 +87,11 @@ def finetune(
     The rest, and errors, as in `TokenDistillation`, `Labelled` and
     `sievit.models.training.loop.train`.
     """
-    if gradual is not None and steps is None:
-        raise ValueError("a gradual mask follows the steps; give steps, not seconds")
+    before_step = None
+    if gradual is not None:
+        if steps is None:
+            raise ValueError("a gradual mask follows the steps; give steps, not seconds")
+        before_step = gradual.on(student, steps)
     if teacher is None:
         objective: nn.Module = Labelled(student, label_smoothing, extra)
     else:
@@ -105,7 +108,7 @@ def finetune(
             steps=steps,
             seconds=seconds,
             recipe=recipe,
-            before_step=None if gradual is None else gradual.on(student, steps),
+            before_step=before_step,
             checkpointing=checkpointing,
             listener=listener,
         )
@@ -147,7 +150,7 @@ class GradualMask:
             self.maps, sparsity=self.sparsity_at(stage), prefix_tokens=self.prefix_tokens
         )
 
-    def on(self, model: nn.Module, steps: int):
+    def on(self, model: nn.Module, steps: int) -> Callable[[int], None]:
         """What `train` calls before each step: puts the stage's mask in where it changes."""
 
         def before_step(step: int) -> None:

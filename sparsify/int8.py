@@ -32,7 +32,7 @@ def calibrate_int8(
     The largest magnitude seen in float (under ``mask``) becomes the largest integer.
     Raises ValueError where there are no images, and where the mask does not fit.
     """
-    calls = find_attention(model, image_size or _image_size(model))
+    calls = find_attention(model, image_size_of(model, image_size))
     watchers = [RangeWatcher(keep) for keep in _keeps(mask, calls)]
     hooks = [AttentionHook(kernel=w) for w in watchers]
     with evaluating(model), intercept(model, hooks, calls):
@@ -55,7 +55,7 @@ def attach_int8(
     forward raises it where tokens do not, and where a call writes its softmax out or
     something else acts on it.
     """
-    calls = find_attention(model, image_size or _image_size(model))
+    calls = find_attention(model, image_size_of(model, image_size))
     keeps = _keeps(mask, calls)
     if len(scales) != len(calls):
         raise ValueError(
@@ -79,8 +79,3 @@ def _keeps(mask: AttentionMask | None, calls: Sequence[AttentionCall]) -> list[T
             f"the model's calls of attention have {wanted} heads, the mask's layers {got}"
         )
     return [torch.from_numpy(layer.copy()) for layer in mask.keep]
-
-
-def _image_size(model: nn.Module) -> int:
-    size = image_size_of(model)
-    return size if isinstance(size, int) else size[0]

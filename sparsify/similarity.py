@@ -83,7 +83,7 @@ class _Block:
         self.name, self.heads = name, heads
         self.images = 0
         self.maps: list[Tensor] = []
-        self.total: Tensor | float = 0.0
+        self.total = torch.zeros((), dtype=torch.float64)
 
     def add(self, probabilities: Tensor) -> None:
         """[images * windows, heads, queries, keys] of one call."""
@@ -106,11 +106,7 @@ def similarities(maps: Tensor) -> Tensor:
 
 class _Watch(AttentionHook):
     def __init__(self, block: _Block) -> None:
-        super().__init__()
-        self.block = block
-
-    def observe(self, probabilities: Tensor) -> None:
-        self.block.add(probabilities.detach())
+        super().__init__(observe=lambda probabilities: block.add(probabilities.detach()))
 
 
 def _watch(calls: tuple[AttentionCall, ...]) -> tuple[list[_Block], list[AttentionHook]]:

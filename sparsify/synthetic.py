@@ -1,4 +1,4 @@
-"""Averaged attention maps made by chance, for whoever has no trained model at hand.
+"""Synthetic averaged attention maps, for use without a trained model.
 
 Each head looks partly at its query's surroundings on the token grid and partly at keys that
 all queries like, the latter more in later layers, as trained vision transformers do. The
@@ -59,7 +59,7 @@ def _layer(
 
 def _head(distance: np.ndarray, depth: float, generator: np.random.Generator) -> np.ndarray:
     """One head over patch tokens [queries, keys], rows sum to 1."""
-    reach = np.exp(generator.uniform(*map(log, REACH)))
+    reach = np.exp(generator.uniform(log(REACH[0]), log(REACH[1])))
     local = np.exp(-distance / (2 * reach**2))
     liked = np.exp(generator.uniform(*LIKING) * generator.standard_normal(distance.shape[1]))
     mean = LOCAL_SHARE[0] + (LOCAL_SHARE[1] - LOCAL_SHARE[0]) * depth

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..moved import old_names
 from ..workload import AttentionMask
 from .rules import rule_named
 from .rules.arguments import Maps, RuleArguments, checked_maps
@@ -56,3 +57,6 @@ def threshold(
         layers,
         RuleArguments(theta, sparsity, prefix_tokens, released, granularity, like, grid, seed),
     )
+
+
+__getattr__ = old_names(__name__)

@@ -22,7 +22,7 @@ from ..accel.hardware import Hardware, apart, presets
 from ..accel.report.report import Report
 from ..accel.schedule import DEFAULT, Schedule
 from ..accel.simulate import simulate
-from ..workload import PUBLISHED_MIN_KEPT, Attention, Workload
+from ..workload import PUBLISHED_GLOBAL_THRESHOLD, Attention, Workload
 
 SHARED = {
     "balanced": "long columns and rows are cut, the longest dealt first",
@@ -176,7 +176,8 @@ def _columns(op: Attention, head: int) -> tuple[int, int]:
     if op.masks is None:
         raise ValueError(f"the script's rules need masks, {op.name} has none")
     kept = op.masks[head].dense().sum(axis=0)
-    return int((kept > PUBLISHED_MIN_KEPT).sum()), int(np.sum(kept[kept <= PUBLISHED_MIN_KEPT]))
+    is_global = kept > PUBLISHED_GLOBAL_THRESHOLD
+    return int(is_global.sum()), int(np.sum(kept[~is_global]))
 
 
 FAULTS: tuple[tuple[str, dict[str, bool]], ...] = (

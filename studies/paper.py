@@ -20,7 +20,7 @@ from ..models import create, prefix_tokens, trace
 from ..models.running import image_size_of
 from ..progress import Progress, silent
 from ..sparsify import synthetic_maps, threshold
-from ..workload import PUBLISHED_MIN_KEPT, Attention, AttentionMask, HeadCodec, Workload
+from ..workload import PUBLISHED_GLOBAL_THRESHOLD, Attention, AttentionMask, HeadCodec, Workload
 from .ladder import Ladder, climb
 from .paper_rows import Case, Row, Run, rows
 from .processors import timed_here
@@ -28,11 +28,11 @@ from .published import MODELS, SPARSITIES
 
 SIMULATORS = ("vitcod", "vitcod_no_codec", "vitcod_no_reorder", "sanger", "spatten")
 
-MIN_KEPT = PUBLISHED_MIN_KEPT / 197
+GLOBAL_SHARE = PUBLISHED_GLOBAL_THRESHOLD / 197
 """The published 50 of 197 queries as a share, for layers with other token counts."""
 
 LADDER_MODEL, LADDER_SPARSITY = "deit_tiny", 0.95
-BY_CHANCE = "made by chance (sievit.sparsify.synthetic), of no trained model"
+BY_CHANCE = "synthetic (sievit.sparsify.synthetic), of no trained model"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def case_of_mask(model: str, mask: AttentionMask, image_size: int | None = None)
 
 def _case(name: str, workload: Workload, mask: AttentionMask, sparsity: float) -> Case:
     codecs = [_codec(op, name.startswith("levit")) for op in workload.attention]
-    workload = replace(workload.with_attention(mask, codecs, MIN_KEPT), name=name)
+    workload = replace(workload.with_attention(mask, codecs, GLOBAL_SHARE), name=name)
     return Case(name, sparsity, workload)
 
 
@@ -112,7 +112,7 @@ def compare_with_paper(
     """The published figures beside those of ``cases`` on ``hardware``.
 
     masks    says where the masks of the cases are from
-    measure  also time eager attention and the network on this machine's CPU, batch 1; all
+    measure  also time eager attention and the network on this computer's CPU, batch 1; all
              else repeats exactly
     """
     runs = tuple(_simulated(cases, hardware, progress))
@@ -144,11 +144,11 @@ def _timed(cases: Sequence[Case], progress: Progress) -> Mapping[str, Measured]:
     first = {case.model: case for case in reversed(cases)}
     timed = {}
     for index, (name, case) in enumerate(first.items()):
-        progress("timing this machine", index / len(first))
+        progress("timing this computer", index / len(first))
         model = create(name)
         size = image_size_of(model)
         (timed[name],) = timed_here(case.workload, model, image_size=size, kernels=("eager",))
-    progress("timing this machine", 1.0)
+    progress("timing this computer", 1.0)
     return timed
 
 
@@ -164,13 +164,13 @@ def _cycles(run: Run) -> dict[str, Any]:
 
 
 def _ladder(cases: Sequence[Case], hardware: Hardware) -> tuple[Ladder | None, str]:
-    """Of the user's own mask, else of DeiT-Tiny at 95 % by chance."""
+    """Of the user's own mask, else a synthetic one of DeiT-Tiny at 95 %."""
     if len(cases) == 1:
         case, note = cases[0], f"{cases[0].model}, the mask of this study"
     else:
         (case,) = cases_by_chance((LADDER_MODEL,), (LADDER_SPARSITY,))
         note = (
-            f"{LADDER_MODEL}, {LADDER_SPARSITY:.0%} pruned, masks by chance; on the published "
+            f"{LADDER_MODEL}, {LADDER_SPARSITY:.0%} pruned, synthetic masks; on the published "
             "masks the script prints 9,492 (give them with --mask)"
         )
     try:

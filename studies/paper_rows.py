@@ -70,7 +70,7 @@ class Row:
 
 
 def rows(runs: Sequence[Run], hardware: Hardware, timed: Mapping[str, Measured]) -> tuple[Row, ...]:
-    """All rows. ``timed``: eager attention of a model on this machine; may be empty."""
+    """All rows. ``timed``: eager attention of a model on this computer; may be empty."""
     top = max(run.case.sparsity for run in runs)
     parts = {"90": [run for run in runs if run.case.sparsity == top]}
     if len(parts["90"]) < len(runs):

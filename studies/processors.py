@@ -82,7 +82,7 @@ def timed_here(
     device: str | torch.device = "cpu",
     passes: int = PASSES,
 ) -> tuple[Measured, ...]:
-    """The workload's attention timed on this machine, kernel by kernel, fp32; with
+    """The workload's attention timed on this computer, kernel by kernel, fp32; with
     ``model`` its whole forward pass too, where attention inside it runs the same way."""
     rows = measure_attention(workload, batch, tuple(kernels), device, passes=passes)
     return tuple(

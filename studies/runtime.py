@@ -1,7 +1,7 @@
 """What predicts run time: flops, parameters or activations ("Fast and Accurate Model
 Scaling", CVPR 2021, arXiv 2103.06877, section 3, figure 3).
 
-Networks scaled by several kinds and factors are timed on this machine's processor and
+Networks scaled by several kinds and factors are timed on this computer's processor and
 simulated on an accelerator; a line is fitted through each count and each time. The paper
 found activations to predict best on its GPUs; here the figures say what they say.
 """
@@ -34,7 +34,7 @@ DEFAULT_FACTORS = (2.0, 4.0)
 class TimedNetwork:
     """One scaled network: its counts for one image, and seconds a batch.
 
-    ``times`` are one of each round on this machine; ``seconds`` is the fastest, which other
+    ``times`` are one of each round on this computer; ``seconds`` is the fastest, which other
     work on the machine disturbs least. ``simulated_seconds`` is what the simulated machine
     takes for the whole network.
     """

@@ -21,8 +21,8 @@ from ..workload import (
 )
 
 BY_CHANCE = (
-    "masks made by chance (seed {seed}), shaped like ViTCoD's published ones: good to compare "
-    "machines, no word on accuracy"
+    "synthetic masks (seed {seed}), shaped like ViTCoD's published ones: good for comparing "
+    "machines, they say nothing about accuracy"
 )
 
 Codec = tuple[int | None, int]

@@ -5,8 +5,9 @@ Models become a `Workload` (`sievit.models.trace`), and every machine reads it. 
 neither a model nor a machine is known here. Read `bits`, `masks`, `ops`, `network`.
 """
 
+from ..moved import old_names
 from .masks import (
-    PUBLISHED_MIN_KEPT,
+    PUBLISHED_GLOBAL_THRESHOLD,
     AttentionMask,
     GlobalThreshold,
     PolarizedMask,
@@ -16,7 +17,7 @@ from .network import Workload
 from .ops import Attention, Conv, Deform, Elementwise, Gemm, HeadCodec, Op, Unknown, Unused
 
 __all__ = [
-    "PUBLISHED_MIN_KEPT",
+    "PUBLISHED_GLOBAL_THRESHOLD",
     "Attention",
     "AttentionMask",
     "Conv",
@@ -32,3 +33,5 @@ __all__ = [
     "Workload",
     "polarize_head",
 ]
+
+__getattr__ = old_names(__name__)

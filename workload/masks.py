@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from ..files import written_whole
-from ..moved import old_arguments
+from ..moved import old_arguments, old_names
 from .bits import packed, unpacked
 
-PUBLISHED_MIN_KEPT = 50
+PUBLISHED_GLOBAL_THRESHOLD = 50
 """ViTCoD's theta_d: a key is global when MORE than this many of the 197 queries keep it."""
 GlobalThreshold = int | float | str
 """Which keys of a head are global: those that more queries keep than a count (int >= 0) or a
@@ -40,7 +40,7 @@ class AttentionMask:
     """
 
     keep: tuple[np.ndarray, ...]
-    global_threshold: GlobalThreshold = PUBLISHED_MIN_KEPT
+    global_threshold: GlobalThreshold = PUBLISHED_GLOBAL_THRESHOLD
 
     def __post_init__(self) -> None:
         check_global_threshold(self.global_threshold)
@@ -104,7 +104,7 @@ class AttentionMask:
     def load(cls, path: str | os.PathLike[str]) -> AttentionMask:
         """Read an ``.npz`` of `save`, or ViTCoD's ``.npy``: bool [layers, heads, n, n],
         stored there inverted (True = pruned). Never unpickles. A file that says nothing of
-        global keys has ViTCoD's threshold, `PUBLISHED_MIN_KEPT`."""
+        global keys has ViTCoD's threshold, `PUBLISHED_GLOBAL_THRESHOLD`."""
         suffix = Path(path).suffix
         if suffix not in (".npz", ".npy"):
             raise ValueError(f"a mask file ends in .npz or .npy, got {str(path)!r}")
@@ -130,7 +130,7 @@ def _read_npz(file) -> tuple[tuple[np.ndarray, ...], GlobalThreshold]:
     with np.load(file, allow_pickle=False) as stored:
         shapes, said = stored["shapes"], "global_threshold" in stored
         layers = tuple(unpacked(stored[f"bits{i}"], shape) for i, shape in enumerate(shapes))
-        return layers, stored["global_threshold"].item() if said else PUBLISHED_MIN_KEPT
+        return layers, stored["global_threshold"].item() if said else PUBLISHED_GLOBAL_THRESHOLD
 
 
 def _read_vitcod(file) -> tuple[np.ndarray, ...]:
@@ -279,7 +279,7 @@ def _check_polarized(mask: PolarizedMask) -> None:
 
 @old_arguments("min_kept")
 def polarize_head(
-    keep: np.ndarray, global_threshold: GlobalThreshold = PUBLISHED_MIN_KEPT
+    keep: np.ndarray, global_threshold: GlobalThreshold = PUBLISHED_GLOBAL_THRESHOLD
 ) -> PolarizedMask:
     """Polarize one head's mask, bool [queries, keys] (ViTCoD section IV, split and conquer).
 
@@ -333,3 +333,6 @@ def _cut(threshold: GlobalThreshold, queries: int) -> float:
     if isinstance(threshold, str):
         return queries - 1 if threshold == "all" else queries
     return threshold * queries if isinstance(threshold, float) else threshold
+
+
+__getattr__ = old_names(__name__)

@@ -45,7 +45,7 @@ class Choice:
     reference  `reference_attention`
     """
 
-    kernel: str
+    kernel: Kernel
     reason: str
 
 
@@ -95,7 +95,7 @@ def sparse_attention(
         lower = torch.get_autocast_dtype(q.device.type)
         q, k, v = (t.to(lower) if t.is_floating_point() else t for t in (q, k, v))
     _check(q, k, v, plan)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = _scale(q, scale)
     if kernel == "auto":
         choice = choose_kernel(plan, q.device, q.dtype)
         kernel = choice.kernel
@@ -123,7 +123,7 @@ def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float | None = None
 ) -> Tensor:
     """The equation, written out: what every kernel is tested against, in float64."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = _scale(q, scale)
     scores = (q @ k.mT * scale).masked_fill(~keep, -math.inf)
     empty = ~keep.any(dim=-1, keepdim=True)
     weights = scores.masked_fill(empty, 0.0).softmax(dim=-1)
@@ -136,6 +136,10 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float)
     allowed = (keep | empty)[None]  # four axes: with three, the fast kernels refuse the mask
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
     return mixed.masked_fill(empty, 0.0)
+
+
+def _scale(q: Tensor, given: float | None) -> float:
+    return q.shape[-1] ** -0.5 if given is None else float(given)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
@@ -210,7 +214,7 @@ class SparseAttention(nn.Module):
     def __init__(self, plan: AttentionPlan, kernel: Kernel = "auto") -> None:
         super().__init__()
         self.plan = plan
-        self.kernel = kernel
+        self.kernel: Kernel = kernel
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -1,11 +1,10 @@
 """Attention under a fixed mask on a CPU: compiled loops over the kept entries alone.
 
 One call of a compiled function does some heads of some images; `run_forward` and
-`run_backward` spread those over threads. A query's kept keys are a list, so
-scores, softmax and product touch
-nothing else. The plan's order of queries puts those that share keys next to each other:
-their keys and values are then in the cache, packed there a head at a time. Arithmetic is
-float32.
+`run_backward` spread those over threads. A query's kept keys are a list, so scores, softmax
+and product touch nothing else. The plan's order of queries puts those that share keys next
+to each other: their keys and values are then in the cache, packed there a head at a time.
+Arithmetic is float32, memory is named by address, in bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import functools
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +52,24 @@ _CAPACITY = 4096
 overlap those of another: each alone would wait for the one before it."""
 
 
+_HEADS = np.dtype([(name, np.int64) for name in ("base", "image", "head", "token")])
+"""Where a tensor [batch, heads, tokens, dim] lies: its address and strides, in bytes."""
+
+_FORWARD = np.dtype([(name, _HEADS) for name in ("q", "k", "v", "out")])
+_BACKWARD = np.dtype(
+    [(name, _HEADS) for name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")]
+)
+"""The tensors of a call, by name. As arrays of one record they reach a compiled function in
+half the time that named tuples take."""
+
+
+class Rows(NamedTuple):
+    """Where the rows of one head lie: the first one's address and the stride, in bytes."""
+
+    base: int
+    stride: int
+
+
 @njit(inline="always")
 def _task(item, heads, parts, queries):
     """(image, head, first position, last + 1): items are parts of a head's queries, those of
@@ -67,23 +85,22 @@ def _pitch(length):
 
 
 @njit(inline="always")
-def _pack(source, stride, rows, length, target):
+def _rows(heads, image, head):
+    return Rows(heads.base + image * heads.image + head * heads.head, heads.token)
+
+
+@njit(inline="always")
+def _at(rows, i):
+    """The address of row ``i``."""
+    return rows.base + rows.stride * i
+
+
+@njit(inline="always")
+def _pack(source, count, length, target):
     """Copy a head's rows next to each other. Rows a large power of two apart, as a packed
     projection's are, share few cache sets: gathering from there takes up to twice as long."""
-    for row in range(rows):
-        store_row(target + row * _pitch(length), load_row(source + row * stride, length))
-
-
-@njit(inline="always")
-def _head(place, batch, head):
-    """Address of the first row of a head: see `_place`."""
-    return place[0] + batch * place[1] + head * place[2]
-
-
-@njit(inline="always")
-def _pack_head(k, v, batch, head, keys, key_dim, value_dim, k_base, v_base):
-    _pack(_head(k, batch, head), k[3], keys, key_dim, k_base)
-    _pack(_head(v, batch, head), v[3], keys, value_dim, v_base)
+    for row in range(count):
+        store_row(_at(target, row), load_row(_at(source, row), length))
 
 
 @njit(inline="always")
@@ -92,33 +109,33 @@ def _padded(count):
 
 
 @njit(inline="always")
-def _block_end(position, end, starts, offsets, capacity):
-    """Last + 1 of the queries that fit a block; their places in it go to ``offsets``."""
+def _block_end(position, end, starts, places, capacity):
+    """Last + 1 of the queries that fit a block; where their scores begin goes to ``places``."""
     used = 0
     stop = position
     while stop < end and stop < position + _BLOCK:
         padded = _padded(starts[stop + 1] - starts[stop])
         if used + padded > capacity:
             break
-        offsets[stop - position] = used
+        places[stop - position] = used
         used += padded
         stop += 1
     return stop
 
 
 @njit(inline="always")
-def _dots(row, base, stride, columns, first, count, target):
-    """Dot products of ``row`` with the rows of a matrix that ``columns`` names, in fours:
-    up to three behind the last are its repetition."""
+def _dots(row, rows, columns, first, count, target):
+    """Dot products of ``row`` with the ``rows`` that ``columns`` names, in fours: up to three
+    behind the last are its repetition."""
     last = count - 1
     for t in range(0, count, 4):
         store_dots(
             target + _BYTES * t,
             row,
-            base + stride * columns[first + t],
-            base + stride * columns[first + min(t + 1, last)],
-            base + stride * columns[first + min(t + 2, last)],
-            base + stride * columns[first + min(t + 3, last)],
+            _at(rows, columns[first + t]),
+            _at(rows, columns[first + min(t + 1, last)]),
+            _at(rows, columns[first + min(t + 2, last)]),
+            _at(rows, columns[first + min(t + 3, last)]),
         )
 
 
@@ -152,134 +169,121 @@ def _score_slopes(weights, slopes, count, top, share, delta):
         store_row(at, times_minus(chunk, load_row(at, LANES), delta))
 
 
-def _forward(key_dim: int, value_dim: int) -> Callable:
-    """The compiled forward for these lengths of a row."""
-    source = _SOURCE
-
-    def forward(items, heads, parts, order, indptr, columns, keys, room, q, k, v, out, sums, scale):
-        if source < 0:
-            return
-        queries = order.shape[1]
-        capacity = max(_CAPACITY, _padded(np.max(np.diff(indptr))))
-        scores = np.empty(capacity, np.float32)
-        offsets = np.empty(_BLOCK, np.int64)
-        k_pitch, v_pitch = _pitch(key_dim), _pitch(value_dim)
-        k_base = (room.ctypes.data + 63) // 64 * 64
-        v_base = k_base + keys * k_pitch
-        packed = -1
-        for item in range(items[0], items[1]):
-            batch, head, begin, end = _task(item, heads, parts, queries)
-            q_base = _head(q, batch, head)
-            if packed != item // parts:
-                packed = item // parts
-                _pack_head(k, v, batch, head, keys, key_dim, value_dim, k_base, v_base)
-            out_base = _head(out, batch, head)
-            starts = indptr[head * queries :]
-            block = begin
-            while block < end:
-                stop = _block_end(block, end, starts, offsets, capacity)
-                for p in range(block, stop):
-                    count = starts[p + 1] - starts[p]
-                    at = scores.ctypes.data + _BYTES * offsets[p - block]
-                    query = scaled(load_row(q_base + order[head, p] * q[3], key_dim), scale)
-                    _dots(query, k_base, k_pitch, columns, starts[p], count, at)
-                for p in range(block, stop):
-                    count = starts[p + 1] - starts[p]
-                    top, share = np.float32(0.0), np.float32(0.0)
-                    if count:
-                        at = scores.ctypes.data + _BYTES * offsets[p - block]
-                        top, share = _exponentials(at, count)
-                    i = order[head, p]
-                    sums[batch, head, i, 0], sums[batch, head, i, 1] = top, share
-                for p in range(block, stop):
-                    i, first, place = order[head, p], starts[p], offsets[p - block]
-                    mixed = zero_row(value_dim)
-                    for t in range(starts[p + 1] - first):
-                        at = v_base + v_pitch * columns[first + t]
-                        mixed = plus_scaled_at(mixed, scores[place + t], at)
-                    store_row(out_base + i * out[3], scaled(mixed, sums[batch, head, i, 1]))
-                block = stop
-
-    return forward
+@njit(inline="always")
+def _forward_task(
+    position, end, order, starts, columns, q, k, v, out, sums, scores, places, scale,
+    key_dim, value_dim,
+):  # fmt: skip
+    """Outputs of the queries at positions up to ``end`` of a head; k and v are packed."""
+    scores_at = scores.ctypes.data
+    while position < end:
+        stop = _block_end(position, end, starts, places, len(scores))
+        for p in range(position, stop):
+            query = scaled(load_row(_at(q, order[p]), key_dim), scale)
+            at = scores_at + _BYTES * places[p - position]
+            _dots(query, k, columns, starts[p], starts[p + 1] - starts[p], at)
+        for p in range(position, stop):
+            count = starts[p + 1] - starts[p]
+            top, share = np.float32(0.0), np.float32(0.0)
+            if count:
+                top, share = _exponentials(scores_at + _BYTES * places[p - position], count)
+            sums[order[p], 0], sums[order[p], 1] = top, share
+        for p in range(position, stop):
+            i, start, place = order[p], starts[p], places[p - position]
+            mixed = zero_row(value_dim)
+            for t in range(starts[p + 1] - start):
+                mixed = plus_scaled_at(mixed, scores[place + t], _at(v, columns[start + t]))
+            store_row(_at(out, i), scaled(mixed, sums[i, 1]))
+        position = stop
 
 
-def _backward(key_dim: int, value_dim: int) -> Callable:
-    """The compiled backward for these lengths of a row.
+@njit(inline="always")
+def _backward_task(
+    position, end, order, starts, columns, q, k, v, out, grad, grad_q, grad_k, grad_v, sums,
+    weights, slopes, places, scale, key_dim, value_dim,
+):  # fmt: skip
+    """Gradients by a head's queries, and what they add to those of its keys and values; k and
+    v are packed.
 
     With P the probabilities and dP = dO V^T: dV = P^T dO, dS = P (dP - rowsum(dO O)),
-    dQ = scale dS K, dK = scale dS^T Q. One head of one image is one task, so that its
-    keys' gradients are summed in one order.
+    dQ = scale dS K, dK = scale dS^T Q.
+    """
+    weights_at, slopes_at = weights.ctypes.data, slopes.ctypes.data
+    while position < end:
+        stop = _block_end(position, end, starts, places, len(weights))
+        for p in range(position, stop):
+            count, place = starts[p + 1] - starts[p], _BYTES * places[p - position]
+            query = scaled(load_row(_at(q, order[p]), key_dim), scale)
+            # Both rows before both products: else the whole takes some 5 % longer.
+            slope = load_row(_at(grad, order[p]), value_dim)
+            _dots(query, k, columns, starts[p], count, weights_at + place)
+            _dots(slope, v, columns, starts[p], count, slopes_at + place)
+        for p in range(position, stop):
+            i, place = order[p], _BYTES * places[p - position]
+            delta = row_dot(load_row(_at(grad, i), value_dim), _at(out, i))
+            count, top, share = starts[p + 1] - starts[p], sums[i, 0], sums[i, 1]
+            _score_slopes(weights_at + place, slopes_at + place, count, top, share, delta)
+        for p in range(position, stop):
+            i, start, place = order[p], starts[p], places[p - position]
+            query = scaled(load_row(_at(q, i), key_dim), scale)
+            slope = load_row(_at(grad, i), value_dim)
+            moved = zero_row(key_dim)
+            for t in range(starts[p + 1] - start):
+                column = columns[start + t]
+                moved = plus_scaled_at(moved, slopes[place + t], _at(k, column))
+                add_scaled(_at(grad_k, column), slopes[place + t], query)
+                add_scaled(_at(grad_v, column), weights[place + t], slope)
+            store_row(_at(grad_q, i), scaled(moved, scale))
+        position = stop
+
+
+def _loop(backward: bool, key_dim: int, value_dim: int) -> Callable:
+    """The loop over the items of a forward or a backward, for these lengths of a row.
+
+    ``lies`` is one record of `_FORWARD` or `_BACKWARD`, ``room`` what `_room` gives. In a
+    backward one head of one image is one item, so that its keys' gradients are summed in
+    one order.
     """
     source = _SOURCE
 
-    def backward(
-        items, heads, parts, order, indptr, columns, keys, room,
-        q, k, v, out, grad, dq, dk, dv, sums, scale,
-    ):  # fmt: skip
+    def loop(items, heads, parts, order, indptr, columns, keys, room, lies, sums, scale):
         if source < 0:
             return
+        tensors = lies[0]
         queries = order.shape[1]
         capacity = max(_CAPACITY, _padded(np.max(np.diff(indptr))))
-        weights = np.empty(capacity, np.float32)
-        slopes = np.empty(capacity, np.float32)
-        offsets = np.empty(_BLOCK, np.int64)
-        k_pitch, v_pitch = _pitch(key_dim), _pitch(value_dim)
-        k_base = (room.ctypes.data + 63) // 64 * 64
-        v_base = k_base + keys * k_pitch
+        scores, places = np.empty(capacity, np.float32), np.empty(_BLOCK, np.int64)
+        k = Rows((room.ctypes.data + 63) // 64 * 64, _pitch(key_dim))
+        v = Rows(_at(k, keys), _pitch(value_dim))
         packed = -1
         for item in range(items[0], items[1]):
-            batch, head, begin, end = _task(item, heads, parts, queries)
-            q_base = _head(q, batch, head)
+            image, head, begin, end = _task(item, heads, parts, queries)
             if packed != item // parts:
                 packed = item // parts
-                _pack_head(k, v, batch, head, keys, key_dim, value_dim, k_base, v_base)
-            out_base = _head(out, batch, head)
-            grad_base = _head(grad, batch, head)
-            dq_base = _head(dq, batch, head)
-            dk_base = _head(dk, batch, head)
-            dv_base = _head(dv, batch, head)
+                _pack(_rows(tensors.k, image, head), keys, key_dim, k)
+                _pack(_rows(tensors.v, image, head), keys, value_dim, v)
+            q, out = _rows(tensors.q, image, head), _rows(tensors.out, image, head)
             starts = indptr[head * queries :]
-            block = begin
-            while block < end:
-                stop = _block_end(block, end, starts, offsets, capacity)
-                for p in range(block, stop):
-                    i, first = order[head, p], starts[p]
-                    count, place = starts[p + 1] - first, _BYTES * offsets[p - block]
-                    query = scaled(load_row(q_base + i * q[3], key_dim), scale)
-                    # Both rows before both products: else the whole takes some 5 % longer.
-                    slope = load_row(grad_base + i * grad[3], value_dim)
-                    at = weights.ctypes.data + place
-                    _dots(query, k_base, k_pitch, columns, first, count, at)
-                    at = slopes.ctypes.data + place
-                    _dots(slope, v_base, v_pitch, columns, first, count, at)
-                for p in range(block, stop):
-                    i, place = order[head, p], _BYTES * offsets[p - block]
-                    slope = load_row(grad_base + i * grad[3], value_dim)
-                    delta = row_dot(slope, out_base + i * out[3])
-                    top, share = sums[batch, head, i, 0], sums[batch, head, i, 1]
-                    _score_slopes(
-                        weights.ctypes.data + place, slopes.ctypes.data + place,
-                        starts[p + 1] - starts[p], top, share, delta,
-                    )  # fmt: skip
-                for p in range(block, stop):
-                    i, first, place = order[head, p], starts[p], offsets[p - block]
-                    query = scaled(load_row(q_base + i * q[3], key_dim), scale)
-                    slope = load_row(grad_base + i * grad[3], value_dim)
-                    moved = zero_row(key_dim)
-                    for t in range(starts[p + 1] - first):
-                        column = columns[first + t]
-                        moved = plus_scaled_at(moved, slopes[place + t], k_base + k_pitch * column)
-                        add_scaled(dk_base + dk[3] * column, slopes[place + t], query)
-                        add_scaled(dv_base + dv[3] * column, weights[place + t], slope)
-                    store_row(dq_base + i * dq[3], scaled(moved, scale))
-                block = stop
+            if backward:
+                _backward_task(
+                    begin, end, order[head], starts, columns, q, k, v, out,
+                    _rows(tensors.grad, image, head), _rows(tensors.grad_q, image, head),
+                    _rows(tensors.grad_k, image, head), _rows(tensors.grad_v, image, head),
+                    sums[image, head], scores, np.empty(capacity, np.float32), places, scale,
+                    key_dim, value_dim,
+                )  # fmt: skip
+            else:
+                _forward_task(
+                    begin, end, order[head], starts, columns, q, k, v, out,
+                    sums[image, head], scores, places, scale, key_dim, value_dim,
+                )  # fmt: skip
 
-    return backward
+    return loop
 
 
 @functools.cache
-def _compiled(make: Callable, key_dim: int, value_dim: int) -> Callable:
-    function = make(key_dim, value_dim)
+def _compiled(backward: bool, key_dim: int, value_dim: int) -> Callable:
+    function = _loop(backward, key_dim, value_dim)
     try:
         return njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # there is no folder that can be written
@@ -302,21 +306,13 @@ def run_forward(
     """
     dtype = q.dtype
     q, k, v = (_readable(tensor) for tensor in (q, k, v))
-    batch, heads, queries, key_dim = q.shape
+    batch, heads, queries, _ = q.shape
     out = q.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
     sums = q.new_empty(batch, heads, queries, 2)
-    arrays = (order.numpy(), indptr.numpy(), columns.numpy())
-    rows = (_place(q), _place(k), _place(v), _place(out))
-    function = _compiled(_forward, key_dim, v.shape[-1])
+    plan = (order.numpy(), indptr.numpy(), columns.numpy())
     parts = min(queries, max(1, 4 * torch.get_num_threads() // max(1, batch * heads)))
-
-    def work(items: tuple[int, int]) -> None:
-        room = _room(k.shape[2], key_dim, v.shape[-1])
-        function(
-            items, heads, parts, *arrays, k.shape[2], room, *rows, sums.numpy(), np.float32(scale)
-        )
-
-    spread(work, batch, heads, parts, arrays[1])
+    tensors = np.array([tuple(_heads(tensor) for tensor in (q, k, v, out))], _FORWARD)
+    _spread(tensors, q.shape, v.shape, plan, sums, scale, parts)
     return out.to(dtype), sums
 
 
@@ -335,21 +331,36 @@ def run_backward(
     """Gradients of q, k and v, of their dtype, contiguous; the same in every run."""
     dtype = q.dtype
     grad, q, k, v, out = (_readable(tensor) for tensor in (grad, q, k, v, out))
-    batch, heads, _, key_dim = q.shape
     grad_q = q.new_empty(q.shape)
     grad_k = q.new_zeros(k.shape)
     grad_v = q.new_zeros(v.shape)
-    arrays = (order.numpy(), indptr.numpy(), columns.numpy())
-    rows = tuple(_place(tensor) for tensor in (q, k, v, out, grad, grad_q, grad_k, grad_v))
-    function = _compiled(_backward, key_dim, v.shape[-1])
-    sums_array = sums.contiguous().numpy()
+    plan = (order.numpy(), indptr.numpy(), columns.numpy())
+    tensors = (q, k, v, out, grad, grad_q, grad_k, grad_v)
+    tensors = np.array([tuple(_heads(tensor) for tensor in tensors)], _BACKWARD)
+    _spread(tensors, q.shape, v.shape, plan, sums.contiguous(), scale, parts=1)
+    return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype)
+
+
+def _spread(
+    tensors: np.ndarray,
+    q_shape: torch.Size,
+    v_shape: torch.Size,
+    plan: tuple[np.ndarray, np.ndarray, np.ndarray],
+    sums: Tensor,
+    scale: float,
+    parts: int,
+) -> None:
+    """Run the compiled loop over all heads of all images, ``parts`` of each, in threads."""
+    batch, heads, _, key_dim = q_shape
+    keys, value_dim = v_shape[2:]
+    function = _compiled(tensors.dtype == _BACKWARD, key_dim, value_dim)
+    sums_array = sums.numpy()
 
     def work(items: tuple[int, int]) -> None:
-        room = _room(k.shape[2], key_dim, v.shape[-1])
-        function(items, heads, 1, *arrays, k.shape[2], room, *rows, sums_array, np.float32(scale))
+        room = _room(keys, key_dim, value_dim)
+        function(items, heads, parts, *plan, keys, room, tensors, sums_array, np.float32(scale))
 
-    spread(work, batch, heads, 1, arrays[1])
-    return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype)
+    spread(work, batch, heads, parts, plan[1])
 
 
 def _room(keys: int, key_dim: int, value_dim: int) -> np.ndarray:
@@ -364,7 +375,6 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _place(tensor: Tensor) -> np.ndarray:
-    """Address and the strides in bytes of batch, head and token."""
-    strides = tensor.stride()[:3]
-    return np.array([tensor.data_ptr(), *(_BYTES * s for s in strides)], dtype=np.int64)
+def _heads(tensor: Tensor) -> tuple[int, ...]:
+    """The fields of `_HEADS`."""
+    return tensor.data_ptr(), *(_BYTES * stride for stride in tensor.stride()[:3])

@@ -16,30 +16,42 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+jit: Any = triton.jit  # what it makes is launched with other types than the source is written in
 PRUNED = tl.constexpr(-1.0e30)
 
 
-@triton.jit
-def _rows_at(base, index, stride, dims, dim: tl.constexpr, some):
-    """Rows ``index`` of a matrix whose rows are ``dim`` long, 0 where ``some`` is False."""
+@jit
+def _rows_at(base, index, stride, dims, dim: tl.constexpr, some, UPCAST: tl.constexpr):
+    """Rows ``index`` of a matrix whose rows are ``dim`` long, 0 where ``some`` is False; in
+    float32 with ``UPCAST``."""
     inside = some[:, None] & (dims[None, :] < dim)
-    return tl.load(base + index[:, None] * stride + dims[None, :], mask=inside, other=0.0)
+    rows = tl.load(base + index[:, None] * stride + dims[None, :], mask=inside, other=0.0)
+    if UPCAST:
+        rows = rows.to(tl.float32)
+    return rows
 
 
-@triton.jit
+@jit
 def _store_rows(base, index, stride, dims, dim: tl.constexpr, some, values):
     inside = some[:, None] & (dims[None, :] < dim)
     at = base + index[:, None] * stride + dims[None, :]
     tl.store(at, values.to(base.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@jit
+def _kept(word, r):
+    """[rows r, words]: whether bit r of each word is set."""
+    return ((word[None, :] >> r[:, None]) & 1) != 0
+
+
+@jit
 def gather_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     head_ptr, rows_ptr, start_ptr, count_ptr, columns_ptr, bits_ptr,
@@ -55,9 +67,7 @@ def gather_forward(
     h = tl.load(head_ptr + t).to(tl.int64)
     rows = tl.load(rows_ptr + t * BM + r)
     live = rows >= 0
-    q = _rows_at(q_ptr + b * q_b + h * q_h, rows, q_n, d, D, live)
-    if UPCAST:
-        q = q.to(tl.float32)
+    q = _rows_at(q_ptr + b * q_b + h * q_h, rows, q_n, d, D, live, UPCAST)
     k_base = k_ptr + b * k_b + h * k_h
     v_base = v_ptr + b * v_b + h * v_h
     start = tl.load(start_ptr + t)
@@ -69,13 +79,10 @@ def gather_forward(
         there = j + n < count
         c = tl.load(columns_ptr + start + j + n, mask=there, other=0)
         word = tl.load(bits_ptr + start + j + n, mask=there, other=0)
-        k = _rows_at(k_base, c, k_n, d, D, there)
-        v = _rows_at(v_base, c, v_n, e, DV, there)
-        if UPCAST:
-            k = k.to(tl.float32)
-            v = v.to(tl.float32)
+        k = _rows_at(k_base, c, k_n, d, D, there, UPCAST)
+        v = _rows_at(v_base, c, v_n, e, DV, there, UPCAST)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
-        kept = ((word[None, :] >> r[:, None]) & 1) != 0
+        kept = _kept(word, r)
         s = tl.where(kept, s, PRUNED)
         higher = tl.maximum(most, tl.max(s, 1))
         p = tl.where(kept, tl.math.exp2(s - higher[:, None]), 0.0)
@@ -88,7 +95,7 @@ def gather_forward(
     tl.store(lse_ptr + (b * heads + h) * queries + rows, most + tl.math.log2(mass), mask=live)
 
 
-@triton.jit
+@jit
 def gather_backward_queries(
     q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, dq_ptr, lse_ptr, delta_ptr,
     head_ptr, rows_ptr, start_ptr, count_ptr, columns_ptr, bits_ptr,
@@ -105,12 +112,9 @@ def gather_backward_queries(
     h = tl.load(head_ptr + t).to(tl.int64)
     rows = tl.load(rows_ptr + t * BM + r)
     live = rows >= 0
-    q = _rows_at(q_ptr + b * q_b + h * q_h, rows, q_n, d, D, live)
-    grad = _rows_at(grad_ptr + b * g_b + h * g_h, rows, g_n, e, DV, live)
-    out = _rows_at(out_ptr + b * o_b + h * o_h, rows, o_n, e, DV, live)
-    if UPCAST:
-        q = q.to(tl.float32)
-        grad = grad.to(tl.float32)
+    q = _rows_at(q_ptr + b * q_b + h * q_h, rows, q_n, d, D, live, UPCAST)
+    grad = _rows_at(grad_ptr + b * g_b + h * g_h, rows, g_n, e, DV, live, UPCAST)
+    out = _rows_at(out_ptr + b * o_b + h * o_h, rows, o_n, e, DV, live, UPCAST)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     place = (b * heads + h) * queries + rows
     tl.store(delta_ptr + place, delta, mask=live)
@@ -124,21 +128,18 @@ def gather_backward_queries(
         there = j + n < count
         c = tl.load(columns_ptr + start + j + n, mask=there, other=0)
         word = tl.load(bits_ptr + start + j + n, mask=there, other=0)
-        k = _rows_at(k_base, c, k_n, d, D, there)
-        v = _rows_at(v_base, c, v_n, e, DV, there)
-        if UPCAST:
-            k = k.to(tl.float32)
-            v = v.to(tl.float32)
-        kept = ((word[None, :] >> r[:, None]) & 1) != 0
+        k = _rows_at(k_base, c, k_n, d, D, there, UPCAST)
+        v = _rows_at(v_base, c, v_n, e, DV, there, UPCAST)
+        kept = _kept(word, r)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
         p = tl.where(kept, tl.math.exp2(s - lse[:, None]), 0.0)
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-        ds = tl.where(kept, p * (dp - delta[:, None]) * scale, 0.0)
+        ds = tl.where(kept, p * (dp - delta[:, None]) * scale, 0.0)  # pyright: ignore[reportArgumentType]
         moved = tl.dot(ds.to(k.dtype), k, moved, input_precision=PRECISION)
     _store_rows(dq_ptr + b * dq_b + h * dq_h, rows, dq_n, d, D, live, moved)
 
 
-@triton.jit
+@jit
 def gather_backward_keys(
     q_ptr, k_ptr, v_ptr, grad_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr,
     head_ptr, rows_ptr, start_ptr, count_ptr, columns_ptr, bits_ptr,
@@ -155,11 +156,8 @@ def gather_backward_keys(
     h = tl.load(head_ptr + t).to(tl.int64)
     rows = tl.load(rows_ptr + t * BM + r)
     live = rows >= 0
-    k = _rows_at(k_ptr + b * k_b + h * k_h, rows, k_n, d, D, live)
-    v = _rows_at(v_ptr + b * v_b + h * v_h, rows, v_n, e, DV, live)
-    if UPCAST:
-        k = k.to(tl.float32)
-        v = v.to(tl.float32)
+    k = _rows_at(k_ptr + b * k_b + h * k_h, rows, k_n, d, D, live, UPCAST)
+    v = _rows_at(v_ptr + b * v_b + h * v_h, rows, v_n, e, DV, live, UPCAST)
     q_base = q_ptr + b * q_b + h * q_h
     grad_base = grad_ptr + b * g_b + h * g_h
     start = tl.load(start_ptr + t)
@@ -170,15 +168,12 @@ def gather_backward_keys(
         there = j + n < count
         i = tl.load(columns_ptr + start + j + n, mask=there, other=0)
         word = tl.load(bits_ptr + start + j + n, mask=there, other=0)
-        q = _rows_at(q_base, i, q_n, d, D, there)
-        grad = _rows_at(grad_base, i, g_n, e, DV, there)
-        if UPCAST:
-            q = q.to(tl.float32)
-            grad = grad.to(tl.float32)
+        q = _rows_at(q_base, i, q_n, d, D, there, UPCAST)
+        grad = _rows_at(grad_base, i, g_n, e, DV, there, UPCAST)
         place = (b * heads + h) * queries + i
         lse = tl.load(lse_ptr + place, mask=there, other=0.0)
         delta = tl.load(delta_ptr + place, mask=there, other=0.0)
-        kept = ((word[None, :] >> r[:, None]) & 1) != 0
+        kept = _kept(word, r)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * qk_scale
         p = tl.where(kept, tl.math.exp2(s - lse[None, :]), 0.0)
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
@@ -189,7 +184,7 @@ def gather_backward_keys(
     _store_rows(dv_ptr + b * dv_b + h * dv_h, rows, dv_n, e, DV, live, dv)
 
 
-@triton.jit
+@jit
 def short_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, words_ptr,
     qk_scale, heads, queries, keys, tiles,
@@ -203,26 +198,21 @@ def short_forward(
     b = tl.program_id(2).to(tl.int64)
     n, d, e = tl.arange(0, NK), tl.arange(0, DP), tl.arange(0, DVP)
     there = n < keys
-    k = _rows_at(k_ptr + b * k_b + h * k_h, n, k_n, d, D, there)
-    v = _rows_at(v_ptr + b * v_b + h * v_h, n, v_n, e, DV, there)
-    if UPCAST:
-        k = k.to(tl.float32)
-        v = v.to(tl.float32)
+    k = _rows_at(k_ptr + b * k_b + h * k_h, n, k_n, d, D, there, UPCAST)
+    v = _rows_at(v_ptr + b * v_b + h * v_h, n, v_n, e, DV, there, UPCAST)
     kt = tl.trans(k)
     words_base = words_ptr + h * queries * (NK // 32)
     for t in range(first, first + tiles):
         rows = t * BM + tl.arange(0, BM)
         live = rows < queries
-        q = _rows_at(q_ptr + b * q_b + h * q_h, rows, q_n, d, D, live)
-        if UPCAST:
-            q = q.to(tl.float32)
+        q = _rows_at(q_ptr + b * q_b + h * q_h, rows, q_n, d, D, live, UPCAST)
         s = tl.dot(q, kt, input_precision=PRECISION) * qk_scale
         at = words_base + rows[:, None] * (NK // 32) + (n[None, :] >> 5)
         word = tl.load(at, mask=live[:, None], other=0)
         kept = ((word >> (n[None, :] & 31)) & 1) != 0
         s = tl.where(kept, s, PRUNED)
         most = tl.max(s, 1)
-        p = tl.where(kept, tl.math.exp2(s - most[:, None]), 0.0)
+        p = tl.where(kept, tl.math.exp2(s - most[:, None]), 0.0)  # pyright: ignore[reportArgumentType, reportCallIssue]
         mass = tl.sum(p, 1)
         mass = tl.where(mass == 0.0, 1.0, mass)
         mixed = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / mass[:, None]
@@ -267,7 +257,7 @@ def run_forward(
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     if not batch:
         return out, lse
-    strides = [s for tensor in (q, k, v, out) for s in tensor.stride()[:3]]
+    strides = _strides(q, k, v, out)
     qk_scale = scale * math.log2(math.e)
     dims = _dims(dim, v.shape[-1])
     with _on(q.device):
@@ -302,36 +292,37 @@ def run_backward(
     """Gradients of q, k and v, contiguous; the same in every run."""
     grad, q, k, v, out = (_readable(tensor) for tensor in (grad, q, k, v, out))
     batch, heads, queries, dim = q.shape
-    grads = [t.new_empty(t.shape) for t in (q, k, v)]
+    grad_q, grad_k, grad_v = (t.new_empty(t.shape) for t in (q, k, v))
     if not batch:
-        return tuple(grads)
+        return grad_q, grad_k, grad_v
     delta = torch.empty_like(lse)
     qk_scale = scale * math.log2(math.e)
     dims, arithmetic = _dims(dim, v.shape[-1]), _arithmetic(q)
-
-    def strides(*tensors: Tensor) -> list[int]:
-        return [s for tensor in tensors for s in tensor.stride()[:3]]
-
     with _on(q.device):
         launch = gather_launch(tiles[1].shape[1], dims, q.dtype == torch.float32)
         gather_backward_queries[(len(tiles[0]), batch)](
-            q, k, v, out, grad, grads[0], lse, delta, *tiles,
-            qk_scale, scale, heads, queries, *strides(q, k, v, out, grad, grads[0]),
+            q, k, v, out, grad, grad_q, lse, delta, *tiles,
+            qk_scale, scale, heads, queries, *_strides(q, k, v, out, grad, grad_q),
             **dims, **launch, **arithmetic,
         )  # fmt: skip
         launch = gather_launch(key_tiles[1].shape[1], dims, q.dtype == torch.float32)
         gather_backward_keys[(len(key_tiles[0]), batch)](
-            q, k, v, grad, grads[1], grads[2], lse, delta, *key_tiles,
-            qk_scale, scale, heads, queries, *strides(q, k, v, grad, grads[1], grads[2]),
+            q, k, v, grad, grad_k, grad_v, lse, delta, *key_tiles,
+            qk_scale, scale, heads, queries, *_strides(q, k, v, grad, grad_k, grad_v),
             **dims, **launch, **arithmetic,
         )  # fmt: skip
-    return tuple(grads)
+    return grad_q, grad_k, grad_v
 
 
 def _readable(tensor: Tensor) -> Tensor:
     """Rows must be unbroken; no copy where they are."""
     tensor = tensor.detach()
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Of image, head and token of each."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
 def _dims(dim: int, value_dim: int) -> dict[str, int]:

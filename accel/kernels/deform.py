@@ -91,12 +91,20 @@ def deform_conv(
     return _run(value, offset_mask, None, geometry)
 
 
-deform_core.merged = deform_conv  # where `sievit.models.families.dcn` looks for it
+# Where `sievit.models.families.dcn` looks for it; pyright knows no attributes of functions.
+deform_core.merged = deform_conv  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _geometry(kernel, stride, padding, dilation, groups, offset_scale, remove_center) -> Geometry:
-    pairs = [pair(p) for p in (kernel, stride, padding, dilation)]
-    return Geometry(*pairs, int(groups), float(offset_scale), bool(remove_center))
+    return Geometry(
+        pair(kernel),
+        pair(stride),
+        pair(padding),
+        pair(dilation),
+        int(groups),
+        float(offset_scale),
+        bool(remove_center),
+    )
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -139,7 +147,7 @@ def _has_kernel(value: Tensor) -> bool:
     repeatable = torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled()
     if device == "cuda" and repeatable:
         return False
-    found = device == "meta" or PRESENT.get(COMPILER.get(device), False)
+    found = device == "meta" or PRESENT.get(COMPILER.get(device, ""), False)
     if not found and not torch.compiler.is_compiling():
         _say_slower(device)
     return found

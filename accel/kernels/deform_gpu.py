@@ -10,6 +10,7 @@ offsets and weights are sums inside one program.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -35,7 +36,8 @@ def forward(value: Tensor, offset: Tensor, weight: Tensor | None, geometry: Geom
 
     Without ``weight`` offset is DCNv4's merged tensor, which is read where it is.
     """
-    value, offset, weight = (_rows(t) for t in (value, offset, weight))
+    value, offset = _rows(value), _rows(offset)
+    weight = None if weight is None else _rows(weight)
     out = value.new_empty((*offset.shape[:3], value.shape[-1]))
     if out.numel():
         _launch(_forward, out, value, offset, weight, geometry, out)
@@ -47,7 +49,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of value, offset and weight (None without it), given that of the output."""
     grad = grad.contiguous()
-    value, offset, weight = (_rows(t) for t in (value, offset, weight))
+    value, offset = _rows(value), _rows(offset)
+    weight = None if weight is None else _rows(weight)
     exact = torch.float64 if value.dtype == torch.float64 else torch.float32
     by_value = torch.zeros(value.shape, dtype=exact, device=value.device)
     by_offset = torch.empty(offset.shape, dtype=offset.dtype, device=offset.device)
@@ -63,9 +66,9 @@ def backward(
 _DENSE = torch.contiguous_format
 
 
-def _rows(tensor: Tensor | None) -> Tensor | None:
+def _rows(tensor: Tensor) -> Tensor:
     """With the last axis dense, as the kernels read it."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def tiles(channels: int, itemsize: int) -> dict[str, int]:
@@ -78,7 +81,7 @@ def tiles(channels: int, itemsize: int) -> dict[str, int]:
 
 def constants(
     geometry: Geometry, channels: int, dtype: torch.dtype, merged: bool, far: bool
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """What a kernel is compiled for, besides the types of its arguments."""
     samples, (half_y, half_x) = geometry.samples, geometry.half
     return {
@@ -126,6 +129,29 @@ def _block(points, groups, POINTS: tl.constexpr):
     blocks = tl.cdiv(points, POINTS)
     point = (rest % blocks) * POINTS + tl.arange(0, POINTS)
     return point, group, (rest // blocks).to(tl.int64)
+
+
+@triton.jit
+def _start(
+    VALUE, OFFSET, WEIGHT, value_image, offset_image, offset_row, offset_column,
+    weight_image, weight_row, weight_column,
+    points, columns, stride_y, stride_x, first_y, first_x, groups,
+    OFFSET_STEP: tl.constexpr, WEIGHT_START: tl.constexpr, WEIGHT_STEP: tl.constexpr,
+    CHANNELS: tl.constexpr, INDEX: tl.constexpr, WIDE: tl.constexpr, POINTS: tl.constexpr,
+):  # fmt: skip
+    """The points of this program, the pixels under their kernels' middles, its channels, and
+    where the group's map and the points' offsets and weights begin."""
+    point, group, image = _block(points, groups, POINTS)
+    live = point < points
+    row, column = point // columns, point % columns
+    base_y, base_x = row * stride_y + first_y, column * stride_x + first_x
+    channel = tl.arange(0, WIDE)
+    VALUE += image * value_image + group * CHANNELS
+    OFFSET += image * offset_image + group * OFFSET_STEP
+    WEIGHT += image * weight_image + WEIGHT_START + group * WEIGHT_STEP
+    offsets = OFFSET + (row.to(INDEX) * offset_row + column.to(INDEX) * offset_column)
+    weights = WEIGHT + (row.to(INDEX) * weight_row + column.to(INDEX) * weight_column)
+    return point, group, image, live, base_y, base_x, channel, VALUE, offsets, weights
 
 
 @triton.jit
@@ -222,18 +248,14 @@ def _forward(
     WEIGHT_STEP: tl.constexpr, CHANNELS: tl.constexpr, UNROLLED: tl.constexpr,
     EXACT: tl.constexpr, INDEX: tl.constexpr, WIDE: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
-    point, group, image = _block(points, groups, POINTS)
-    live = point < points
-    row, column = point // columns, point % columns
-    base_y, base_x = row * stride_y + first_y, column * stride_x + first_x
-    channel = tl.arange(0, WIDE)
-    VALUE += image * value_image + group * CHANNELS
-    OFFSET += image * offset_image + group * OFFSET_STEP
-    WEIGHT += image * weight_image + WEIGHT_START + group * WEIGHT_STEP
-    offsets = OFFSET + (row.to(INDEX) * offset_row + column.to(INDEX) * offset_column)
-    weights = WEIGHT + (row.to(INDEX) * weight_row + column.to(INDEX) * weight_column)
+    point, group, image, live, base_y, base_x, channel, VALUE, offsets, weights = _start(
+        VALUE, OFFSET, WEIGHT, value_image, offset_image, offset_row, offset_column,
+        weight_image, weight_row, weight_column,
+        points, columns, stride_y, stride_x, first_y, first_x, groups,
+        OFFSET_STEP, WEIGHT_START, WEIGHT_STEP, CHANNELS, INDEX, WIDE, POINTS,
+    )  # fmt: skip
     total = tl.zeros([POINTS, WIDE], EXACT)
-    for k in tl.range(0, SAMPLES, loop_unroll_factor=UNROLLED):
+    for k in tl.range(0, SAMPLES, loop_unroll_factor=UNROLLED):  # pyright: ignore[reportGeneralTypeIssues]
         total += _mixed(
             VALUE, offsets, weights, live, k, base_y, base_x, height, width,
             value_row, value_column, channel,
@@ -256,16 +278,12 @@ def _backward(
     WEIGHT_STEP: tl.constexpr, CHANNELS: tl.constexpr, UNROLLED: tl.constexpr,
     EXACT: tl.constexpr, INDEX: tl.constexpr, WIDE: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
-    point, group, image = _block(points, groups, POINTS)
-    live = point < points
-    row, column = point // columns, point % columns
-    base_y, base_x = row * stride_y + first_y, column * stride_x + first_x
-    channel = tl.arange(0, WIDE)
-    VALUE += image * value_image + group * CHANNELS
-    OFFSET += image * offset_image + group * OFFSET_STEP
-    WEIGHT += image * weight_image + WEIGHT_START + group * WEIGHT_STEP
-    offsets = OFFSET + (row.to(INDEX) * offset_row + column.to(INDEX) * offset_column)
-    weights = WEIGHT + (row.to(INDEX) * weight_row + column.to(INDEX) * weight_column)
+    point, group, image, live, base_y, base_x, channel, VALUE, offsets, weights = _start(
+        VALUE, OFFSET, WEIGHT, value_image, offset_image, offset_row, offset_column,
+        weight_image, weight_row, weight_column,
+        points, columns, stride_y, stride_x, first_y, first_x, groups,
+        OFFSET_STEP, WEIGHT_START, WEIGHT_STEP, CHANNELS, INDEX, WIDE, POINTS,
+    )  # fmt: skip
     total_channels = groups * CHANNELS
     first = image * points  # dense outputs from here on
     own = (channel < CHANNELS)[None, :]
@@ -276,7 +294,7 @@ def _backward(
     BY_VALUE += image * height * width * total_channels + group * CHANNELS
     by_offset = BY_OFFSET + ((first + point) * offset_width + group * OFFSET_STEP)
     by_weight = BY_WEIGHT + ((first + point) * weight_width + WEIGHT_START + group * WEIGHT_STEP)
-    for k in tl.range(0, SAMPLES, loop_unroll_factor=UNROLLED):
+    for k in tl.range(0, SAMPLES, loop_unroll_factor=UNROLLED):  # pyright: ignore[reportGeneralTypeIssues]
         top, left, y, x = _position(
             offsets, live, k, base_y, base_x, height, width,
             KERNEL_HEIGHT, SKIPPED, DOWN, ALONG, HALF_Y, HALF_X, SCALE, EXACT,

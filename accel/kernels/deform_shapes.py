@@ -83,7 +83,9 @@ class Geometry:
 
 
 def pair(value: Pair) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+    if isinstance(value, int):
+        return value, value
+    return tuple(value)  # pyright: ignore[reportReturnType]  # `Geometry` refuses other lengths
 
 
 def check_tensors(value: Tensor, others: dict[str, Tensor]) -> None:

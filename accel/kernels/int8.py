@@ -129,11 +129,12 @@ class Int8Attention:
     ) -> Tensor:
         self.keep = _fitting(self.keep, q, k)
         scales, limit = self.scales, self.arithmetic.operand_limit
-        whole = [
-            (x.double() / _column(s, x)).round_().clamp_(-limit, limit)
-            for x, s in ((q, scales.q), (k, scales.k), (v, scales.v))
-        ]
-        made = int8_attention(*whole, scales, self.keep, scale, bias, self.arithmetic)
+
+        def whole(x: Tensor, by: np.ndarray) -> Tensor:
+            return (x.double() / _column(by, x)).round_().clamp_(-limit, limit)
+
+        q_int, k_int, v_int = whole(q, scales.q), whole(k, scales.k), whole(v, scales.v)
+        made = int8_attention(q_int, k_int, v_int, scales, self.keep, scale, bias, self.arithmetic)
         return (made * _column(scales.output, q)).to(v.dtype)
 
 
@@ -169,9 +170,14 @@ class RangeWatcher:
         if not self.largest:
             raise ValueError("scales are calibrated on images, this call of attention saw none")
         limit = arithmetic.operand_limit
-        largest = [self.largest[name].numpy() for name in RANGES]
-        made = (scale_for(values, limit) for values in largest[:-1])
-        return Int8Scales(*made, score_shift_for(largest[-1], arithmetic))
+        largest = {name: self.largest[name].numpy() for name in RANGES}
+        return Int8Scales(
+            q=scale_for(largest["q"], limit),
+            k=scale_for(largest["k"], limit),
+            v=scale_for(largest["v"], limit),
+            output=scale_for(largest["output"], limit),
+            score_shift=score_shift_for(largest["scores"], arithmetic),
+        )
 
 
 def _float_attention(

@@ -9,6 +9,7 @@ vain: rows are gathered greedily, each time the one that adds the fewest new key
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,18 +17,18 @@ import numpy as np
 try:
     from numba import njit
 except ImportError:  # the same functions, interpreted
-    HAVE_NUMBA = False
+    njit = None
 
-    def compiled(function):
+HAVE_NUMBA = njit is not None
+
+
+def compiled(function: Callable) -> Callable:
+    if njit is None:
         return function
-else:
-    HAVE_NUMBA = True
-
-    def compiled(function):
-        try:
-            return njit(nogil=True, cache=True)(function)
-        except RuntimeError:  # there is no folder that can be written
-            return njit(nogil=True)(function)
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # there is no folder that can be written
+        return njit(nogil=True)(function)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,8 @@ from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import register_model
 
 intrinsic: Any = extending.intrinsic  # it calls what it makes without the typing context
+_Value = Any
+"""An `ir.Value`: as llvmlite is typed, one has no type and most operations give None."""
 LANES = 16
 _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)
@@ -44,11 +46,11 @@ def _chunks(length: int) -> list[tuple[int, int]]:
     return [(first, min(LANES, length - first)) for first in range(0, length, LANES)]
 
 
-def _constant(kind: ir.Type, values: list) -> ir.Constant:
+def _constant(kind: ir.VectorType, values: list) -> ir.Constant:
     return ir.Constant(kind, [ir.Constant(kind.element, value) for value in values])
 
 
-def _splat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+def _splat(builder: ir.IRBuilder, value: _Value) -> _Value:
     one = builder.insert_element(ir.Constant(_CHUNK, ir.Undefined), value, _INT(0))
     return builder.shuffle_vector(one, one, _constant(ir.VectorType(_INT, LANES), [0] * LANES))
 
@@ -57,12 +59,12 @@ def _lane_mask(lanes: int) -> ir.Constant:
     return _constant(ir.VectorType(ir.IntType(1), LANES), [i < lanes for i in range(LANES)])
 
 
-def _pointer(builder: ir.IRBuilder, address: ir.Value, first: int) -> ir.Value:
+def _pointer(builder: ir.IRBuilder, address: _Value, first: int) -> _Value:
     moved = builder.add(address, ir.Constant(address.type, 4 * first))
     return builder.inttoptr(moved, _CHUNK.as_pointer())
 
 
-def _read(builder: ir.IRBuilder, address: ir.Value, first: int, lanes: int) -> ir.Value:
+def _read(builder: ir.IRBuilder, address: _Value, first: int, lanes: int) -> _Value:
     pointer = _pointer(builder, address, first)
     if lanes == LANES:
         return builder.load(pointer, align=4)
@@ -74,7 +76,7 @@ def _read(builder: ir.IRBuilder, address: ir.Value, first: int, lanes: int) -> i
     return builder.call(masked, [pointer, _INT(4), mask, ir.Constant(_CHUNK, None)])
 
 
-def _write(builder: ir.IRBuilder, address: ir.Value, first: int, lanes: int, value) -> None:
+def _write(builder: ir.IRBuilder, address: _Value, first: int, lanes: int, value) -> None:
     pointer = _pointer(builder, address, first)
     if lanes == LANES:
         builder.store(value, pointer, align=4)
@@ -87,13 +89,13 @@ def _write(builder: ir.IRBuilder, address: ir.Value, first: int, lanes: int, val
     builder.call(masked, [value, pointer, _INT(4), mask])
 
 
-def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+def _fma(builder: ir.IRBuilder, a: _Value, b: _Value, c: _Value) -> _Value:
     kind = ir.FunctionType(_CHUNK, [_CHUNK] * 3)
     fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
     return builder.call(fma, [a, b, c])
 
 
-def _each(builder: ir.IRBuilder, length: int, make) -> ir.Value:
+def _each(builder: ir.IRBuilder, length: int, make) -> _Value:
     """A row of ``length`` whose chunks are ``make(number, first, lanes)``."""
     row = ir.Constant(ir.ArrayType(_CHUNK, -(-length // LANES)), ir.Undefined)
     for number, (first, lanes) in enumerate(_chunks(length)):
@@ -189,7 +191,7 @@ def add_scaled(typing, address, factor, row):
     return types.void(types.int64, types.float32, row), make
 
 
-def _products(builder: ir.IRBuilder, row: ir.Value, length: int, address: ir.Value) -> ir.Value:
+def _products(builder: ir.IRBuilder, row: _Value, length: int, address: _Value) -> _Value:
     """16 partial sums of ``row`` times the row at ``address``."""
     total = ir.Constant(_CHUNK, None)
     for number, (first, lanes) in enumerate(_chunks(length)):
@@ -198,12 +200,12 @@ def _products(builder: ir.IRBuilder, row: ir.Value, length: int, address: ir.Val
     return total
 
 
-def _shuffled_sum(builder: ir.IRBuilder, a, b, left: list[int], right: list[int]) -> ir.Value:
+def _shuffled_sum(builder: ir.IRBuilder, a, b, left: list[int], right: list[int]) -> _Value:
     """Lanes ``left`` of a|b plus lanes ``right`` of a|b."""
     kind = ir.VectorType(_INT, len(left))
     one = builder.shuffle_vector(a, b, _constant(kind, left))
     other = builder.shuffle_vector(a, b, _constant(kind, right))
-    return builder.fadd(one, other, flags=_SUM)
+    return builder.fadd(one, other, flags=_SUM)  # pyright: ignore[reportCallIssue]
 
 
 @intrinsic
@@ -230,7 +232,7 @@ def store_dots(typing, target, row, a, b, c, d):
     return types.void(types.int64, row, *[types.int64] * 4), make
 
 
-def _reduce(builder: ir.IRBuilder, name: str, start: ir.Value | None, chunk: ir.Value, flags=()):
+def _reduce(builder: ir.IRBuilder, name: str, start: _Value | None, chunk: _Value, flags=()):
     arguments = [chunk] if start is None else [start, chunk]
     kind = ir.FunctionType(_FLOAT, [argument.type for argument in arguments])
     function = cgutils.get_or_insert_function(
@@ -370,7 +372,7 @@ _LEAST = -87.33
 _ROUNDER = 12582912.0  # 1.5 * 2 ** 23: adding it leaves the rounded number in the last bits
 
 
-def _exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def _exp(builder: ir.IRBuilder, x: _Value) -> _Value:
     def number(value: float) -> ir.Constant:
         return _constant(_CHUNK, [value] * LANES)
 

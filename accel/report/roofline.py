@@ -4,7 +4,7 @@ Two types that do not mix: `Modelled` is arithmetic on a device's published peak
 kernel, the longest of launch, computing and memory: every kernel at its peaks, what kernels
 hand to each other through main memory (a cache that holds it makes a real kernel faster than
 this; all else makes it slower). `Measured` is a clock's: ViTCoD's authors' logs (`MEASURED`), or
-the machine at hand. A `Speedup` names what it is against, and the batches. Seconds, FLOPs
+this computer's. A `Speedup` names what it is against, and the batches. Seconds, FLOPs
 (two a MAC), bytes.
 
 Devices compute dense attention: pruned entries inside a dense kernel save no time.
@@ -277,7 +277,7 @@ ORIGINS = {"log": "measured log", "here": "measured here"}
 class Measured:
     """Somebody's clock: seconds of one image, at the batch at which it was measured.
 
-    origin  "log" (published by others) or "here" (this machine); the basis of a `Speedup`
+    origin  "log" (published by others) or "here" (this computer); the basis of a `Speedup`
     seconds_per_image  of the whole network; None where attention alone was measured
     """
 

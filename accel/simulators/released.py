@@ -14,7 +14,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from ...workload import PUBLISHED_MIN_KEPT, Attention, PolarizedMask, Workload
+from ...moved import old_names
+from ...workload import PUBLISHED_GLOBAL_THRESHOLD, Attention, PolarizedMask, Workload
 from ..hardware import Hardware
 from ..report.report import OpCost
 from ..schedule import Schedule
@@ -135,7 +136,8 @@ def _sizes(op: Attention) -> tuple[int, int, int, float]:
 def _global_columns(op: Attention) -> tuple[int, int]:
     """Columns of head 0 with more than 50 kept entries, and the kept entries of the others."""
     kept = _masks(op)[0].dense().sum(axis=0)
-    columns, sparse = int((kept > PUBLISHED_MIN_KEPT).sum()), kept[kept <= PUBLISHED_MIN_KEPT]
+    is_global = kept > PUBLISHED_GLOBAL_THRESHOLD
+    columns, sparse = int(is_global.sum()), kept[~is_global]
     _divides(op, columns, "global keys in head 0")
     return columns, _divides(op, int(np.sum(sparse)), "kept entries beside the global keys")
 
@@ -178,3 +180,5 @@ def _check(op: Attention) -> None:
 
 
 RELEASED = Simulator("released", costs, "the published script's own formulas")
+
+__getattr__ = old_names(__name__)

@@ -14,7 +14,6 @@ from ...workload import Attention, Op, Workload, polarize_head
 from ..hardware import Hardware, schedule_of
 from ..report.report import OpCost, Report
 from ..schedule import DEFAULT, Schedule
-from ..vitcod.encodings import encoding_named
 
 PARTS = ("masks", "codec", "reorder")
 """Of a workload's attention, what a simulator may leave out."""
@@ -67,7 +66,6 @@ class Simulator:
         Raises ValueError for parameters of another simulator, and what the simulator raises.
         """
         schedule, used = schedule_of(hardware, schedule), self.checked(parameters)
-        encoding_named(schedule.index_encoding)
         left = without_parts(workload, self.without)
         made = tuple(self.costs(left, hardware, schedule, batch, used))
         return self.report(workload, hardware, batch, schedule, parameters, made)

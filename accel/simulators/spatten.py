@@ -23,6 +23,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ...moved import old_names
 from ...workload import Attention, Workload
 from ..hardware import Hardware
 from ..report.report import OpCost, Traffic
@@ -295,3 +296,5 @@ SPATTEN = Simulator(
     "prunes whole tokens to the same density, anew for every image",
     parameters=Spatten(),
 )
+
+__getattr__ = old_names(__name__)

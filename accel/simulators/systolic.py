@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ...moved import old_names
 from ...workload import Attention, Workload
 from ..hardware import Hardware, schedule_of
 from ..products import Layout, laid_out
@@ -193,3 +194,5 @@ WEIGHT_STATIONARY = Simulator(
 INPUT_STATIONARY = Simulator(
     "systolic_is", costs, "dense, input-stationary", parameters=Systolic("is")
 )
+
+__getattr__ = old_names(__name__)

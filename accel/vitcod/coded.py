@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..cache import LruCache
+from ..encodings import ENCODINGS, Stream
 from .assign import Assignment
-from .encodings import Stream, encoding_named
 from .mapping import Mapping
 from .pattern import SDDMM, SPMM, Pattern, plan_tile
 
@@ -75,7 +75,7 @@ def _streamed(
     mapping: Mapping, pattern: Pattern, made: Assignment, rows: slice, keys: slice, kind: int
 ) -> Coded:
     """With its entries as the schedule's encoding writes them."""
-    encoding = encoding_named(mapping.schedule.index_encoding)
+    encoding = ENCODINGS[mapping.schedule.index_encoding]
     coded = encoding.encode(_stream(mapping, pattern, made, rows, keys, kind))
     address = 8 * mapping.address_bytes if kind == SDDMM else 0
     ends = np.cumsum(coded.entry_bits + address)
@@ -98,7 +98,7 @@ def _listed(
         before, inside = _lists_before(pattern, rows, keys)
         sparser = pieces["round"] >= 0
         pieces["place"][sparser] += (before - inside)[pieces["vector"][sparser]]
-    encoding = encoding_named(mapping.schedule.index_encoding)
+    encoding = ENCODINGS[mapping.schedule.index_encoding]
     coded = encoding.encode(_stream(mapping, pattern, made, rows, keys, SPMM))
     listed = made._replace(pieces=pieces)
     if not mapping.hardware.sorted_lists:

@@ -316,8 +316,8 @@ def _compiled(sources: str):
 _step = _compiled(
     sources_digest(
         "dram/address", "dram/controller", "dram/ddr4", "dram/state", "jit", "vitcod/assign",
-        "vitcod/decoder", "vitcod/dma_ddr4", "vitcod/dma_flat", "vitcod/engine", "vitcod/idle", "vitcod/mac_lines",
-        "vitcod/pattern", "vitcod/program", "vitcod/registers",
+        "vitcod/decoder", "vitcod/dma_ddr4", "vitcod/dma_flat", "vitcod/engine", "vitcod/idle",
+        "vitcod/mac_lines", "vitcod/pattern", "vitcod/program", "vitcod/registers",
     )
 )  # fmt: skip
 
@@ -333,7 +333,7 @@ MEMORY_COUNTS = {
 def run(program: Program, mapping: Mapping) -> Trace:
     """Step ``program`` on the mapping's hardware to its end.
 
-    The first call on a machine compiles the core; see `compiled`. Raises RuntimeError where
+    The first call on a computer compiles the core; see `jit`. Raises RuntimeError where
     the machine comes to a stand: a fault of the program or of the engine.
     """
     machine, state = machine_of(mapping), initial_state(program, mapping)

@@ -1,7 +1,7 @@
 """The simulator with data: int8 Q, K and V in, the attention output out, by the schedule.
 
-What the cycle engine runs is carried out on numbers (`carried`). The result is that of
-`integers.integer_attention`, bit for bit, and comes with its distance from float.
+What the cycle engine runs is carried out on numbers (`executor`). The result is that of
+`integer_attention.integer_attention`, bit for bit, and comes with its distance from float.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ...workload import Attention
+from ..encodings import ENCODINGS, Widths
+from ..encodings.stream import bits_below
 from ..hardware import Hardware
 from ..schedule import Schedule
-from .encodings import Widths, encoding_named
-from .encodings.stream import bits_below
 from .pattern import Pattern
 from .scratchpad import NOTHING, Cut, Kept, least_latents
 
@@ -81,7 +81,7 @@ class Mapping:
     @cached_property
     def widths(self) -> Widths:
         """Bounds of the schedule's encoding for tiles of this size."""
-        encoding = encoding_named(self.schedule.index_encoding)
+        encoding = ENCODINGS[self.schedule.index_encoding]
         tile = self.op.queries, self.op.keys
         if encoding.tiled:
             tile = self.query_tile, self.key_tile
@@ -90,7 +90,7 @@ class Mapping:
     @cached_property
     def row_bits(self) -> int:
         """Of the length of a row's list, which goes over the tiles of keys."""
-        encoding, keys = encoding_named(self.schedule.index_encoding), self.op.keys
+        encoding, keys = ENCODINGS[self.schedule.index_encoding], self.op.keys
         return encoding.bounds(keys, keys, self.most_entries, self.named_starts).row_bits
 
     @property

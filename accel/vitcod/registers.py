@@ -1,8 +1,8 @@
 """The vocabulary of the compiled engine: its registers, and what a run leaves.
 
-Every register is an int64 field of a record, so that the compiled core (`memory`, `lines`,
-`engine`) reads like the machine: ``line.word``, ``channel.arrived``. Amounts of DRAM traffic
-are in 1/dram_denominator bytes ("units"), so that 153.6 bytes a cycle stay exact.
+Every register is an int64 field of a record, so that the compiled core (`dma_flat`,
+`mac_lines`, `engine`) reads like the machine: ``line.word``, ``channel.arrived``. Amounts of
+DRAM traffic are in 1/dram_denominator bytes ("units"), so that 153.6 bytes a cycle stay exact.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ WAITS: dict[str, tuple[str, str]] = {
     "reconfigure": ("new split of the lines", "new split of the lines"),
     "pipeline": ("last results", "last results"),
 }
-"""What a line waits for in SDDMM and in SpMM, in words, by the engine's `machine.STALLS`."""
+"""What a line waits for in SDDMM and in SpMM, in words, by the engine's `registers.STALLS`."""
 _WORDS = tuple(zip(*(WAITS.get(name, (name, name)) for name in STALLS), strict=True))
 
 

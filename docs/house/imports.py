@@ -1,7 +1,7 @@
 """The imports of a checkout, read from its syntax trees: nothing of the project is imported.
 
-The repository root is the package, so ``accel/report.py`` is the module
-``sievit.accel.report``. A folder belongs to the package when it has an ``__init__.py``;
+The repository root is the package, so ``accel/simulate.py`` is the module
+``sievit.accel.simulate``. A folder belongs to the package when it has an ``__init__.py``;
 ``tests``, ``examples`` and ``docs`` do not. A module that is named in a string only (a
 registry that loads its entries by name) leaves no import to read.
 """
@@ -21,7 +21,7 @@ KINDS = ("plain", "lazy", "typing")
 
 @dataclass(frozen=True, order=True)
 class Import:
-    """One file imports another; both are paths from the root, such as ``accel/report.py``."""
+    """One file imports another; both are paths from the root, such as ``accel/simulate.py``."""
 
     source: str
     target: str

@@ -7,7 +7,7 @@
 Each case runs in a process of its own with one thread, after compiling: seconds are medians
 of --repeats (4,096 tokens: one run), "CPU s" those that the process itself worked (of the
 exploration: its workers, start included), memory the most that it held, Python, PyTorch and
-the making of the masks included. Masks are made by chance
+the making of the masks included. Masks are synthetic
 (`sievit.sparsify.synthetic`, or for 4,096 tokens as `_long_mask` says) unless --mask gives
 ViTCoD's for DeiT-Tiny. --peer-python is a Python that has SCALE-Sim (pip install scalesim
 "numpy<2", which this package cannot share); where the running Python has it, it is used.
@@ -53,7 +53,7 @@ QUOTED = {
 
 
 def deit_tiny(mask: str | None, codec=None):
-    """DeiT-Tiny with ViTCoD's mask of a file, or one made by chance at 95 %."""
+    """DeiT-Tiny with ViTCoD's mask of a file, or a synthetic one at 95 %."""
     from sievit.models import create, trace
     from sievit.studies.variants import masks_by_chance
     from sievit.workload import AttentionMask
@@ -328,7 +328,7 @@ def write(rows: list[dict], given: argparse.Namespace, path: Path) -> None:
     from sievit.provenance import versions
 
     about = {
-        "mask": "made by chance" if given.mask is None else Path(given.mask).name,
+        "mask": "synthetic" if given.mask is None else Path(given.mask).name,
         "load_average": os.getloadavg()[0],
         "versions": versions(),
     }

@@ -36,7 +36,7 @@ BATCH, PAIRS, SEEDS = 4, 15, (0, 1)
 
 
 def slower(model, base, size: int) -> float:
-    """Run time over the base's, the two taking turns: much else may run on the machine."""
+    """Run time over the base's, the two taking turns: much else may run on the computer."""
     images = torch.randn(BATCH, 3, size, size)
     model.eval()
     base.eval()

@@ -1,6 +1,6 @@
 """Where the softmax attention of any module is: its calls, in order, with their shapes.
 
-The three forms are those of `attention_forms`. No source is edited and no weight touched:
+The three forms are those of `forms`. No source is edited and no weight touched:
 the module's own forward runs on fake tensors and each call is noted as it goes by.
 """
 

@@ -1,4 +1,4 @@
-"""Where a network's measured run time goes on this machine's processor.
+"""Where a network's measured run time goes on this computer's processor.
 
 The EfficientViT paper (CVPR 2023, section 2.1) calls reshapes, element-wise additions,
 copies and normalisation memory-bound: they move data and compute next to nothing. Times
@@ -174,7 +174,7 @@ def timed(
 def relative_time(run: Callable[[], Tensor], base: Callable[[], Tensor], repeats: int) -> float:
     """How many times as long ``run`` takes as ``base``: the median over ``repeats`` pairs.
 
-    The two take turns, so that what slows the machine for a while slows both.
+    The two take turns, so that what slows the computer for a while slows both.
     """
     ratios = []
     for _ in range(repeats + 1):

@@ -180,7 +180,7 @@ class DeformSampling(nn.Module):
             "offset_scale": self.offset_scale,
             "remove_center": self.remove_center,
         }
-        merged = getattr(self.core, "merged", None)
+        merged: Core | None = getattr(self.core, "merged", None)
         if weight is None and merged is not None and not in_shadow():
             return merged(value, offset, **geometry)
         if weight is None:
@@ -226,7 +226,35 @@ def to_channels_last() -> Permute:
     return Permute(0, 2, 3, 1)
 
 
-class DCNv3(nn.Module):
+class _Operator(nn.Module):
+    """What DCNv3 and DCNv4 share: the sampling, and the centre gate under its released names,
+    None where there is no gate."""
+
+    center_feature_scale_proj_weight: nn.Parameter | None
+    center_feature_scale_proj_bias: nn.Parameter | None
+
+    def __init__(self, channels: int, sampling: DeformSampling, center_gate: bool) -> None:
+        super().__init__()
+        groups = sampling.groups
+        if groups < 1 or channels % groups:
+            raise ValueError(f"channels {channels} are not divisible by groups {groups}")
+        self.sampling = sampling
+        weight = nn.Parameter(torch.zeros(groups, channels)) if center_gate else None
+        bias = nn.Parameter(torch.zeros(groups)) if center_gate else None
+        self.register_parameter("center_feature_scale_proj_weight", weight)
+        self.register_parameter("center_feature_scale_proj_bias", bias)
+
+    def _mix_center(self, mixed: Tensor, value: Tensor, source: Tensor) -> Tensor:
+        """mixed * (1 - s) + value * s, s a gate a group from ``source``; mixed without a gate."""
+        weight = self.center_feature_scale_proj_weight
+        if weight is None:
+            return mixed
+        gate = F.linear(source, weight, self.center_feature_scale_proj_bias).sigmoid()
+        gate = gate.repeat_interleave(mixed.shape[-1] // weight.shape[0], dim=-1)
+        return mixed * (1 - gate) + value * gate
+
+
+class DCNv3(_Operator):
     """DCNv3 on [batch, height, width, channels]: weights are a softmax over the samples.
 
     Offsets and weights come from a depthwise convolution of the input (kernel
@@ -234,9 +262,6 @@ class DCNv3(nn.Module):
     ``center_feature_scale`` each group is mixed with the projected value under its centre
     by a learned gate. A fresh operator is a uniform mean of the window.
     """
-
-    center_feature_scale_proj_weight: nn.Parameter | None
-    center_feature_scale_proj_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -250,9 +275,8 @@ class DCNv3(nn.Module):
         remove_center: bool = False,
         core: Core = deform_core,
     ) -> None:
-        super().__init__()
-        _check_groups(channels, groups)
-        self.sampling = DeformSampling(groups, kernel, dilation, offset_scale, remove_center, core)
+        sampling = DeformSampling(groups, kernel, dilation, offset_scale, remove_center, core)
+        super().__init__(channels, sampling, center_feature_scale)
         dw_kernel = dw_kernel or kernel
         self.dw_conv = nn.Sequential(
             nn.Conv2d(channels, channels, dw_kernel, padding=dw_kernel // 2, groups=channels),
@@ -263,7 +287,6 @@ class DCNv3(nn.Module):
         self.mask = nn.Linear(channels, groups * self.sampling.samples)
         self.input_proj = nn.Linear(channels, channels)
         self.output_proj = nn.Linear(channels, channels)
-        _add_center_scale(self, channels, groups, center_feature_scale)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -276,10 +299,10 @@ class DCNv3(nn.Module):
         branch = self.dw_conv(x.permute(0, 3, 1, 2))
         mask = self.mask(branch).unflatten(-1, (-1, self.sampling.samples))
         mixed = self.sampling(value, self.offset(branch), mask.softmax(-1).flatten(-2))
-        return self.output_proj(_mix_center(self, mixed, value, branch))
+        return self.output_proj(self._mix_center(mixed, value, branch))
 
 
-class DCNv4(nn.Module):
+class DCNv4(_Operator):
     """DCNv4: no softmax (weights without bound), offsets and weights from one linear layer.
 
     Takes [batch, height, width, channels], or as the released module [batch, tokens,
@@ -289,9 +312,6 @@ class DCNv4(nn.Module):
     before and after out. The centre gate reads the operator's output, as released.
     A fresh operator gives zero before its output projection.
     """
-
-    center_feature_scale_proj_weight: nn.Parameter | None
-    center_feature_scale_proj_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -307,9 +327,8 @@ class DCNv4(nn.Module):
         pointwise: bool = True,
         core: Core = deform_core,
     ) -> None:
-        super().__init__()
-        _check_groups(channels, groups)
-        self.sampling = DeformSampling(groups, kernel, dilation, offset_scale, remove_center, core)
+        sampling = DeformSampling(groups, kernel, dilation, offset_scale, remove_center, core)
+        super().__init__(channels, sampling, center_feature_scale)
         self.offset_mask_dw = (
             nn.Conv2d(channels, channels, dw_kernel, padding=dw_kernel // 2, groups=channels)
             if dw_kernel
@@ -319,7 +338,6 @@ class DCNv4(nn.Module):
         self.offset_mask = nn.Linear(channels, merged)
         self.value_proj = nn.Linear(channels, channels) if pointwise else None
         self.output_proj = nn.Linear(channels, channels, bias=output_bias) if pointwise else None
-        _add_center_scale(self, channels, groups, center_feature_scale)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -337,13 +355,8 @@ class DCNv4(nn.Module):
         if self.offset_mask_dw is not None:
             branch = self.offset_mask_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         mixed = self.sampling(value, self.offset_mask(branch))
-        mixed = _mix_center(self, mixed, value, mixed)
+        mixed = self._mix_center(mixed, value, mixed)
         return mixed if self.output_proj is None else self.output_proj(mixed)
-
-
-def _check_groups(channels: int, groups: int) -> None:
-    if groups < 1 or channels % groups:
-        raise ValueError(f"channels {channels} are not divisible by groups {groups}")
 
 
 def _zero(*layers: nn.Linear) -> None:
@@ -357,21 +370,3 @@ def _xavier(*layers: nn.Linear) -> None:
         nn.init.xavier_uniform_(layer.weight)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
-
-
-def _add_center_scale(module: nn.Module, channels: int, groups: int, present: bool) -> None:
-    """The gate's parameters, under their released names; None where there is no gate."""
-    weight = nn.Parameter(torch.zeros(groups, channels)) if present else None
-    bias = nn.Parameter(torch.zeros(groups)) if present else None
-    module.register_parameter("center_feature_scale_proj_weight", weight)
-    module.register_parameter("center_feature_scale_proj_bias", bias)
-
-
-def _mix_center(module: DCNv3 | DCNv4, mixed: Tensor, value: Tensor, source: Tensor) -> Tensor:
-    """mixed * (1 - s) + value * s, s a gate a group from ``source``; mixed without a gate."""
-    weight = module.center_feature_scale_proj_weight
-    if weight is None:
-        return mixed
-    gate = F.linear(source, weight, module.center_feature_scale_proj_bias).sigmoid()
-    gate = gate.repeat_interleave(mixed.shape[-1] // weight.shape[0], dim=-1)
-    return mixed * (1 - gate) + value * gate

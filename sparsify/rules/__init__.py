@@ -18,7 +18,7 @@ Rule = Callable[[Layers, RuleArguments], AttentionMask]
 
 
 def random(layers: Layers, asked: RuleArguments) -> AttentionMask:
-    """A control: keys by lot, uniform at a ``sparsity`` or as many a row as ``like``."""
+    """A control: random keys, uniform at a ``sparsity`` or as many a row as ``like``."""
     asked.only("random", ("sparsity", "like"))
     return random_mask(
         tuple(layer.shape for layer in layers),

@@ -87,7 +87,8 @@ def checked_block(granularity: tuple[int, int]) -> tuple[int, int]:
         raise ValueError(
             f"granularity is (queries, keys) of a block, both at least 1, got {granularity!r}"
         )
-    return tuple(granularity)
+    rows, columns = granularity
+    return rows, columns
 
 
 def force_prefix(keep: np.ndarray, prefix_tokens: int) -> np.ndarray:

@@ -31,7 +31,7 @@ def quota(layers: Layers, asked: RuleArguments) -> AttentionMask:
     """``sparsity[layer][head]``, or one number for each head alike."""
     asked.only("quota", ("sparsity",))
     sparsity = asked.sparsity
-    if isinstance(sparsity, (int, float, np.number)):
+    if sparsity is None or isinstance(sparsity, (int, float, np.number)):
         sparsity = [[asked.one_sparsity] * len(layer) for layer in layers]
     return at_sparsities(layers, sparsity, asked.prefix_tokens)
 

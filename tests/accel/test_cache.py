@@ -7,8 +7,9 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from sievit.accel import Hardware, presets, simulate
+from sievit.accel import Hardware, Schedule, presets, simulate
 from sievit.accel.cache import LruCache
+from sievit.accel.schedule import UserMapping
 from sievit.accel.vitcod import mapper, pattern
 from sievit.workload import Attention, AttentionMask, Workload, polarize_head
 
@@ -39,9 +40,6 @@ def _other(name: str, value: object) -> object:
     """An allowed value that differs from the default."""
     if isinstance(value, str):
         allowed = {
-            "assignment": "lockstep",
-            "dense_dataflow": "ws",
-            "dense_fill": "per_tile",
             "dram_model": "ddr4",
             "dram_map": "rows_interleaved",
         }
@@ -63,6 +61,20 @@ def test_what_is_remembered_does_not_change_a_figure(field):
     _clear()
     simulate(workload, small)
     assert simulate(workload, changed).to_dict() == fresh
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"assignment": "lockstep"}, {"mappings_stepped": 3}, {"mapping": UserMapping(ahead=False)}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_is_remembered_of_one_schedule_is_not_taken_for_another(changes):
+    workload, small = _workload(), replace(presets["vitcod"], lines=6)
+    changed = Schedule(**changes)
+    fresh = simulate(workload, small, schedule=changed).to_dict()
+    _clear()
+    simulate(workload, small)
+    assert simulate(workload, small, schedule=changed).to_dict() == fresh
 
 
 def test_assignments_are_shared_by_content():

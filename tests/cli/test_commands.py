@@ -7,16 +7,22 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
 from sievit.cli import app
+from sievit.cli.settings import READ
 from sievit.models import create
+from sievit.pipeline.settings import Settings
+from sievit.pipeline.train import TrainSettings
+from sievit.sparsify import RULES
 from sievit.workload import AttentionMask
 
 SMALL = [
@@ -111,7 +117,7 @@ def test_masks_within_entries_of_tiles(photos, tmp_path):
         <= 17000
     )
     bad = {
-        "--tile must be one of 16, 32, 64, got 24": ("--tile-entries", "6000", "--tile", "24"),
+        "tile must be one of 16, 32, 64, got 24": ("--tile-entries", "6000", "--tile", "24"),
         "goes with --sparsity or --theta": ("--tile-entries", "0", "--granularity", "32x1"),
         "is queries x keys, as 32x1, got '32'": ("--granularity", "32"),
     }
@@ -129,6 +135,76 @@ def test_masks_in_blocks(photos, tmp_path):
     for layer in AttentionMask.load(mask).keep:
         free = layer[:, 1:, 1:]
         assert (free.reshape(len(free), -1, 4, free.shape[-1]).sum(2) % 4 == 0).all()
+
+
+def test_the_grid_of_the_window_rule_need_not_be_square(photos, tmp_path):
+    mask = tmp_path / "mask.npz"
+    arguments = ["masks", mask, *SMALL, "--images", photos, "--rule", "window", "--sparsity", 0.5]
+    assert run(*arguments).exit_code == 0
+    square = AttentionMask.load(mask)
+    assert run(*arguments, "--grid", "2x8").exit_code == 0
+    wide = AttentionMask.load(mask)
+    for one, other in zip(square.keep, wide.keep, strict=True):
+        assert (one.sum(-1) == other.sum(-1)).all()
+    assert wide.digest != square.digest
+
+
+def test_codesign_within_a_budget_says_so_in_its_report(photos, tmp_path):
+    done = run("codesign", *FAST, "--images", photos, "--out", tmp_path, "--no-plots", "--no-int8",
+               "--no-codec", "--cycles", "4000")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    settings = json.loads((tmp_path / "report.json").read_text())["settings"]
+    assert {settings["sparsity"], settings["theta"]} == {None}
+    assert (settings["cycles"], settings["global_threshold"]) == (4000.0, "all")
+
+
+PHOTOS = {"images", "limit", "normalization", "weights"}
+MACHINE = {"model", "mask", "image_size", "global_threshold", "batch", "hardware", "profile",
+           "fields", "json_out", "plots", "quiet", "help", "latent_heads", "simulator"}  # fmt: skip
+WITHOUT_FIELD = {
+    "codesign": PHOTOS | {"model", "judge_images", "hardware", "out", "plots", "quiet", "help"},
+    "masks": PHOTOS | {"model", "hardware", "out", "quiet", "help"},
+    "train": PHOTOS
+    | {"model", "judge_images", "hardware", "out", "mask", "device", "quiet", "help"},
+    "simulate": MACHINE | {"heads", "output", "trace"},
+    "compare": MACHINE | {"against", "output", "trace", "paper", "measure"},
+}
+"""Options whose default is not that of a field of the settings: "auto" of --normalization asks
+where the weights are from, and what a mask file says goes before any default."""
+
+
+def options_of(command: str):
+    made = typer.main.get_command(app).commands[command]
+    return {option.name: option for option in made.get_params(typer.Context(made))}
+
+
+@pytest.mark.parametrize("command", WITHOUT_FIELD)
+def test_defaults_are_those_of_the_settings(command):
+    settings = TrainSettings if command == "train" else Settings
+    usual = {field.name: field.default for field in fields(settings)}
+    options = options_of(command)
+    checked = set(options) - WITHOUT_FIELD[command]
+    assert "groups" in checked or command == "masks"
+    assert checked <= set(usual)
+    for name in checked:
+        default = options[name].default
+        if name in READ:
+            default = READ[name](None if default is None else str(default))
+        assert default == usual[name], name
+
+
+@pytest.mark.parametrize("command", ["codesign", "masks", "train"])
+def test_the_help_names_every_rule(command):
+    said = options_of(command)["rule"].help
+    assert all(name in said for name in RULES)
+    assert "{" not in said
+
+
+def test_help_over_the_commands_loads_no_torch():
+    code = "import sys, sievit.cli as c\ntry: c.app(['--help'])\nexcept SystemExit: pass\n"
+    command = [sys.executable, "-c", code + "print('torch' in sys.modules)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 
 def test_zoo_lists_names():
@@ -149,8 +225,20 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list, list[str]]]:
     run_it = ["codesign", "--model", "deit_tiny", "--out", folder / "out", "--weights"]
     ready = [*run_it, "random"]
     budget = ["masks", folder / "m.npz", "--cycles", "1000"]
+    alone = ["masks", folder / "m.npz"]
     return {
-        "rule and budget": ([*budget, "--rule", "ratio"], ["--rule ratio", "budget"]),
+        "rule and budget": ([*budget, "--rule", "ratio"], ["--rule ratio", "budget --cycles"]),
+        "threshold and budget": (
+            [*ready, "--cycles", "1000", "--global-threshold", "7"], ["cycles", "'all', got 7"]
+        ),
+        "grid and rule": ([*ready, "--grid", "4x4"], ["--grid 4x4", "--rule window"]),
+        "grid": ([*ready, "--rule", "window", "--grid", "16"], ["rows x columns", "'16'"]),
+        "tile": ([*alone, "--tile", "16"], ["--tile 16", "--tile-entries"]),
+        "hardware of no cycles": ([*alone, "--hardware", "vitcod"], ["--hardware", "--cycles"]),
+        "training's": (["train", "--theta", "0.9", "--cycles", "9"], ["--theta 0.9 and --cycles"]),
+        "theta and mask": (
+            ["train", "--mask", folder / "mask9.npz", "--theta", "0.8"], ["--mask or --theta"]
+        ),
         "rule and mask": (
             ["train", "--mask", folder / "mask9.npz", "--rule", "ratio"],
             ["--mask or --rule", "ratio"],
@@ -171,7 +259,9 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list, list[str]]]:
         "missing folder": ([*ready, "--images", folder / "gone"], ["gone", "does not exist"]),
         "sparsity": ([*ready, "--sparsity", "1.2"], ["1.2", "[0, 1)"]),
         "theta": ([*ready, "--theta", "0"], ["0.0", "(0, 1]"]),
-        "both": ([*ready, "--theta", "0.5", "--sparsity", "0.5"], ["sparsity=0.5, theta=0.5"]),
+        "both": (
+            [*ready, "--theta", "0.5", "--sparsity", "0.5"], ["--sparsity 0.5 and --theta 0.5"]
+        ),
         "min kept": ([*ready, "--min-kept", "many"], ["many"]),
         "hardware": ([*ready, "--hardware", "tpu"], ["tpu", "vitcod"]),
         "image size": ([*ready, "--image-size", "100"], ["100", "patch size 16"]),

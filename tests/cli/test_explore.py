@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from sievit.accel import explore, grid, presets
 from sievit.cli import app
-from sievit.cli.front_tables import front_table, sensitivity_table
+from sievit.cli.tables.fronts import front_table, sensitivity_table
 from sievit.models import create, trace
 from sievit.studies.variants import masks_by_chance, variants
 from sievit.workload import AttentionMask
@@ -46,7 +46,7 @@ def axes(tmp_path_factory):
 def test_axes_of_model_and_machine_are_told_in_lines_of_80(axes):
     output = axes[2]
     assert max(map(len, output.splitlines())) <= 80
-    assert "made by chance (seed 0)" in output
+    assert "synthetic masks (seed 0)" in output
     assert "48 points: 32 simulated, 16 failed." in output
     assert "lines must be an integer >= 1, got 0" in " ".join(output.split())
     assert "latent_heads must be in 1..heads" in " ".join(output.split())
@@ -123,12 +123,12 @@ def test_masks_of_files_and_a_list_of_machines(tmp_path, dense):
 
 
 def test_masks_learned_once_for_all_sparsities(tmp_path, monkeypatch):
-    import sievit.stages
+    import sievit.pipeline.sparsifier
 
     averaged = []
-    average = sievit.pipeline.stages.average_attention
+    average = sievit.pipeline.sparsifier.average_attention
     monkeypatch.setattr(
-        sievit.pipeline.stages,
+        sievit.pipeline.sparsifier,
         "average_attention",
         lambda *a, **k: averaged.append(1) or average(*a, **k),
     )

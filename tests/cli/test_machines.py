@@ -115,7 +115,7 @@ def test_compare_without_a_mask_makes_one_by_chance_and_says_so():
     done = run(*arguments)
     assert done.exit_code == 0, done.output
     text = " ".join(done.output.split())
-    assert "made by chance (seed 0)" in text
+    assert "a synthetic mask (seed 0)" in text
     assert "no word on accuracy; no codec." in text
     assert run(*arguments).output == done.output
     assert run(*arguments, "--seed", "1").output != done.output

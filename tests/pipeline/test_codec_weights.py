@@ -46,6 +46,6 @@ def test_the_machine_computes_the_saved_codec(groups, tmp_path):
 
 def test_a_rotation_must_be_folded_first():
     codec = QKCodec(HeadCodec(4, 2))
-    codec.turn = torch.eye(8).expand(4, 8, 8)
+    codec.rotation = torch.eye(8).expand(4, 8, 8)
     with pytest.raises(ValueError, match=r"carries a rotation.*fold"):
         codec_weights(codec)

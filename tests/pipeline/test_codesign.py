@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 
 from sievit.accel import presets
 from sievit.images import Photos
-from sievit.models import create, features
+from sievit.models import create, features, trace
 from sievit.pipeline import Attachments
-from sievit.pipeline.codesign import codesign, learn_mask
-from sievit.pipeline.networks import simulate_model
+from sievit.pipeline.codesign import codesign, learn_mask, learn_mask_within
+from sievit.pipeline.networks import attention_cycles, simulate_model
 from sievit.pipeline.settings import Settings
 from sievit.pipeline.stages import SIMULATORS
 from sievit.sparsify import attach
+from sievit.sparsify.budgeted_masks import tile_area
 from sievit.workload import HeadCodec
 
 SMALL = Settings(
@@ -35,10 +36,10 @@ SMALL = Settings(
 )
 
 
-def network():
+def network(image_size: int = 32):
     torch.manual_seed(0)
     return create(
-        "vit_tiny", image_size=32, patch_size=8, dim=32, depth=2, heads=4, num_classes=0
+        "vit_tiny", image_size=image_size, patch_size=8, dim=32, depth=2, heads=4, num_classes=0
     ).eval()
 
 
@@ -68,7 +69,7 @@ def test_the_path_is_complete(result):
         "random mask, rows as learned",
         "random mask, uniform",
         "learned mask",
-        "codec alone, heads not turned",
+        "codec alone, heads not rotated",
         "codec alone",
         "learned mask + codec",
         "learned mask + codec, recovered",
@@ -221,8 +222,53 @@ def test_masks_alone_and_their_simulation():
 def test_settings_check_themselves(field, value):
     with pytest.raises(ValueError, match=f"{field}.*{re.escape(str(value))}"):
         Settings(**{field: value})
-    with pytest.raises(ValueError, match=r"sparsity=None, theta=None"):
+    with pytest.raises(ValueError, match="sparsity, theta, cycles, tile_entries, got none"):
         Settings(sparsity=None)
+
+
+BUDGET = {"sparsity": None, "tile_entries": 2000.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"cycles": 900.0}, "exactly one of .* got sparsity=0.9, cycles=900.0"),
+        ({**BUDGET, "tile_entries": 0.0}, "tile_entries must be above 0, got 0.0"),
+        ({**BUDGET, "tile": 24}, "tile must be one of 16, 32, 64, got 24"),
+        ({**BUDGET, "rule": "ratio"}, r"budget \(tile_entries\) takes no rule, got 'ratio'"),
+        ({**BUDGET, "grid": (4, 4)}, r"takes no grid, got \(4, 4\)"),
+        ({**BUDGET, "granularity": (32, 1)}, r"takes no granularity, got \(32, 1\)"),
+        (
+            {"sparsity": None, "cycles": 900.0, "global_threshold": 7},
+            "global_threshold is 'all', got 7",
+        ),
+    ],
+)
+def test_a_budget_refuses_what_it_would_ignore(settings, match):
+    with pytest.raises(ValueError, match=match):
+        Settings(**settings)
+
+
+def test_a_run_within_a_budget_has_the_mask_that_the_budget_makes():
+    quick = replace(SMALL, codec=False, recovery_steps=0, measure=False, int8=False)
+    within = quick.with_amount(tile_entries=4000.0)
+    result = codesign(network(), photos(), settings=replace(within, tile=16))
+    alone = learn_mask(network(), photos(), replace(within, tile=16))
+    again = learn_mask_within(network(), photos().take([0, 1, 2, 4, 5]), settings=quick,
+                              tile_entries=4000.0, tile=16)  # fmt: skip
+    assert result.mask.digest == again.mask.digest != alone.digest
+    assert 0.9 * 4000 <= again.cost == tile_area(16)(result.mask) <= 4000
+    assert result.to_dict()["settings"]["tile_entries"] == 4000.0
+    assert result.mask.global_threshold == 8  # the settings' own
+
+
+@pytest.mark.parametrize("lines", [64, 32])
+def test_cycles_are_counted_on_the_hardware_with_keys_that_every_query_keeps(lines):
+    model, hardware = network(image_size=96), replace(presets["vitcod"], lines=lines)
+    within = replace(SMALL, image_size=96, sparsity=None, cycles=6000.0, global_threshold="all")
+    mask = learn_mask(model, photos(), within, hardware=hardware)
+    assert mask.global_threshold == "all"
+    assert 0.9 * 6000 <= attention_cycles(trace(model, 96), hardware)(mask) <= 6000
 
 
 def test_one_photo_is_not_enough():

@@ -16,14 +16,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from sievit.accel import presets
 from sievit.ae import QKCodec
 from sievit.cli import app
 from sievit.images import IMAGENET, NORMALIZATIONS, Photos, batches, center_crops
-from sievit.models import create
+from sievit.models import create, trace
 from sievit.pipeline import Attachments
+from sievit.pipeline.networks import attention_cycles
 from sievit.pipeline.sparse_model import class_labels
 from sievit.pipeline.train import TrainSettings, train_sparse
 from sievit.pipeline.training_log import TrainingLog
@@ -90,17 +93,24 @@ def test_files_load_back_to_the_same_outputs(tmp_path):
     assert json.loads((tmp_path / "training.json").read_text())["settings"]["mode"] == "joint"
 
 
-def test_turned_codecs_load_back_with_their_turn(tmp_path):
+def test_rotated_codecs_load_back_with_their_rotation(tmp_path):
     from sievit.ae import fit_codecs, head_moments
 
     model = network()
     codecs = fit_codecs(head_moments(model, [image()]), 2).codecs
-    assert codecs[0].turn is not None
+    assert codecs[0].rotation is not None
     Attachments(64, None, codecs, {}).save(tmp_path / "a.safetensors")
     loaded = Attachments.load(tmp_path / "a.safetensors")
     with Attachments(64, None, codecs, {}).attach(model):
         wanted = model(image())
     with loaded.attach(model):
+        assert torch.equal(model(image()), wanted)
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        about = file.metadata()
+        tensors = {name.replace("rotation", "turn"): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert "codecs.0.turn" in tensors
+    save_file(tensors, tmp_path / "earlier.safetensors", about)
+    with Attachments.load(tmp_path / "earlier.safetensors").attach(model):
         assert torch.equal(model(image()), wanted)
 
 
@@ -140,6 +150,21 @@ def test_a_second_run_goes_on_where_the_first_was_stopped(tmp_path):
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2", "3"]
     with pytest.raises(ValueError, match=r"sparsity was 0\.6, is 0\.5"):
         train_sparse(network(), photos(), replace(settings, sparsity=0.5), tmp_path)
+
+
+def test_training_within_cycles_resumes_on_the_same_machine_alone(tmp_path):
+    settings = replace(SMALL, image_size=96, sparsity=None, cycles=6000.0, steps=2)
+    model = network(image_size=96, patch_size=8)
+    found = train_sparse(model, photos(), settings, tmp_path)
+    mask = found.attachments.mask
+    assert mask.global_threshold == "all"
+    assert 0.9 * 6000 <= attention_cycles(trace(model, 96))(mask) <= 6000
+    assert found.attachments.settings["cycles"] == 6000.0
+    again = train_sparse(model, photos(), settings, tmp_path)
+    assert again.logs["mask"].steps == 0
+    other = replace(presets["vitcod"], lines=128)
+    with pytest.raises(ValueError, match=r"hardware was .* is "):
+        train_sparse(model, photos(), settings, tmp_path, hardware=other)
 
 
 def given_mask(sparsity: float = 0.7, heads: int = 4, tokens: int = 17) -> AttentionMask:
@@ -247,6 +272,8 @@ def test_classes_come_from_folders():
     [
         ({"mode": "both"}, "mode must be one of two-step, joint, mask"),
         ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\)"),
+        ({"cycles": 1e4}, "exactly one of .* got sparsity=0.9, cycles=10000.0"),
+        ({"sparsity": None, "cycles": 1e4, "gradual": True}, "to a sparsity alone, got .* cycles="),
         ({"steps": 0}, "steps must be at least 1"),
         ({"batch_size": 8, "accumulate": 3}, "cannot be cut into 3"),
     ],

@@ -98,7 +98,7 @@ def test_a_written_out_softmax_stays_dense(calls):
 
 
 def test_the_pretrained_vit(golden, calls):
-    """ViT-S/14, masks of 90 % by chance: 257 tokens, the reference photo."""
+    """ViT-S/14, synthetic masks of 90 %: 257 tokens, the reference photo."""
     reference = np.load(golden("dinov2-vits14/golden_astronaut_224.npz"))
     model = create(
         "dinov2_small",

@@ -1,4 +1,4 @@
-"""Maps made by chance: rows sum to one, and their masks look like the published ones."""
+"""Synthetic maps: rows sum to one, and their masks look like the published ones."""
 
 from __future__ import annotations
 

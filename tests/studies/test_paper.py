@@ -13,7 +13,7 @@ from rich.console import Console
 from sievit.accel import presets, simulate
 from sievit.accel.report.energy import PROFILES, area, energy
 from sievit.accel.report.roofline import DEVICES, MEASURED, roofline, speedup
-from sievit.cli.paper_tables import paper_tables, plot_factors
+from sievit.cli.tables.paper import paper_tables, plot_factors
 from sievit.studies.paper import PaperStudy, case_of_mask, cases_by_chance, compare_with_paper
 from sievit.studies.paper_rows import Case, Row, Run, rows
 from sievit.studies.published import HEADLINES, Published

@@ -166,7 +166,13 @@ def test_sanger_loads_k_and_v_again_for_tiles_that_do_not_fit():
     cost = simulate(network(op), small, "sanger").attention[0]
     loads = {r.tensor: r.read_bytes for r in cost.traffic if r.level == "dram"}
     assert cost.details["queries_a_tile"] == 64
+    one = sanger.Sanger(units_held=1, prediction_bits=8)
+    tight = replace(small, output_buffer_bytes=cost.kept_macs // 128 * 3 // 4)
+    costs = [simulate(network(op), tight, "sanger", parameters=p).attention[0] for p in (None, one)]
+    tiles = [256 // cost.details["queries_a_tile"] for cost in costs]
+    assert tiles[0] > tiles[1]
     size = 256 * 64
+    assert traffic_at(costs[1])["K", "dram"].read_bytes == tiles[1] * size * 2
     assert (loads["Q"], loads["K"], loads["V"]) == (size, 4 * size * 3 // 2, 4 * size)
     with pytest.raises(ValueError, match=r"attn: one query needs 64 bytes, q_buffer_bytes is 8"):
         simulate(network(op), replace(VITCOD, q_buffer_bytes=8), "sanger")

@@ -62,6 +62,11 @@ def test_parameters_are_reached():
 
     slow = cycles("sanger", Sanger(mask_bits_per_cycle=1)).attention[0]
     assert slow.busy["packing"] == 2 * 70 * 70
+    four, eight = (cycles("sanger", Sanger(prediction_bits=bits)).attention[0] for bits in (4, 8))
+    assert eight.phases["predict"] > four.phases["predict"]
+    predicted = four.details["predicted_4bit_products"]
+    assert eight.details["predicted_8bit_products"] == predicted
+    assert eight.macs - eight.kept_macs == predicted == 2 * (four.macs - four.kept_macs)
     method = Spatten(lsb_share=1.0)
     assert cycles("spatten", method).attention[0].details["queries_recomputed"] > 30
     assert cycles("systolic", Systolic("ws")).ops == simulate(workload(), VITCOD, "systolic_ws").ops
@@ -73,12 +78,17 @@ def test_parameters_are_reached():
         compare(workload(), parameters={"sanger": Sanger()})
 
 
-@pytest.mark.parametrize("bits", [0, True, 1.5])
-def test_bad_parameters_are_named(bits):
-    with pytest.raises(
-        ValueError, match=f"mask_bits_per_cycle must be an integer >= 1, got {bits}"
-    ):
-        Sanger(mask_bits_per_cycle=bits)
+@pytest.mark.parametrize("count", [0, True, 1.5])
+@pytest.mark.parametrize("name", ["mask_bits_per_cycle", "units_held"])
+def test_bad_counts_are_named(name, count):
+    with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got {count}"):
+        Sanger(**{name: count})
+
+
+def test_bad_parameters_are_named():
+    for bits in (0, True, 3, 16):
+        with pytest.raises(ValueError, match=f"prediction_bits must be one of .* got {bits}"):
+            Sanger(prediction_bits=bits)
     with pytest.raises(ValueError, match="dataflow must be one of os, ws, is, got 'rs'"):
         Systolic("rs")
 

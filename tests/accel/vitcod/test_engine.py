@@ -12,10 +12,10 @@ from naive_engine import Twin
 from numba import njit
 
 from sievit.accel import jit as compiled
+from sievit.accel.encodings import ENCODINGS
 from sievit.accel.hardware import Hardware, presets
 from sievit.accel.schedule import ASSIGNMENTS, LATENTS, SCRATCHPADS, Schedule
 from sievit.accel.vitcod import engine
-from sievit.accel.vitcod.encodings import ENCODINGS
 from sievit.accel.vitcod.mapper import candidates, choose
 from sievit.accel.vitcod.program import V, build
 from sievit.accel.vitcod.registers import COUNTS, PHASES, STALLS

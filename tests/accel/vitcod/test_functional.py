@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sievit.accel import Arithmetic, Quantized, integer_attention, quantize, simulate_attention
 from sievit.accel.arithmetic import FixedPoint, quantize_head_map
+from sievit.accel.encodings import ENCODINGS
 from sievit.accel.hardware import Hardware, presets
 from sievit.accel.integer_attention import checked_rules, integer_softmax
 from sievit.accel.schedule import (
@@ -25,7 +26,6 @@ from sievit.accel.schedule import (
     SCRATCHPADS,
     Schedule,
 )
-from sievit.accel.vitcod.encodings import ENCODINGS
 from sievit.accel.vitcod.executor import ProgramExecutor
 from sievit.accel.vitcod.functional import CodecWeights, arithmetic_of, coded_operands
 from sievit.accel.vitcod.mapper import candidates, choose

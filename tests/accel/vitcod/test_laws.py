@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sievit.accel.dram.ddr4 import ADDRESS_MAPS
+from sievit.accel.encodings import ENCODINGS
 from sievit.accel.hardware import Hardware, presets
 from sievit.accel.schedule import (
     ASSIGNMENTS,
@@ -22,7 +23,6 @@ from sievit.accel.schedule import (
     Schedule,
     UserMapping,
 )
-from sievit.accel.vitcod.encodings import ENCODINGS
 from sievit.accel.vitcod.mapper import candidates, choose
 from sievit.accel.vitcod.program import CHANNELS, INDEX, STORE, K, Q, V
 from sievit.accel.vitcod.registers import STALLS

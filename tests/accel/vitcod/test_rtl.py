@@ -1,6 +1,6 @@
 """The MAC lines in Verilog, run by Icarus: the same cycles, the same integers.
 
-The Verilog (accel/rtl) has the lines, the arbiters of all banks, IdxBuf, both key registers,
+The Verilog (accel/vitcod/rtl) has the lines, the arbiters of all banks, IdxBuf, both key registers,
 two sets of accumulators and the pipeline; it gets the schedule and the data. DRAM and softmax
 are made ideal for the comparison: the DRAM fills each buffer as fast as its write ports
 allow, and between the scores and the values of a call lie the scores of a second one, so
@@ -21,7 +21,7 @@ import pytest
 
 import sievit.accel
 from sievit.accel.hardware import Hardware
-from sievit.accel.schedule import ASSIGNMENTS
+from sievit.accel.schedule import ASSIGNMENTS, DEFAULT, Schedule
 from sievit.accel.vitcod import engine
 from sievit.accel.vitcod.mapper import choose
 from sievit.accel.vitcod.program import SDDMM, SPMM, build
@@ -144,19 +144,20 @@ class Case:
 
     op: Attention
     hardware: Hardware
+    schedule: Schedule
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
     weights: np.ndarray  # [queries, keys], reordered; 0 where pruned
 
     @classmethod
-    def of(cls, mask, hardware, dim, seed=0):
+    def of(cls, mask, hardware, dim, seed=0, schedule=DEFAULT):
         rng = np.random.default_rng(seed)
         tokens = (mask.queries, mask.keys, mask.keys)
         data = (rng.integers(-128, 128, (2 * n, dim)).astype(np.int8) for n in tokens)
         weights = rng.integers(0, 256, (mask.queries, mask.keys)) * mask.reordered()
         op = Attention("call", 1, mask.queries, mask.keys, dim, dim, windows=2, masks=(mask,))
-        return cls(op, hardware, *data, weights)
+        return cls(op, hardware, schedule, *data, weights)
 
     def computed(self):
         """bool [queries, keys]: the dense block and what is kept beside it."""
@@ -172,7 +173,7 @@ class Case:
 
 def compare(case, compiled, folder):
     """All four products of a case in Verilog, against the engine and plain integers."""
-    mapping = choose(case.op, case.hardware)
+    mapping = choose(case.op, case.hardware, case.schedule)
     program, _ = build(mapping, 2)
     trace = engine.run(program, mapping)
     assert program.stages["kind"].tolist() == [SDDMM, SDDMM, SPMM, SPMM]
@@ -259,11 +260,12 @@ def random_mask(seed):
 def test_small_random_masks(machine, policy, compiled, tmp_path):
     """5 masks, four products each."""
     number = list(MACHINES).index(machine) * 3 + ASSIGNMENTS.index(policy)
-    hardware = replace(IDEAL, **MACHINES[machine], assignment=policy)
+    hardware = replace(IDEAL, **MACHINES[machine])
     for seed in range(5 * number, 5 * number + 5):
         folder = tmp_path / str(seed)
         folder.mkdir()
-        case = Case.of(random_mask(seed), hardware, (8, 16, 12)[seed % 3], seed)
+        dim, schedule = (8, 16, 12)[seed % 3], Schedule(assignment=policy)
+        case = Case.of(random_mask(seed), hardware, dim, seed, schedule)
         compare(case, compiled, folder)
 
 
@@ -280,8 +282,9 @@ BANKS = {"q_banks": 32, "k_banks": 32, "v_banks": 32, "output_banks": 32}
 def test_crops_of_real_heads(layer, head, policy, deit_masks, compiled, tmp_path):
     """The first 64 tokens of DeiT-Tiny heads on 16 lines: the full row and column are in."""
     keep = deit_masks[layer][head][:64, :64]
-    hardware = replace(IDEAL, lines=16, **BANKS, assignment=policy)
-    compare(Case.of(polarize_head(keep, 0.3), hardware, 64), compiled, tmp_path)
+    hardware, schedule = replace(IDEAL, lines=16, **BANKS), Schedule(assignment=policy)
+    case = Case.of(polarize_head(keep, 0.3), hardware, 64, schedule=schedule)
+    compare(case, compiled, tmp_path)
 
 
 def test_a_whole_real_head_on_the_published_array(deit_masks, compiled, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sievit.cli.options import normalization_named
+from sievit.cli.inputs import normalization_named
 from sievit.images import NORMALIZATIONS
 from sievit.models import SaliencyDecoder, create, load_weights
 from sievit.models.weights.load import input_statistics

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..pipeline.result import CodesignResult
-from ..sparsify import Fidelity
-from ..workload import AttentionMask, GlobalThreshold
-from .machine_tables import simulation_table
+from ...pipeline.result import CodecSummary, CodesignResult
+from ...sparsify import Fidelity
+from ...workload import AttentionMask, GlobalThreshold
+from .layout import titled
+from .machines import simulation_table
 
 
 def codesign_tables(result: CodesignResult) -> RenderableType:
-    """The whole report: model, mask, fidelity, machines, this machine."""
+    """The whole report: model, mask, fidelity, machines, this computer."""
     parts: list[RenderableType] = [
         Text(),
         _headline(result),
@@ -68,7 +68,7 @@ def _facts(result: CodesignResult) -> list[tuple[str, str]]:
         ),
     ]
     if result.codec_summary is not None:
-        facts.append(("codec", _codec_fact(result)))
+        facts.append(("codec", _codec_fact(result.codec_summary, settings.rotation)))
     if result.recovery_log is not None:
         log = result.recovery_log
         facts.append(
@@ -83,19 +83,18 @@ def _facts(result: CodesignResult) -> list[tuple[str, str]]:
 
 def _kept_by(threshold: GlobalThreshold) -> str:
     words = {"all": "kept by every query", "none": "none wanted"}
-    return words.get(threshold, f"kept by more than {threshold} queries")
+    return words.get(str(threshold), f"kept by more than {threshold} queries")
 
 
-def _codec_fact(result: CodesignResult) -> str:
-    summary = result.codec_summary
+def _codec_fact(summary: CodecSummary, rotated: bool) -> str:
     shape, plain = summary.shapes[0], summary.mean(rotated=False)
     text = (
         f"Q and K over {shape.heads} -> {shape.latent_heads} heads, {summary.parameters} "
         f"parameters; explained variance Q {plain.q:.2f}, K {plain.k:.2f}"
     )
-    if result.settings.rotation:
-        turned = summary.mean(rotated=True)
-        text += f", with heads turned to agree Q {turned.q:.2f}, K {turned.k:.2f}"
+    if rotated:
+        agreeing = summary.mean(rotated=True)
+        text += f", with heads rotated to agree Q {agreeing.q:.2f}, K {agreeing.k:.2f}"
     moved = summary.mean_errors()
     return (
         f"{text}; on judging crops, under the mask: error Q {moved.q:.2f}, K {moved.k:.2f}, "
@@ -103,16 +102,9 @@ def _codec_fact(result: CodesignResult) -> str:
     )
 
 
-def _table(title: str) -> Table:
-    """No vertical lines, so that tables fit 80 columns."""
-    return Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
-    )
-
-
 def fidelity_table(rows: Mapping[str, Fidelity]) -> Table:
     """Variant by variant, against the dense model's tokens."""
-    table = _table("Fidelity to the dense model (1 = the same)")
+    table = titled("Fidelity to the dense model (1 = the same)")
     table.add_column("variant", no_wrap=True)
     saliency = any(row.saliency_iou is not None for row in rows.values())
     labelled = any(row.accuracy is not None for row in rows.values())
@@ -144,7 +136,7 @@ def _optional(value: float | None) -> str:
 
 def mask_table(mask: AttentionMask) -> Table:
     """Sparsity of each layer and of its sparsest and densest head."""
-    table = _table(f"Mask: {mask.sparsity:.1%} pruned")
+    table = titled(f"Mask: {mask.sparsity:.1%} pruned")
     for heading in ("layer", "heads", "queries", "keys", "pruned", "least", "most"):
         table.add_column(heading, justify="right")
     for layer, (shape, heads) in enumerate(zip(mask.shapes, mask.sparsity_by_head(), strict=True)):
@@ -156,7 +148,7 @@ def mask_table(mask: AttentionMask) -> Table:
 def measured_table(result: CodesignResult) -> RenderableType:
     """Dense attention timed here, and what the simulated machine is against each row."""
     first = result.measured[0]
-    table = _table(f"Dense attention measured on {first.device}, {first.dtype}")
+    table = titled(f"Dense attention measured on {first.device}, {first.dtype}")
     table.add_column("kernel", no_wrap=True)
     for heading in (
         "batch",

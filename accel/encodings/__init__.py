@@ -11,13 +11,6 @@ from .absolute import ABSOLUTE
 from .relative import RELATIVE
 from .stream import Encoded, Encoding, Stream, Widths
 
-__all__ = ["ENCODINGS", "Encoded", "Encoding", "Stream", "Widths", "encoding_named"]
+__all__ = ["ENCODINGS", "Encoded", "Encoding", "Stream", "Widths"]
 
 ENCODINGS: dict[str, Encoding] = {"relative": RELATIVE, "absolute": ABSOLUTE}
-
-
-def encoding_named(name: str) -> Encoding:
-    """The encoding of ``name``. Raises ValueError, naming those there are, for another."""
-    if name not in ENCODINGS:
-        raise ValueError(f"index_encoding must be one of {', '.join(ENCODINGS)}, got {name!r}")
-    return ENCODINGS[name]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..assign import DENSE_ROUND, Assignment
+if TYPE_CHECKING:
+    from ..vitcod.assign import Assignment
 
 
 class Widths(NamedTuple):
@@ -64,7 +65,7 @@ class Stream:
     @property
     def _pieces(self) -> np.ndarray:
         pieces = self.assignment.pieces
-        return pieces[pieces["round"] != DENSE_ROUND]
+        return pieces[pieces["round"] >= 0]
 
     @cached_property
     def vectors_met(self) -> int:

@@ -9,17 +9,17 @@ import os
 from collections.abc import Iterator
 from itertools import groupby
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..figure import blank, save
-from ..studies.ladder import Ladder
-from ..studies.paper import PaperStudy
-from ..studies.paper_rows import Row
-from ..studies.published import Published
+from ...figure import blank, save
+from ...studies.ladder import Ladder
+from ...studies.paper import PaperStudy
+from ...studies.paper_rows import Row
+from ...studies.published import Published
+from .layout import titled
 
 MARKS = {"paper": "", "notes": "*", "unconfirmed": "?"}
 LEGEND = (
@@ -103,9 +103,7 @@ def _value(value: float | None, unit: str) -> str:
 def ladder_table(ladder: Ladder, note: str) -> Table:
     """Rung by rung: what is changed, the cycles, the difference."""
     title = f"From the released script's attention cycles to ours: {note}"
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
-    )
+    table = titled(title)
     table.add_column("cause", overflow="fold")
     table.add_column("by", no_wrap=True)
     for heading in ("cycles", "difference"):

@@ -9,16 +9,16 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..accel.report.energy import Area, Energy
-from ..accel.report.report import LEVELS, OpCost, Report
-from ..accel.report.speedups import speedups
-from ..accel.schedule import DEFAULT
-from ..accel.simulators.registry import SIMULATORS
+from ...accel.report.energy import Area, Energy
+from ...accel.report.report import LEVELS, OpCost, Report
+from ...accel.report.speedups import speedups
+from ...accel.schedule import DEFAULT
+from ...accel.simulators.registry import SIMULATORS
+from .layout import titled
 
 PRODUCTS = ("sddmm", "spmm")
 """Phases that have a column of their own; the rest of a layer's cycles are waits and extras."""
@@ -28,15 +28,8 @@ BAR = 24
 
 
 def _table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
-    """Columns of words, then columns of figures; no vertical lines."""
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    """Columns of words, then columns of figures."""
+    table = titled(title, collapse_padding=True)
     for heading in left:
         table.add_column(heading, no_wrap=True)
     for heading in right:
@@ -338,7 +331,7 @@ def comparison_tables(
         ["DRAM\nkB", "buffers\nkB", "lines\nkB", "attention\nuJ", "network\nuJ"],
     )
     for name, report in reports.items():
-        moved = dict.fromkeys(LEVELS, 0)
+        moved: dict[str, int] = dict.fromkeys(LEVELS, 0)
         for row in report.traffic():
             moved[row.level] += row.total_bytes
         parts = (True, False) if report.macs else ()

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..models.costs.complexity import Complexity, LayerComplexity
-from ..models.costs.dcn_traffic import DCNV4_CHANNELS, SamplingTraffic
-from ..models.costs.run_profile import MEMORY_BOUND, RunProfile
+from ...models.costs.complexity import Complexity, LayerComplexity
+from ...models.costs.dcn_traffic import DCNV4_CHANNELS, SamplingTraffic
+from ...models.costs.run_profile import MEMORY_BOUND, RunProfile
+from .layout import titled
 
 if TYPE_CHECKING:
-    from ..studies.runtime import RuntimeStudy
+    from ...studies.runtime import RuntimeStudy
 
 Size = tuple[int, int]
 
@@ -33,7 +33,7 @@ def costs_table(costs: Sequence[Complexity], sizes: Sequence[Size]) -> Renderabl
             cost.macs_without_attention / 1e9,
             cost.activations / 1e6,
             total.bytes_no_cache / 1e9,
-            *([total.bytes_with_cache / 1e6] if cached else []),
+            *([(total.bytes_with_cache or 0) / 1e6] if cached else []),
             total.bytes_unlimited_cache / 1e6,
         ]
         table.add_row(cost.name, pixels(size), *map(_three_digits, cells))
@@ -89,7 +89,7 @@ def profile_table(profile: RunProfile) -> RenderableType:
     """Measured time by kind of operation, and the memory-bound share of it."""
     threads = f"{profile.threads} thread{'s' if profile.threads > 1 else ''}"
     table = _table(
-        f"{profile.model} at {pixels(profile.image_size)} on this machine: batch "
+        f"{profile.model} at {pixels(profile.image_size)} on this computer: batch "
         f"{profile.batch}, {threads}",
         ["kind of operation", "memory-bound"],
         ["ms a batch", "share"],
@@ -161,7 +161,7 @@ def runtime_table(study: RuntimeStudy) -> RenderableType:
             name = f"{base or 'all'} ({count})" if time == "measured" else ""
             table.add_row(name, time, *(f"{line.r:.3f}" for line in lines.values()))
     note = (
-        f"Measured: this machine's processor, {threads}, batch {study.batch}, fastest of "
+        f"Measured: this computer's processor, {threads}, batch {study.batch}, fastest of "
         f"{study.rounds} rounds. Simulated: '{study.simulator}' on '{study.hardware}', same batch."
     )
     return Group(table, Text(note))
@@ -174,14 +174,7 @@ def pixels(size: Size) -> str:
 
 def _table(title: str, names: Sequence[str], heads: Sequence[str]) -> Table:
     """Columns of names to the left, of numbers to the right."""
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=0,
-    )
+    table = titled(title, padding=0)
     for name in names:
         table.add_column(name, overflow="fold", no_wrap=name not in ("layer", "operator"))
     for head in heads:

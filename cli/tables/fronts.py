@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..accel.explore.labels import axis_heading, axis_words, figure_shown, heading, shown
-from ..accel.explore.points import (
+from ...accel.explore.labels import axis_heading, axis_words, figure_shown, heading, shown
+from ...accel.explore.points import (
     OBJECTIVES,
     DesignPoint,
     Effect,
@@ -18,7 +17,8 @@ from ..accel.explore.points import (
     sensitivity,
     value_of,
 )
-from ..accel.report.energy import PROFILES, area
+from ...accel.report.energy import PROFILES, area
+from .layout import titled
 
 MOST_ROWS = 24
 """Of a front and of errors: the rest is counted, and is in the files."""
@@ -118,12 +118,5 @@ def _words(group: Sequence[DesignPoint]) -> str:
 
 
 def _table(title: str) -> Table:
-    """No vertical lines and little room between columns, so that many fit 80 characters."""
-    return Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    """Little room between columns, so that many fit 80 characters."""
+    return titled(title, padding=(0, 1, 0, 0))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from naive_index import stage_index
 
+from sievit.accel.encodings import ENCODINGS, Stream, Widths
 from sievit.accel.hardware import Hardware
 from sievit.accel.schedule import ASSIGNMENTS, Schedule
 from sievit.accel.vitcod.coded import coded_tile
-from sievit.accel.vitcod.encodings import ENCODINGS, Stream, Widths, encoding_named
 from sievit.accel.vitcod.mapper import choose
 from sievit.accel.vitcod.pattern import SDDMM, SPMM, Pattern, plan_tile
 from sievit.workload import Attention, polarize_head
@@ -102,7 +102,7 @@ def test_the_default_stands_first_and_others_are_named():
     assert list(ENCODINGS) == ["relative", "absolute"]
     assert Schedule().index_encoding == "relative"
     with pytest.raises(ValueError, match="index_encoding must be one of relative, absolute, got"):
-        encoding_named("runs")
+        Schedule(index_encoding="runs")
 
 
 def random_tile(seed):

@@ -1,0 +1,20 @@
+"""How all tables of the command look: a bold title to the left, no vertical lines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+
+def titled(title: str, **layout: Any) -> Table:
+    """An empty table; ``layout`` is what rich's `Table` takes beyond these."""
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        **layout,
+    )
