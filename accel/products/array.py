@@ -274,10 +274,10 @@ def _heights(side: int, lines: int) -> list[int]:
 
 
 class _RowTiles(NamedTuple):
-    """``count`` tiles of ``rows`` lines, K in ``parts``: cycles that one streams, and those of its
+    """``number`` tiles of ``rows`` lines, K in ``parts``: cycles that one streams, and those of its
     adds."""
 
-    count: int
+    number: int
     rows: int
     parts: int
     cycles: int
@@ -313,7 +313,7 @@ def _split_k(
         end_cycles=end,
         left_reads=m * k * left,
         right_reads=k * n * right,
-        partial_sums=sum(tile.count * tile.rows * tile.parts * on_macs for tile in split),
+        partial_sums=sum(tile.number * tile.rows * tile.parts * on_macs for tile in split),
         live_sums=max((2 * tile.parts * tile.rows * width for tile in split), default=0),
         stripe=width if turned else height,
         tile_results=height * width,
@@ -332,10 +332,10 @@ def _tile_times(
     skews = [tile.rows + width - 2 for tile in tiles]
     if per_tile:
         each = zip(tiles, skews, strict=True)
-        return columns * sum(t.count * (t.cycles + t.adds + skew) for t, skew in each), 0
+        return columns * sum(t.number * (t.cycles + t.adds + skew) for t, skew in each), 0
     column, before = 0, tiles[-1].adds
     for tile in tiles:
-        column += max(tile.cycles, before) + (tile.count - 1) * max(tile.cycles, tile.adds)
+        column += max(tile.cycles, before) + (tile.number - 1) * max(tile.cycles, tile.adds)
         before = tile.adds
     return columns * column, min(tiles[0].cycles, before) + max(skews)
 

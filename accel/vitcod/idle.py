@@ -39,7 +39,7 @@ def next_event(machine, state, ended):
 @part
 def _memory_event(machine, state):
     """First cycle in which a controller can do anything for a request, or a line can land."""
-    run, dram, soonest = state.run, state.dram, NEVER
+    dram, soonest = state.dram, NEVER
     for number in range(dram.controllers.size):
         controller = dram.controllers[number]
         if pending(dram, number):
