@@ -1,11 +1,12 @@
 """The MAC lines in Verilog, run by Icarus: the same cycles, the same integers.
 
-The Verilog (accel/rtl) has the lines, the arbiters of all banks, IdxBuf, both key registers,
-two sets of accumulators and the pipeline; it gets the schedule and the data. DRAM and softmax
-are made ideal for the comparison: the DRAM fills each buffer as fast as its write ports
-allow, and between the scores and the values of a call lie the scores of a second one, so
-that no row waits for its probabilities. All of that is a machine of the engine, not a second
-model of it.
+The Verilog (accel/vitcod/rtl) has the lines, the arbiters of all banks, IdxBuf, both key
+registers, two sets of accumulators, the pipeline and the lists of rows; it gets the schedule and
+the data, and runs all stages of a program (heads, windows, tiles of queries and of keys) one
+after the other, each in the cycle in which the one before it has ended. DRAM and softmax are
+made ideal for the comparison: the DRAM fills each buffer as fast as its write ports allow, and
+when a row's probabilities are there is told to the Verilog. All of that is a machine of the
+engine, not a second model of it.
 """
 
 from __future__ import annotations
@@ -13,19 +14,18 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from engine_laws import OLD, expected_entries, made_run, stage_pieces, stages_of
+from naive_index import stage_index, unit_bytes
 
 import sievit.accel
 from sievit.accel.hardware import Hardware
-from sievit.accel.schedule import ASSIGNMENTS
-from sievit.accel.vitcod import engine
-from sievit.accel.vitcod.mapper import choose
-from sievit.accel.vitcod.program import SDDMM, SPMM, build
-from sievit.accel.vitcod.registers import STALLS
+from sievit.accel.schedule import ASSIGNMENTS, UserMapping
+from sievit.accel.vitcod.program import SDDMM, SPMM, K, Q, V
 from sievit.workload import Attention, AttentionMask, polarize_head
 
 pytestmark = pytest.mark.skipif(
@@ -48,6 +48,9 @@ IDEAL = Hardware(
     v_buffer_bytes=2**20,
     output_buffer_bytes=2**24,
 )
+
+FIXED = OLD
+"""Buffers of the hardware's own sizes: nothing is ever waited for but what ports bring."""
 
 MACHINES = {
     "4 lines": {"lines": 4, "q_banks": 4, "k_banks": 4, "v_banks": 4, "output_banks": 4},
@@ -89,46 +92,6 @@ def packed(vectors, words):
     return padded.view(np.uint64).ravel()
 
 
-def write_schedule(folder, program, plan):
-    """The plan's pieces and index stream, numbered from 0."""
-    first, last = program.line_piece[plan, [0, -1]]
-    entry, end = program.line_entry[plan, [0, -1]]
-    pieces, entries = program.pieces[first:last], program.entries[entry:end]
-    dense = pieces["round"] < 0
-    columns = {
-        "piece_vector": pieces["vector"],
-        "piece_first": np.where(dense, pieces["first"], 0),
-        "piece_length": pieces["length"],
-        "piece_round": np.where(dense, 0, pieces["round"]),
-        "piece_dense": dense,
-        "line_piece": program.line_piece[plan] - first,
-        "line_entry": program.line_entry[plan] - entry,
-        "entry_place": entries["arrival"],
-        "stream": entries["operand"][np.argsort(entries["arrival"])],
-    }
-    for name, values in columns.items():
-        write_hex(folder / f"{name}.hex", values if len(values) else [0])
-    return len(entries)
-
-
-def simulate_rtl(program_file, folder, **plusargs):
-    """(scores as (row, vector, value), outputs, counts) of one product in Verilog."""
-    arguments = [f"+{name}={value}" for name, value in plusargs.items()]
-    command = ["vvp", "-n", program_file, f"+folder={folder}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    scores, outputs, counts = [], [], {}
-    for line in done.stdout.splitlines():
-        name, *numbers = line.split()
-        if name == "score":
-            scores.append(tuple(map(int, numbers)))
-        elif name == "output":
-            outputs.append(int(numbers[1]))
-        elif len(numbers) == 1 and numbers[0].isdigit():
-            counts[name] = int(numbers[0])
-    assert "cycles" in counts, done.stdout[-2000:] + done.stderr
-    return scores, np.array(outputs, dtype=np.int64), counts
-
-
 COUNTED = {
     SDDMM: {"operand_reads": "query_reads", "operand_words": "query_words",
             "key_reads": "key_reads", "key_words": "key_words", "index_reads": "index_reads"},
@@ -138,84 +101,140 @@ COUNTED = {
 """The Verilog's counts, and what the engine calls them."""
 
 
-@dataclass
 class Case:
-    """Two calls with one mask (so that scores of one lie before the values of the other)."""
+    """A program of the engine with numbers: what the Verilog is given, and what it must give.
 
-    op: Attention
-    hardware: Hardware
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    weights: np.ndarray  # [queries, keys], reordered; 0 where pruned
+    q, k, v   int8 [windows, heads, tokens, dim], each head's tokens in its own order
+    weights   [windows, heads, queries, keys], likewise; 0 where pruned
+    """
 
-    @classmethod
-    def of(cls, mask, hardware, dim, seed=0):
-        rng = np.random.default_rng(seed)
-        tokens = (mask.queries, mask.keys, mask.keys)
-        data = (rng.integers(-128, 128, (2 * n, dim)).astype(np.int8) for n in tokens)
-        weights = rng.integers(0, 256, (mask.queries, mask.keys)) * mask.reordered()
-        op = Attention("call", 1, mask.queries, mask.keys, dim, dim, windows=2, masks=(mask,))
-        return cls(op, hardware, *data, weights)
+    def __init__(self, masks, hardware, dim, schedule, windows=1, seed=0, room=0):
+        rng, mask = np.random.default_rng(seed), masks[0]
+        self.op = Attention("call", len(masks), mask.queries, mask.keys, dim, dim,
+                            windows=windows, masks=tuple(masks))  # fmt: skip
+        shapes = [(windows, len(masks), n, dim) for n in (mask.queries, mask.keys, mask.keys)]
+        self.data = {
+            channel: rng.integers(-128, 128, shape).astype(np.int8)
+            for channel, shape in zip((Q, K, V), shapes, strict=True)
+        }
+        kept = np.stack([head.reordered() for head in masks])
+        self.weights = rng.integers(0, 256, (windows, *kept.shape)) * kept
+        self.run = made_run(self.op, hardware, windows, None, schedule, room)
+        self.stages = list(stages_of(self.run))
 
-    def computed(self):
-        """bool [queries, keys]: the dense block and what is kept beside it."""
-        entries = self.op.masks[0].reordered()
-        entries[:, : self.op.masks[0].num_global] = True
-        return entries
+    def tokens(self, channel):
+        """int8 [tokens, dim] of a channel, chunk after chunk as they come."""
+        program, found = self.run.program, []
+        for transfer in program.transfers[slice(*program.channel_first[channel : channel + 2])]:
+            _, window, head, rows, keys, _ = self.stages[transfer["need"]]
+            mine = keys
+            if channel == Q:
+                whole = self.run.mapping.whole_queries
+                mine = slice(0, self.op.queries) if whole else rows
+            found.append(self.data[channel][window, head, mine])
+        return np.concatenate(found)
 
-    def part(self, array, number):
-        """The tokens of stage ``number``'s call."""
-        half = len(array) // 2
-        return array[half * (number % 2) : half * (number % 2 + 1)].astype(np.int64)
-
-
-def compare(case, compiled, folder):
-    """All four products of a case in Verilog, against the engine and plain integers."""
-    mapping = choose(case.op, case.hardware)
-    program, _ = build(mapping, 2)
-    trace = engine.run(program, mapping)
-    assert program.stages["kind"].tolist() == [SDDMM, SDDMM, SPMM, SPMM]
-    assert trace.stage_stalls[:, STALLS.index("softmax")].sum() == 0
-    totals = Counter()
-    for number, stage in enumerate(program.stages):
-        begin, end = trace.stage_times[number]
-        scores, outputs, got = run_stage(case, mapping, program, number, begin, compiled, folder)
-        assert got["cycles"] == end - begin, f"stage {number}"
+    def wanted(self, number):
+        """The stage's scores as (row, key, value), or its partial output [rows, dim]."""
+        stage, window, head, rows, keys, _ = self.stages[number]
         if stage["kind"] == SDDMM:
-            wanted = case.part(case.q, number) @ case.part(case.k, number).T
-            rows, keys = np.nonzero(case.computed())
-            assert sorted(scores) == list(zip(rows, keys, wanted[rows, keys], strict=True))
-        else:
-            wanted = case.weights @ case.part(case.v, number)
-            padded = outputs.reshape(len(wanted), -1)
-            assert np.array_equal(padded[:, : case.op.value_dim], wanted)
-        for name, counted in COUNTED[int(stage["kind"])].items():
-            totals[counted] += got[name]
-    assert totals == {name: trace.count(name) for name in totals}
+            q, k = (self.data[side][window, head].astype(np.int64) for side in (Q, K))
+            scores = q[rows] @ k[keys].T
+            places = np.nonzero(expected_entries(self.op, head)[rows, keys])
+            return list(zip(*places, scores[places], strict=True))
+        values = self.data[V][window, head, keys].astype(np.int64)
+        return self.weights[window, head, rows, keys] @ values
 
 
-def run_stage(case, mapping, program, number, begin, compiled, folder):
-    """One stage of the program in Verilog."""
-    op, hardware, stage = case.op, case.hardware, program.stages[number]
-    scores, words = stage["kind"] == SDDMM, mapping.key_words
-    folder = folder / str(number)
+def write_stage(case, number, alive, tokens, folder):
+    """The hex files of a stage; returns its fields of the test bench's table. ``alive``: bytes
+    that units under way hold in IdxBuf."""
+    run, (stage, window, head, rows, keys, opens) = case.run, case.stages[number]
+    program, kind, plan = run.program, int(stage["kind"]), int(stage["plan"])
     folder.mkdir()
-    entries = write_schedule(folder, program, int(stage["plan"]))
-    write_hex(folder / "operand.hex", packed(case.q if scores else case.v, words))
-    write_hex(folder / "key.hex", packed(case.k, words))
-    tokens = 2 ** int(np.ceil(np.log2(2 * max(op.queries, op.keys))))
-    table = np.zeros((op.queries, tokens), dtype=np.int64)
-    table[:, : op.keys] = case.weights
-    write_hex(folder / "weight.hex", table.ravel())
-    # In IdxBuf beside the stream: where vectors begin, and the bitmaps of calls under way.
-    bitmaps = (1, 2, 1, 0)[number] * mapping.bitmap_bytes(0, slice(0, op.queries))
-    room = hardware.index_buffer_bytes - int(stage["index_frees"]) - bitmaps
-    banks = hardware.q_banks if scores else hardware.v_banks
+    (first, last), (entry, _) = program.line_piece[plan, [0, -1]], program.line_entry[plan, [0, -1]]
+    pieces = program.pieces[first:last]
+    dense = pieces["round"] < 0
+    mine = [piece[:3] for piece in stage_pieces(run, stage, head, rows, keys) if not piece[3]]
+    held, stream = stage_index(run.mapping, kind, head, rows, keys, mine)
+    whole = -(-np.cumsum([bits for *_, bits in stream] or [0]) // 8)
+    line_entry, operands = program.line_entry[plan] - entry, {}
+    for line, _, found in mine:
+        operands.setdefault(line, []).extend(found)
+    place = np.zeros(len(stream), dtype=np.int64)
+    for order, (line, entry_of_line, _) in enumerate(stream):
+        place[line_entry[line] + entry_of_line] = order
+    units = program.unit_row[stage["unit"] : stage["unit"] + 2]
+    weights = np.zeros((rows.stop - rows.start, tokens), dtype=np.int64)
+    weights[:, : keys.stop - keys.start] = case.weights[window, head, rows, keys]
+    columns = {
+        "piece_vector": pieces["vector"],
+        "piece_first": np.where(dense, pieces["first"], 0),
+        "piece_length": pieces["length"],
+        "piece_round": np.where(dense, 0, pieces["round"]),
+        "piece_dense": dense,
+        "piece_place": np.where(dense, 0, pieces["place"]),
+        "line_piece": program.line_piece[plan] - first,
+        "line_entry": line_entry,
+        "entry_place": place,
+        "stream": [operands[line][entry_of_line] for line, entry_of_line, _ in stream],
+        "whole": whole if stream else [],
+        "frees": np.diff(whole, prepend=0) if stream else [],
+        "row_ready": run.trace.row_ready[slice(*units)],
+        "list_first": program.row_lists[slice(*units)],
+        "weight": weights.ravel(),
+    }
+    for name, values in columns.items():
+        write_hex(folder / f"{name}.hex", values if len(values) else [0])
+    outputs = 0 if kind == SDDMM else (rows.stop - rows.start) * run.mapping.key_words * 8
+    return [
+        kind == SPMM, stage["unit"] % 2, stage["operand_token"], stage["vector_token"],
+        int(whole[-1]), run.hardware.index_buffer_bytes - held - alive, outputs,
+        rows.stop - rows.start, opens,
+    ]  # fmt: skip
+
+
+def write_program(case, tokens, folder):
+    """The whole program: its stages, and the tokens of Q, K and V as they come."""
+    run, table = case.run, []
+    ends = {int(stage["unit"]): n for n, stage in enumerate(run.program.stages)}
+    begins = {int(stage["unit"]): n for n, (stage, *_, opens) in enumerate(case.stages) if opens}
+    for number in range(len(case.stages)):
+        alive = sum(
+            unit_bytes(run.mapping, *case.stages[begins[unit]][2:4])
+            for unit in begins
+            if begins[unit] <= number <= ends[unit]
+        )
+        table += write_stage(case, number, alive, tokens, folder / str(number))
+    write_hex(folder / "stages.hex", table)
+    for channel, name in ((Q, "q"), (K, "k"), (V, "v")):
+        write_hex(folder / f"{name}.hex", packed(case.tokens(channel), run.mapping.key_words))
+
+
+def simulate_rtl(case, compiled, folder):
+    """(first cycle, scores as (row, vector, value), outputs, counts) of each stage in Verilog."""
+    run, hardware = case.run, case.run.hardware
+    counts = [len(case.tokens(channel)) for channel in (Q, K, V)]
+    tokens = 2 ** int(np.ceil(np.log2(max(*counts, 2))))
+    write_program(case, tokens, folder)
+    kept, word = run.mapping.kept, hardware.word_bytes
+    arguments = {
+        "folder": folder,
+        "stages": len(case.stages),
+        "lists": int(run.mapping.one_stream),
+        "sort": int(hardware.sorted_lists),
+        "token_bytes": case.op.key_dim,
+    }
+    banks, firsts = (hardware.q_banks, hardware.k_banks, hardware.v_banks), kept[:3]
+    for side, ports, chunks, count, channel in zip("qkv", banks, firsts, counts, (Q, K, V),
+                                                   strict=True):  # fmt: skip
+        first = run.program.channel_first[channel]
+        here = run.program.transfers["tokens"][first : first + chunks].sum()
+        arguments |= {f"{side}_port": ports * word, f"{side}_kept": here, f"{side}_all": count}
     program_file = compiled(
         LINES=hardware.lines,
-        WORDS=words,
-        OPERAND_BANKS=banks,
+        WORDS=run.mapping.key_words,
+        OPERAND_BANKS=hardware.q_banks,
         KEY_BANKS=hardware.k_banks,
         OUTPUT_BANKS=hardware.output_banks,
         INDEX_PORTS=hardware.index_entries_per_cycle,
@@ -223,22 +242,47 @@ def run_stage(case, mapping, program, number, begin, compiled, folder):
         ENTRIES=8192,
         TOKENS=tokens,
     )
-    return simulate_rtl(
-        program_file,
-        folder,
-        spmm=int(not scores),
-        begin=begin,
-        operands=2 * (op.queries if scores else op.keys),
-        vectors=2 * op.keys,
-        operand_base=stage["operand_token"],
-        vector_base=stage["vector_token"],
-        entries=entries,
-        capacity=room // mapping.entry_bytes,
-        operand_port=hardware.word_bytes * banks,
-        key_port=hardware.word_bytes * hardware.k_banks,
-        token_bytes=op.key_dim,
-        outputs=0 if scores else op.queries * words * hardware.macs_per_line,
+    given = [f"+{name}={value}" for name, value in arguments.items()]
+    done = subprocess.run(
+        ["vvp", "-n", program_file, *given], capture_output=True, text=True, check=True, timeout=120
     )
+    assert "endless" not in done.stdout, done.stdout[-2000:] + done.stderr
+    return stages_printed(done.stdout)
+
+
+def stages_printed(text):
+    found = []
+    for line in text.splitlines():
+        name, *numbers = line.split()
+        if name == "stage":
+            found.append((int(numbers[1]), [], [], {}))
+        elif name == "score":
+            found[-1][1].append(tuple(map(int, numbers)))
+        elif name == "output":
+            found[-1][2].append(int(numbers[1]))
+        elif len(numbers) == 1 and numbers[0].isdigit():
+            found[-1][3][name] = int(numbers[0])
+    return found
+
+
+def compare(case, compiled, folder):
+    """All products of a case in Verilog, against the engine and plain integers."""
+    trace, totals = case.run.trace, Counter()
+    made = simulate_rtl(case, compiled, folder)
+    assert len(made) == len(case.stages)
+    for number, (begin, scores, outputs, got) in enumerate(made):
+        times = [begin, begin + got["cycles"]]
+        assert times == trace.stage_times[number].tolist(), f"stage {number}"
+        kind = int(case.stages[number][0]["kind"])
+        if kind == SDDMM:
+            assert sorted(scores) == sorted(case.wanted(number))
+        else:
+            wanted = case.wanted(number)
+            padded = np.array(outputs, dtype=np.int64).reshape(len(wanted), -1)
+            assert np.array_equal(padded[:, : case.op.value_dim], wanted)
+        for name, counted in COUNTED[kind].items():
+            totals[counted] += got[name]
+    assert totals == {name: trace.count(name) for name in totals}
 
 
 def random_mask(seed):
@@ -254,17 +298,55 @@ def random_mask(seed):
     return polarize_head(keep, int(rng.choice([queries // 2, queries - 1, queries])))
 
 
+HOW = {
+    "two streams": (True, FIXED),
+    "lists as written": (False, replace(FIXED, index_streams=1, index_encoding="relative")),
+    "sorted lists": (True, replace(FIXED, index_streams=1, index_encoding="relative")),
+}
+
+
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("policy", ASSIGNMENTS)
 @pytest.mark.parametrize("machine", MACHINES)
-def test_small_random_masks(machine, policy, compiled, tmp_path):
-    """5 masks, four products each."""
+def test_small_random_masks(machine, policy, how, compiled, tmp_path):
+    """3 masks, two windows, four products each."""
     number = list(MACHINES).index(machine) * 3 + ASSIGNMENTS.index(policy)
-    hardware = replace(IDEAL, **MACHINES[machine], assignment=policy)
-    for seed in range(5 * number, 5 * number + 5):
+    sorted_lists, schedule = HOW[how]
+    hardware = replace(IDEAL, **MACHINES[machine], sorted_lists=sorted_lists)
+    schedule = replace(schedule, assignment=policy)
+    for seed in range(3 * number, 3 * number + 3):
         folder = tmp_path / str(seed)
         folder.mkdir()
-        case = Case.of(random_mask(seed), hardware, (8, 16, 12)[seed % 3], seed)
-        compare(case, compiled, folder)
+        masks = [random_mask(seed)]
+        compare(Case(masks, hardware, (8, 16, 12)[seed % 3], schedule, 2, seed), compiled, folder)
+
+
+def tiled_masks(seed, heads, size, tile):
+    """Heads that differ, with something kept in every tile."""
+    rng = np.random.default_rng(seed)
+    keep = rng.random((heads, size, size)) < rng.choice([0.2, 0.5])
+    keep[:, ::tile, ::tile] = True
+    keep[:, :, rng.integers(size)] = True
+    return [polarize_head(head, size // 2) for head in keep]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("policy", ASSIGNMENTS)
+@pytest.mark.parametrize("tiles", [(None, None), (6, None), (5, 7), (None, 6)])
+def test_heads_and_tiles_in_one_program(tiles, policy, how, compiled, tmp_path):
+    """Three heads; tiles of queries, of keys, of both; some chunks on chip from the beginning,
+    and a softmax unit that is waited for."""
+    seed = 3 * ASSIGNMENTS.index(policy) + list(HOW).index(how)
+    sorted_lists, schedule = HOW[how]
+    mapping = UserMapping(1, *tiles, whole_queries=bool(seed % 2), ahead=bool(seed % 4))
+    schedule = replace(schedule, assignment=policy, mapping=mapping, on_chip="fitting")
+    machine = MACHINES[list(MACHINES)[seed % len(MACHINES)]]
+    hardware = replace(
+        IDEAL, **machine, sorted_lists=sorted_lists, softmax_lanes=2, softmax_latency_cycles=9
+    )
+    hardware = replace(hardware, index_buffer_bytes=max(hardware.index_buffer_bytes, 400))
+    masks = tiled_masks(seed, 3, 14, min(tile or 14 for tile in tiles))
+    compare(Case(masks, hardware, 16, schedule, 1, seed, room=500), compiled, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -276,15 +358,22 @@ BANKS = {"q_banks": 32, "k_banks": 32, "v_banks": 32, "output_banks": 32}
 
 
 @pytest.mark.parametrize("policy", ASSIGNMENTS)
-@pytest.mark.parametrize(("layer", "head"), [(2, 0), (5, 2), (10, 1)])
-def test_crops_of_real_heads(layer, head, policy, deit_masks, compiled, tmp_path):
-    """The first 64 tokens of DeiT-Tiny heads on 16 lines: the full row and column are in."""
-    keep = deit_masks[layer][head][:64, :64]
-    hardware = replace(IDEAL, lines=16, **BANKS, assignment=policy)
-    compare(Case.of(polarize_head(keep, 0.3), hardware, 64), compiled, tmp_path)
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("layer", [2, 10])
+def test_crops_of_real_heads(layer, how, policy, deit_masks, compiled, tmp_path):
+    """The first 64 tokens of DeiT-Tiny heads on 16 lines, all three in one program: the full
+    row and column are in."""
+    sorted_lists, schedule = HOW[how]
+    masks = [polarize_head(keep[:64, :64], 0.3) for keep in deit_masks[layer]]
+    hardware = replace(IDEAL, lines=16, **BANKS, sorted_lists=sorted_lists)
+    schedule = replace(schedule, assignment=policy)
+    compare(Case(masks, hardware, 64, schedule), compiled, tmp_path)
 
 
-def test_a_whole_real_head_on_the_published_array(deit_masks, compiled, tmp_path):
-    """197 tokens, 64 dimensions, 64 lines."""
-    mask = polarize_head(deit_masks[7][1])
-    compare(Case.of(mask, replace(IDEAL, lines=64, **BANKS), 64), compiled, tmp_path)
+@pytest.mark.parametrize("how", HOW)
+def test_a_whole_real_layer_on_the_published_array(how, deit_masks, compiled, tmp_path):
+    """Three heads of 197 tokens, 64 dimensions, 64 lines."""
+    sorted_lists, schedule = HOW[how]
+    masks = [polarize_head(keep, 0.5) for keep in deit_masks[7]]
+    hardware = replace(IDEAL, lines=64, **BANKS, sorted_lists=sorted_lists)
+    compare(Case(masks, hardware, 64, schedule), compiled, tmp_path)
