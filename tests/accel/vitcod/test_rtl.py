@@ -215,7 +215,7 @@ def simulate_rtl(case, compiled, folder):
     """(first cycle, scores as (row, vector, value), outputs, counts) of each stage in Verilog."""
     run, hardware = case.run, case.run.hardware
     counts = [len(case.tokens(channel)) for channel in (Q, K, V)]
-    tokens = 2 ** int(np.ceil(np.log2(max(*counts, 2))))
+    tokens = next(size for size in (64, 256, 1024) if size >= max(counts))
     write_program(case, tokens, folder)
     kept, word = run.mapping.kept, hardware.word_bytes
     arguments = {
@@ -359,21 +359,20 @@ BANKS = {"q_banks": 32, "k_banks": 32, "v_banks": 32, "output_banks": 32}
 
 @pytest.mark.parametrize("policy", ASSIGNMENTS)
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("layer", [2, 10])
-def test_crops_of_real_heads(layer, how, policy, deit_masks, compiled, tmp_path):
+def test_crops_of_real_heads(how, policy, deit_masks, compiled, tmp_path):
     """The first 64 tokens of DeiT-Tiny heads on 16 lines, all three in one program: the full
     row and column are in."""
     sorted_lists, schedule = HOW[how]
-    masks = [polarize_head(keep[:64, :64], 0.3) for keep in deit_masks[layer]]
+    masks = [polarize_head(keep[:64, :64], 0.3) for keep in deit_masks[10]]
     hardware = replace(IDEAL, lines=16, **BANKS, sorted_lists=sorted_lists)
     schedule = replace(schedule, assignment=policy)
     compare(Case(masks, hardware, 64, schedule), compiled, tmp_path)
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_a_whole_real_layer_on_the_published_array(how, deit_masks, compiled, tmp_path):
-    """Three heads of 197 tokens, 64 dimensions, 64 lines."""
+def test_whole_real_heads_on_the_published_array(how, deit_masks, compiled, tmp_path):
+    """Two heads of 197 tokens, 64 dimensions, 64 lines."""
     sorted_lists, schedule = HOW[how]
-    masks = [polarize_head(keep, 0.5) for keep in deit_masks[7]]
+    masks = [polarize_head(keep, 0.5) for keep in deit_masks[7][1:]]
     hardware = replace(IDEAL, lines=64, **BANKS, sorted_lists=sorted_lists)
     compare(Case(masks, hardware, 64, schedule), compiled, tmp_path)
