@@ -6,7 +6,8 @@
 // behind those that are there from the beginning; those of a stage begin with number
 // `operand_base` (`vector_base`). A stage begins in the cycle in which the one before it has
 // ended, and the line served first moves on with the cycle. With `sort` the softmax unit, which
-// is not modelled, leaves each list of a row in ascending order of its keys.
+// is not modelled, leaves each list of a row in ascending order of its keys. With `resident` the
+// decoder makes Q and K, from latents that come in at `latent_port`.
 `timescale 1ns / 1ns
 module testbench;
     parameter LINES = 4;
@@ -18,10 +19,12 @@ module testbench;
     parameter PIECES = 1024;
     parameter ENTRIES = 4096;
     parameter TOKENS = 256;
+    parameter LATENTS = 1;
     localparam FIELDS = 9;
 
     reg [8*200-1:0] folder;
-    reg     clk, reset, spmm, lists, sort, unit;
+    reg     clk, decode, reset, spmm, lists, sort, unit, resident;
+    integer latent_port, latent_kept, latent_all, latent_bytes, cost, rate, q_room, k_room, macs;
     integer cycle, begins, total, capacity, operand_base, vector_base, token_bytes, outputs, rows;
     integer q_port, k_port, v_port, q_kept, k_kept, v_kept, q_all, k_all, v_all;
     integer stage, stages, l, i, j, operand_reads, operand_words, key_reads, key_words;
@@ -34,6 +37,7 @@ module testbench;
     wire [31:0] q_tokens = q_kept + (cycle + 1) * q_port / token_bytes;
     wire [31:0] k_tokens = k_kept + (cycle + 1) * k_port / token_bytes;
     wire [31:0] v_tokens = v_kept + (cycle + 1) * v_port / token_bytes;
+    wire [31:0] latents = latent_kept + (cycle + 1) * latent_port / latent_bytes;
     wire [31:0] q_there = q_tokens < q_all ? q_tokens : q_all;
     wire [31:0] k_there = k_tokens < k_all ? k_tokens : k_all;
     wire [31:0] v_there = v_tokens < v_all ? v_tokens : v_all;
@@ -45,9 +49,14 @@ module testbench;
         .turn_line(turn_line[15:0]),
         .index_total(total[23:0]), .index_capacity(capacity[23:0]),
         .operand_base(operand_base[15:0]), .vector_base(vector_base[15:0]),
-        .operands_there(spmm ? v_there[15:0] : q_there[15:0]),
-        .vectors_there(k_there[15:0]),
+        .operands_there(spmm ? v_there[15:0] : resident ? dec.there[0][15:0] : q_there[15:0]),
+        .vectors_there(resident ? dec.there[1][15:0] : k_there[15:0]),
         .done(done)
+    );
+
+    decoder #(.WORDS(WORDS), .LATENTS(LATENTS), .TOKENS(TOKENS)) dec (
+        .clk(decode), .stage(stage), .latents_there(latents < latent_all ? latents : latent_all),
+        .cost(cost), .rate(rate), .q_room(q_room), .k_room(k_room)
     );
 
     function integer ones(input [LINES-1:0] bits);
@@ -84,11 +93,41 @@ module testbench;
             $readmemh($sformatf("%0s/%0d/stream.hex", folder, stage), dut.idxbuf.stream);
             $readmemh($sformatf("%0s/%0d/whole.hex", folder, stage), dut.idxbuf.whole);
             $readmemh($sformatf("%0s/%0d/frees.hex", folder, stage), dut.idxbuf.frees);
-            $readmemh($sformatf("%0s/%0s.hex", folder, spmm ? "v" : "q"), dut.operand_mem);
-            $readmemh($sformatf("%0s/k.hex", folder), dut.key_mem);
+            if (spmm) $readmemh($sformatf("%0s/v.hex", folder), dut.operand_mem);
+            if (!spmm && !resident) $readmemh($sformatf("%0s/q.hex", folder), dut.operand_mem);
+            if (!resident) $readmemh($sformatf("%0s/k.hex", folder), dut.key_mem);
             if (spmm) $readmemh($sformatf("%0s/%0d/weight.hex", folder, stage), dut.weight_mem);
             for (i = 0; i < outputs; i = i + 1) dut.output_mem[i] = 0;
             {operand_reads, operand_words, key_reads, key_words, index_reads, drained} = 0;
+        end
+    endtask
+
+    task load_decoder;
+        begin
+            $readmemh($sformatf("%0s/chunks.hex", folder), dec.chunks);
+            $readmemh($sformatf("%0s/chunk_tokens.hex", folder), dec.chunk_tokens);
+            $readmemh($sformatf("%0s/chunk_room.hex", folder), dec.chunk_room);
+            $readmemh($sformatf("%0s/chunk_need.hex", folder), dec.chunk_need);
+            $readmemh($sformatf("%0s/chunk_release.hex", folder), dec.chunk_release);
+            $readmemh($sformatf("%0s/chunk_head.hex", folder), dec.chunk_head);
+            $readmemh($sformatf("%0s/latent_of.hex", folder), dec.latent_of);
+            $readmemh($sformatf("%0s/latent.hex", folder), dec.latent_mem);
+            $readmemh($sformatf("%0s/decoder_weight.hex", folder), dec.weight);
+            $readmemh($sformatf("%0s/decoder_bias.hex", folder), dec.bias);
+            $readmemh($sformatf("%0s/decoder_multiplier.hex", folder), dec.multiplier);
+            $readmemh($sformatf("%0s/decoder_shift.hex", folder), dec.shift);
+        end
+    endtask
+
+    task step_decoder;  // the first half of a cycle
+        begin
+            decode = 1;
+            #1 decode = 0;
+            if (!spmm)
+                for (i = 0; i < dec.there[0]*WORDS; i = i + 1) dut.operand_mem[i] = dec.decoded[i];
+            for (i = 0; i < dec.there[1]*WORDS; i = i + 1)
+                dut.key_mem[i] = dec.decoded[TOKENS*WORDS + i];
+            #1;
         end
     endtask
 
@@ -122,6 +161,20 @@ module testbench;
         if (!$value$plusargs("k_all=%d", k_all)) $finish;
         if (!$value$plusargs("v_all=%d", v_all)) $finish;
         if (!$value$plusargs("token_bytes=%d", token_bytes)) $finish;
+        if (!$value$plusargs("resident=%d", resident)) resident = 0;
+        latent_bytes = 1;
+        decode = 0;
+        if (resident) begin
+            if (!$value$plusargs("latent_port=%d", latent_port)) $finish;
+            if (!$value$plusargs("latent_kept=%d", latent_kept)) $finish;
+            if (!$value$plusargs("latent_all=%d", latent_all)) $finish;
+            if (!$value$plusargs("latent_bytes=%d", latent_bytes)) $finish;
+            if (!$value$plusargs("cost=%d", cost)) $finish;
+            if (!$value$plusargs("rate=%d", rate)) $finish;
+            if (!$value$plusargs("q_room=%d", q_room)) $finish;
+            if (!$value$plusargs("k_room=%d", k_room)) $finish;
+            load_decoder;
+        end
         $readmemh($sformatf("%0s/stages.hex", folder), fields);
         cycle = 0;
         for (stage = 0; stage < stages; stage = stage + 1) begin
@@ -136,6 +189,7 @@ module testbench;
             reset = 0;
             #1;
             while (!done) begin
+                if (resident) step_decoder;
                 operand_reads = operand_reads + dut.operand_reads;
                 operand_words = operand_words + ones(dut.operand_grant);
                 key_reads = key_reads + dut.key_reads;
@@ -165,6 +219,7 @@ module testbench;
             $display("key_words %0d", key_words);
             $display("index_reads %0d", index_reads);
             $display("drained %0d", drained);
+            if (resident) $display("decoder_macs %0d", dec.macs);
         end
         $finish;
     end

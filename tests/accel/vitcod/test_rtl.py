@@ -23,10 +23,11 @@ from engine_laws import OLD, expected_entries, made_run, stage_pieces, stages_of
 from naive_index import stage_index, unit_bytes
 
 import sievit.accel
+from sievit.accel.arithmetic import FixedPoint, HeadMap
 from sievit.accel.hardware import Hardware
 from sievit.accel.schedule import ASSIGNMENTS, UserMapping
 from sievit.accel.vitcod.program import SDDMM, SPMM, K, Q, V
-from sievit.workload import Attention, AttentionMask, polarize_head
+from sievit.workload import Attention, AttentionMask, HeadCodec, polarize_head
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("iverilog") and shutil.which("vvp")),
@@ -108,19 +109,48 @@ class Case:
     weights   [windows, heads, queries, keys], likewise; 0 where pruned
     """
 
-    def __init__(self, masks, hardware, dim, schedule, windows=1, seed=0, room=0):
+    def __init__(self, masks, hardware, dim, schedule, windows=1, seed=0, room=0, codec=None):
         rng, mask = np.random.default_rng(seed), masks[0]
-        self.op = Attention("call", len(masks), mask.queries, mask.keys, dim, dim,
-                            windows=windows, masks=tuple(masks))  # fmt: skip
+        self.op = Attention(
+            "call", len(masks), mask.queries, mask.keys, dim, dim,
+            windows=windows, masks=tuple(masks), codec=codec,
+        )  # fmt: skip
         shapes = [(windows, len(masks), n, dim) for n in (mask.queries, mask.keys, mask.keys)]
         self.data = {
             channel: rng.integers(-128, 128, shape).astype(np.int8)
             for channel, shape in zip((Q, K, V), shapes, strict=True)
         }
+        if codec:
+            self.draw_latents(rng, codec, windows, dim)
         kept = np.stack([head.reordered() for head in masks])
         self.weights = rng.integers(0, 256, (windows, *kept.shape)) * kept
         self.run = made_run(self.op, hardware, windows, None, schedule, room)
         self.stages = list(stages_of(self.run))
+
+    def draw_latents(self, rng, codec, windows, dim):
+        """Latents int8 [windows, latent heads, tokens, dim] in their original order, a decoder
+        each of Q and K, and the heads that they give."""
+        self.latents, self.decoders = {}, {}
+        inside = codec.latent_heads // codec.groups
+        for side, tokens in ((Q, self.op.queries), (K, self.op.keys)):
+            shape = (windows, codec.latent_heads, tokens, dim)
+            self.latents[side] = rng.integers(-128, 128, shape).astype(np.int8)
+            self.decoders[side] = HeadMap(
+                rng.integers(-127, 128, (codec.heads, inside)),
+                rng.integers(-1000, 1000, codec.heads),
+                FixedPoint.of(rng.uniform(0.002, 0.02, codec.heads), 16),
+                np.ones(codec.heads),
+                codec.groups,
+                127,
+            )
+            made = self.decoders[side](self.latents[side].astype(np.int64)).astype(np.int8)
+            for head in range(codec.heads):
+                order = self.order(head, side)
+                self.data[side][:, head] = made[:, head, order]
+
+    def order(self, head, side):
+        mask = self.op.masks[head]
+        return mask.query_order if side == Q else mask.key_order
 
     def tokens(self, channel):
         """int8 [tokens, dim] of a channel, chunk after chunk as they come."""
@@ -211,6 +241,69 @@ def write_program(case, tokens, folder):
         write_hex(folder / f"{name}.hex", packed(case.tokens(channel), run.mapping.key_words))
 
 
+def write_decoder(case, tokens, folder):
+    """What the decoder is given; returns its arguments."""
+    run, op, mapping = case.run, case.op, case.run.mapping
+    inside, both = op.codec.latent_heads // op.codec.groups, op.keys + op.queries
+    latents = [
+        packed(case.latents[side][window, block * inside + latent], mapping.key_words)
+        for window in range(op.windows)
+        for block in range(op.codec.groups)
+        for latent in range(inside)
+        for side in (K, Q)
+    ]
+    words = np.stack(latents).reshape(-1, inside, 2, op.queries, mapping.key_words)
+    # [blocks, latents, keys then queries, words] -> token after token
+    words = words.reshape(-1, inside, both, mapping.key_words).swapaxes(1, 2)
+    write_hex(folder / "latent.hex", words.ravel())
+    tables = {name: np.zeros((2, 256), dtype=np.int64) for name in CHUNK_TABLES}
+    latent_of, counts = np.zeros((2, tokens), dtype=np.int64), []
+    for row, side in enumerate((Q, K)):
+        chunks = run.program.transfers[slice(*run.program.channel_first[side : side + 2])]
+        counts.append(len(chunks))
+        for number, chunk in enumerate(chunks):
+            _, window, head, rows, keys, _ = case.stages[chunk["need"]]
+            whole = slice(0, op.queries) if mapping.whole_queries else rows
+            tile, first = (whole, op.keys) if side == Q else (keys, 0)
+            block = window * op.codec.groups + head * op.codec.groups // op.heads
+            begin = int(chunk["token"])
+            found = case.order(head, side)[tile] + block * both + first
+            latent_of[row, begin : begin + len(found)] = found
+            values = (chunk["tokens"], chunk["room"], chunk["need"], chunk["release"], head)
+            for name, value in zip(CHUNK_TABLES, values, strict=True):
+                tables[name][row, number] = value
+    for name, table in tables.items():
+        write_hex(folder / f"chunk_{name}.hex", table.ravel())
+    write_hex(folder / "latent_of.hex", latent_of.ravel())
+    write_hex(folder / "chunks.hex", counts)
+    made = np.zeros((4, 2, 16 * inside), dtype=np.int64)
+    for row, side in enumerate((Q, K)):
+        decoder = case.decoders[side]
+        made[0, row, : decoder.weight.size] = decoder.weight.ravel()
+        for number, values in enumerate(
+            (decoder.bias, decoder.rescale.multiplier, decoder.rescale.shift), 1
+        ):
+            made[number, row, : op.heads] = values
+    for name, values in zip(("weight", "bias", "multiplier", "shift"), made, strict=True):
+        width = 16 * inside if name == "weight" else 16
+        write_hex(folder / f"decoder_{name}.hex", values[:, :width].ravel(), 32)
+    blocks = op.windows * op.codec.groups
+    return {
+        "resident": 1,
+        "latent_port": run.hardware.latent_banks * run.hardware.word_bytes,
+        "latent_kept": mapping.kept.latents * both,
+        "latent_all": blocks * both,
+        "latent_bytes": inside * op.key_dim,
+        "cost": inside * op.key_dim,
+        "rate": mapping.decoder_rate,
+        "q_room": mapping.cut.q,
+        "k_room": mapping.cut.k,
+    }
+
+
+CHUNK_TABLES = ("tokens", "room", "need", "release", "head")
+
+
 def simulate_rtl(case, compiled, folder):
     """(first cycle, scores as (row, vector, value), outputs, counts) of each stage in Verilog."""
     run, hardware = case.run, case.run.hardware
@@ -231,7 +324,12 @@ def simulate_rtl(case, compiled, folder):
         first = run.program.channel_first[channel]
         here = run.program.transfers["tokens"][first : first + chunks].sum()
         arguments |= {f"{side}_port": ports * word, f"{side}_kept": here, f"{side}_all": count}
+    latents = 1
+    if run.mapping.resident_latents:
+        arguments |= write_decoder(case, tokens, folder)
+        latents = run.mapping.latent_heads
     program_file = compiled(
+        LATENTS=latents,
         LINES=hardware.lines,
         WORDS=run.mapping.key_words,
         OPERAND_BANKS=hardware.q_banks,
@@ -283,6 +381,8 @@ def compare(case, compiled, folder):
         for name, counted in COUNTED[kind].items():
             totals[counted] += got[name]
     assert totals == {name: trace.count(name) for name in totals}
+    if case.run.mapping.resident_latents:
+        assert made[-1][3]["decoder_macs"] == trace.count("decoder_macs")
 
 
 def random_mask(seed):
@@ -347,6 +447,26 @@ def test_heads_and_tiles_in_one_program(tiles, policy, how, compiled, tmp_path):
     hardware = replace(hardware, index_buffer_bytes=max(hardware.index_buffer_bytes, 400))
     masks = tiled_masks(seed, 3, 14, min(tile or 14 for tile in tiles))
     compare(Case(masks, hardware, 16, schedule, 1, seed, room=500), compiled, tmp_path)
+
+
+@pytest.mark.parametrize("decoder_macs", [3, 16, 200])
+@pytest.mark.parametrize("codec", [HeadCodec(4, 2), HeadCodec(4, 4, groups=2)])
+@pytest.mark.parametrize("policy", ASSIGNMENTS)
+def test_heads_are_decoded_from_resident_latents(policy, codec, decoder_macs, compiled, tmp_path):
+    """Four heads, two windows; the room of two heads, and a decoder that lines wait for."""
+    seed = ASSIGNMENTS.index(policy) + 3 * codec.groups + decoder_macs
+    mapping = UserMapping(1, (7, None)[seed % 2], whole_queries=bool(seed % 3),
+                          resident_latents=True)  # fmt: skip
+    schedule = replace(FIXED, assignment=policy, mapping=mapping, on_chip="fitting")
+    room = {"q_buffer_bytes": 2 * 14 * 16, "k_buffer_bytes": 2 * 14 * 16}
+    hardware = replace(
+        IDEAL, **MACHINES["4 lines"], **room, decoder_macs=decoder_macs, latent_banks=1 + seed % 4
+    )
+    masks = tiled_masks(seed, 4, 14, 7)
+    room = (0, 10**6)[seed % 2]
+    case = Case(masks, hardware, 16, schedule, 2, seed, room, codec)
+    assert case.run.mapping.resident_latents
+    compare(case, compiled, tmp_path)
 
 
 @pytest.fixture(scope="module")
