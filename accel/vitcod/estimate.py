@@ -225,10 +225,8 @@ def load_bytes(mapping: Mapping) -> int:
     op, width = mapping.op, mapping.hardware.operand_bytes
     queries = len(mapping.query_tiles) if loaded_again(mapping)[2] else 1
     values = op.heads * op.keys * op.value_dim * width
-    if mapping.resident_latents:
-        vectors = (
-            (op.codec.groups if op.codec else 1) * (op.queries + op.keys) * mapping.token_bytes
-        )
+    if mapping.resident_latents and op.codec:
+        vectors = op.codec.groups * (op.queries + op.keys) * mapping.token_bytes
     else:
         vectors = _tokens(mapping) * mapping.token_bytes
     return max(vectors + values * queries - sum(kept_bytes(mapping)), 0)

@@ -26,7 +26,12 @@ module mac_line #(
     input  [15:0]           vector,
     input  [15:0]           first_operand,
     input  [15:0]           length,
-    input                   held,         // by the lockstep barrier
+    input                   held,         // by the lockstep barrier, or the softmax unit
+    // Lists of rows, where one index stream serves both products
+    input                   listed,       // operands of the sparser engine come from there
+    input  [15:0]           list_entry,   // what stands at the piece's `used`th place
+    output reg [15:0]       used,         // operands of the piece
+    output                  listing,      // a score of the sparser engine is made: of `operand`
     // IdxBuf
     output                  index_wanted,
     output reg [ADDRESS-1:0] fetched,
@@ -65,7 +70,6 @@ module mac_line #(
     integer i;
 
     // ---- control ----
-    reg [15:0]        used;            // operands of the piece
     reg [15:0]        word;
     reg [ADDRESS-1:0] consumed;
     reg [15:0]        entry0, entry1;  // index registers
@@ -75,14 +79,14 @@ module mac_line #(
     reg               set, drain_set;
 
     wire has_piece = piece != last_piece;
-    wire known = dense || fetched != consumed;
+    wire known = dense || listed || fetched != consumed;
     wire last_word = word == WORDS - 1;
     wire last_operand = used == length - 1;
-    assign operand = dense ? first_operand + used : entry0;
+    assign operand = dense ? first_operand + used : listed ? list_entry : entry0;
     wire [15:0] token = operand_base + operand;
     wire arrived = token < operands_there;
 
-    assign index_wanted = fetched != last_entry && fetched - consumed < 2;
+    assign index_wanted = !listed && fetched != last_entry && fetched - consumed < 2;
     wire kept_back = spmm ? draining != 0 && last_operand && last_word : !holds;
     assign operand_wanted = has_piece && !held && known && arrived && !kept_back;
     assign operand_address = token * WORDS + word;
@@ -90,6 +94,7 @@ module mac_line #(
     wire word_done = operand_grant;
     wire operand_done = word_done && last_word;
     wire piece_done = operand_done && last_operand;
+    assign listing = operand_done && !dense && !spmm;
     assign next_piece = piece + piece_done;
     assign preloading = piece + holds;
     assign key_wanted = !spmm && preload < WORDS && preloading != last_piece && has_piece

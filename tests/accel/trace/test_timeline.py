@@ -231,7 +231,8 @@ def test_resident_latents_kept_chunks_and_lists_have_their_slices(latents, lists
         if row.level == "dram":
             expected[row.tensor] += row.total_bytes
     for tensor in ("Q", "K", "V", "latent Q and K", "output"):
-        slices = [piece for piece in found.slices if piece.track == f"DRAM {tensor}"]
+        mine = [piece for piece in found.slices if piece.track == f"DRAM {tensor}"]
+        slices = [piece for piece in mine if " head " in piece.name]  # of no dense product
         assert sum(piece.work for piece in slices) == expected[tensor]
         assert all(piece.work for piece in slices)
     assert (expected["latent Q and K"] > 0) == (latents == "resident")
