@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import pytest
 
@@ -12,12 +11,10 @@ from sievit.accel.vitcod.simulate import encoded_products
 from sievit.workload import (
     Attention,
     AttentionMask,
-    Conv,
     Elementwise,
     Gemm,
     HeadCodec,
     Unknown,
-    Unused,
     Workload,
 )
 

@@ -79,7 +79,7 @@ def test_bad_parameters_are_named(bits):
         ValueError, match=f"mask_bits_per_cycle must be an integer >= 1, got {bits}"
     ):
         Sanger(mask_bits_per_cycle=bits)
-    with pytest.raises(ValueError, match="dataflow must be one of os, ws, is, got 'rs'"):
+    with pytest.raises(ValueError, match="dataflow must be one of best, os, ws, is, got 'rs'"):
         Systolic("rs")
 
 
