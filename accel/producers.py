@@ -46,14 +46,13 @@ def room_bytes(
     ops: Sequence[Op], attention: int, hardware: Hardware, batch: int, schedule: Schedule
 ) -> int:
     """Bytes of Q, K and V of the call at ``attention`` that may wait in the scratchpad while
-    their products run: what none of them loads a byte more for."""
+    their products run: no more than these make, and what none of them loads a byte more for."""
     if schedule.on_chip == "nothing":
         return 0
-    places = [
-        made.product for made in producers(ops[: attention + 1]) if made.attention == attention
-    ]
-    products = [op for op in (ops[place] for place in places) if isinstance(op, Gemm | Conv)]
-    return min((spare_bytes(op, hardware, batch, schedule) for op in products), default=0)
+    made = [one.product for one in producers(ops[: attention + 1]) if one.attention == attention]
+    products = [op for op in (ops[place] for place in made) if isinstance(op, Gemm | Conv)]
+    results = sum(op.elements_written for op in products) * batch * hardware.operand_bytes
+    return min([results, *(spare_bytes(op, hardware, batch, schedule) for op in products)])
 
 
 def _sides(op: Attention, sizes: Sequence[int]) -> dict[int, str]:

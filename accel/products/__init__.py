@@ -5,15 +5,14 @@ work without products, `epilogue` finds what of that is fused with a product, an
 costs of a report from them.
 """
 
-from .array import Layout, array_cycles, laid_out, layouts, operand_reads
+from .array import Layout, array_cycles, laid_out, layouts
 from .cost import PLAIN, Results, group_costs, network_costs, op_cost, product_cost
 from .epilogue import Epilogue, epilogue
 from .operands import Product, as_product, spare_bytes
-from .vector import VECTOR_PASSES, overlapped, vector_cost
+from .vector import vector_cost
 
 __all__ = [
     "PLAIN",
-    "VECTOR_PASSES",
     "Epilogue",
     "Layout",
     "Product",
@@ -26,8 +25,6 @@ __all__ = [
     "layouts",
     "network_costs",
     "op_cost",
-    "operand_reads",
-    "overlapped",
     "product_cost",
     "spare_bytes",
     "vector_cost",

@@ -206,17 +206,19 @@ def _partial_sums(
 def _exposed(
     fused: Epilogue, vector: Sequence[int], longest: int, hardware: Hardware
 ) -> list[dict[str, int]]:
-    """Phases of each fused operation: what it does after the product's last results, and, of the
-    last one, what the lanes take beyond all else."""
+    """Phases of each fused operation: what it does after the product's last results; and what the
+    lanes take beyond all else, which the last ones are booked with."""
     ends = [
         min(-(-waiting // hardware.vector_lanes), cycles)
         for waiting, cycles in zip(fused.waiting_elements, vector, strict=True)
     ]
-    phases = [{"vector": end} if end else {} for end in ends]
-    beyond = sum(vector) - sum(ends) - longest
-    if phases and beyond > 0:
-        phases[-1] = {**phases[-1], "vector beyond the product": beyond}
-    return phases
+    beyond, phases = max(sum(vector) - sum(ends) - longest, 0), []
+    for end, cycles in zip(reversed(ends), reversed(vector), strict=True):
+        more = min(cycles - end, beyond)
+        beyond -= more
+        parts = {"vector": end, "vector beyond the product": more}
+        phases.append({name: part for name, part in parts.items() if part})
+    return phases[::-1]
 
 
 def _fused_cost(

@@ -33,6 +33,7 @@ BUFFERS: dict[str, tuple[str, ...]] = {
     "index": ("index_buffer_bytes",),
     "scores": ("output_buffer_bytes",),
     "output": ("output_buffer_bytes",),
+    "partial sums": ("output_buffer_bytes",),
     "importance": ("other_buffer_bytes",),
     "latent Q and K": ("other_buffer_bytes",),
     "codec weights": ("other_buffer_bytes",),

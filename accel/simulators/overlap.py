@@ -33,52 +33,84 @@ def pipelined(
     return phases
 
 
+WALKED_HEADS = 4
+"""Heads of a call that are walked through; each further one takes as long as the last of them."""
+
+
 def softmax_beyond(
     queries: int, keys: int, heads: int, scores: Layout, values: Layout, hardware: Hardware
 ) -> int:
     """Cycles of softmax that the two products of ``heads`` do not hide, where it follows scores
     row by row and values follow it.
 
-    The array makes the scores of the next head before the values of this one, softmax runs beside
-    it. So either the array is busy throughout and waits for softmax at its last head alone; or
-    softmax is, from the first stripe of rows to the last.
+    The array makes the scores of the next head before the values of this one. Softmax takes a
+    stripe of rows when its scores are there; the values of a stripe begin when softmax is through
+    with its rows. No less than what softmax takes from the first stripe to the last.
     """
+    walk = _Walk(queries, keys, scores, values, hardware)
+    few = min(heads, WALKED_HEADS)
+    took = walk.cycles(few)
+    if heads > few:
+        took += (heads - few) * (took - walk.cycles(few - 1))
+    softmax = heads * walk.softmax_cycles + hardware.softmax_latency_cycles
+    throughout = walk.scored[0][1] + softmax + walk.valued[-1][1]
     array = heads * (scores.stream_cycles + values.stream_cycles)
-    first = _by_then(scores, queries, _stripes(queries, scores.stripe)[0].stop)
-    last = values.stream_cycles - _by_then(
-        values, queries, _stripes(queries, values.stripe)[-1].start
-    )
-    softmax = heads * -(-queries * keys // hardware.softmax_lanes)
-    throughout = first + softmax + hardware.softmax_latency_cycles + last - array
-    return max(throughout, _last_head(queries, keys, scores, values, hardware))
+    return max(took, throughout) - array
 
 
-def _last_head(queries: int, keys: int, scores: Layout, values: Layout, hardware: Hardware) -> int:
-    """Cycles that the values of the last head wait for softmax, stripe by stripe: softmax takes a
-    stripe when its scores are there, values of a stripe begin when softmax is through with its
-    rows and all scores are made."""
-    ready, through = [], 0  # rows that softmax is through with, and when
-    for rows in _stripes(queries, scores.stripe):
-        took = -(-len(rows) * keys // hardware.softmax_lanes)
-        through = max(through, _by_then(scores, queries, rows.stop)) + took
-        ready.append((rows.stop, through + hardware.softmax_latency_cycles))
-    end, found = scores.stream_cycles, iter(ready)
-    done, when = next(found)
-    for rows in _stripes(queries, values.stripe):
-        while done < rows.stop:
-            done, when = next(found)
-        share = _by_then(values, queries, rows.stop) - _by_then(values, queries, rows.start)
-        end = max(end, when) + share
-    return end - scores.stream_cycles - values.stream_cycles
+class _Walk:
+    """Heads through the array and the softmax unit, stripe by stripe.
+
+    scored, softmaxed, valued  (first row behind a stripe, its cycles) of a head's three stages
+    """
+
+    def __init__(
+        self, queries: int, keys: int, scores: Layout, values: Layout, hardware: Hardware
+    ) -> None:
+        lanes = hardware.softmax_lanes
+        self.latency = hardware.softmax_latency_cycles
+        self.scored = _stripes(queries, scores.stripe, scores.stream_cycles)
+        self.valued = _stripes(queries, values.stripe, values.stream_cycles)
+        self.softmax_cycles = -(-queries * keys // lanes)
+        self.softmaxed = _stripes(queries, scores.stripe, self.softmax_cycles)
+
+    def cycles(self, heads: int) -> int:
+        """From the first scores of the first head to the last values of the last."""
+        free, softmax_free, waiting = 0, 0, []
+        for head in range(heads + 1):
+            if head < heads:
+                free, softmax_free, ends = self._scores(free, softmax_free)
+                waiting.append(ends)
+            if head > 0:
+                free = self._values(free, waiting.pop(0))
+        return free
+
+    def _scores(self, start: int, softmax_free: int) -> tuple[int, int, list[int]]:
+        """(when the array is free, when softmax is, when it is through with each stripe)."""
+        ends = []
+        for (_, made), (_, took) in zip(self.scored, self.softmaxed, strict=True):
+            start += made
+            softmax_free = max(softmax_free, start) + took
+            ends.append(softmax_free + self.latency)
+        return start, softmax_free, ends
+
+    def _values(self, start: int, ends: list[int]) -> int:
+        """When the values are made, of rows whose stripes softmax is through with at ``ends``."""
+        stripes = zip(self.scored, ends, strict=True)
+        done, ready = 0, 0
+        for rows, made in self.valued:
+            while done < rows:
+                (done, _), ready = next(stripes)
+            start = max(start, ready) + made
+        return start
 
 
-def _by_then(layout: Layout, rows: int, done: int) -> int:
-    """Cycles in which the array makes ``done`` of the ``rows`` of a product."""
-    return -(-layout.stream_cycles * done // rows)
-
-
-def _stripes(rows: int, stripe: int) -> list[range]:
-    return [range(first, min(first + stripe, rows)) for first in range(0, rows, stripe)]
+def _stripes(rows: int, stripe: int, cycles: int) -> list[tuple[int, int]]:
+    """(first row behind it, its share of ``cycles``) of each stripe of ``rows``."""
+    ends = [*range(stripe, rows, stripe), rows]
+    starts = [0, *ends[:-1]]
+    by_then = [-(-cycles * end // rows) for end in (*starts, rows)]
+    return [(end, by_then[i + 1] - by_then[i]) for i, end in enumerate(ends)]
 
 
 def kept_by_row(mask: PolarizedMask) -> np.ndarray:

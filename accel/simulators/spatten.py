@@ -7,8 +7,8 @@ that enter it (all of them in the first), two products a MAC a cycle, its softma
 of probabilities as importance, and top-k by quick-select; progressive quantization (the 4
 upper bits of Q and K are fetched and multiplied first, the lower ones for the share of
 queries that are not confident, whose scores are computed again in 8 bits); dense products
-over the tokens kept, each the better way round; V in 8 bits. Head pruning on request: tokens
-then make up the density.
+over the tokens kept, each the better way round; V in 8 bits; heads that stay on chip after
+the projection (`residence`). Head pruning on request: tokens then make up the density.
 
 Not modelled: local value pruning; what pruned tokens save outside attention (the rest of
 the network runs over all tokens, so end to end is against SpAtten); the cascade's effect on

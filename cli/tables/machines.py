@@ -207,7 +207,23 @@ def operation_table(report: Report) -> RenderableType:
             f"{sum(op.dram_bytes for op in ops) / 1e3:,.0f}",
             busiest,
         )
-    return table
+    return Group(table, *_fused_words(report))
+
+
+def _fused_words(report: Report) -> list[Text]:
+    """What operations that run inside the product before them would take apart from it."""
+    fused = [op for op in report.ops if "fused_into" in op.details]
+    if not fused:
+        return []
+    cycles = sum(int(op.details["apart_cycles"]) for op in fused)
+    moved = sum(int(op.details["apart_dram_bytes"]) for op in fused)
+    return [
+        Text(
+            f"{len(fused)} vector operations are fused with the product before them, whose DRAM "
+            f"column holds their bytes. Apart they would take {cycles:,} cycles and "
+            f"{moved / 1e3:,.0f} kB of their own."
+        )
+    ]
 
 
 def line_table(report: Report) -> RenderableType:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from dataclasses import replace
 
+=======
+>>>>>>> work-g
 import numpy as np
 import pytest
 

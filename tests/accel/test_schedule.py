@@ -148,7 +148,8 @@ def test_configurations_set_fields_of_all_three(tmp_path):
     with pytest.raises(ValueError, match="no such field of mapping: tile"):
         configured(VITCOD, {"mapping": {"tile": 3}})
     shares = grid({"spatten.lsb_share": (0.0, 1.0)})
-    found = explore({"w": WORK}, shares, simulator="spatten", jobs=1)
+    loaded = Schedule(on_chip="nothing")
+    found = explore({"w": WORK}, shares, simulator="spatten", schedule=loaded, jobs=1)
     few, many = (point.figures["attention_dram_bytes"] for point in found.points)
     assert few < many
     assert list(found.axes()) == ["spatten.lsb_share"]
