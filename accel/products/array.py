@@ -265,17 +265,10 @@ def _heights(side: int, lines: int) -> list[int]:
 
 
 class _RowTiles(NamedTuple):
-<<<<<<< HEAD
-    """``number`` tiles of ``rows`` lines, K in ``parts``: cycles that one streams, and those of its
-    adds."""
-
-    number: int
-=======
     """Several ``tiles`` of ``rows`` lines, K in ``parts``: cycles that one streams, and those of
     its adds."""
 
     tiles: int
->>>>>>> work-g
     rows: int
     parts: int
     cycles: int
@@ -294,9 +287,9 @@ def _split_k(
     full, rest = divmod(on_lines, height)
     columns, width = _ceil(on_macs, array.width), min(array.width, on_macs)
     tiles = [
-        _RowTiles(number, rows, *_parts(rows, width, k, array))
-        for number, rows in ((full, height), (1, rest))
-        if number and rows
+        _RowTiles(count, rows, *_parts(rows, width, k, array))
+        for count, rows in ((full, height), (1, rest))
+        if count and rows
     ]
     stream, end = _tile_times(tiles, columns, width, array.per_tile)
     split = [tile for tile in tiles if tile.parts > 1]
@@ -311,11 +304,7 @@ def _split_k(
         end_cycles=end,
         left_reads=m * k * left,
         right_reads=k * n * right,
-<<<<<<< HEAD
-        partial_sums=sum(tile.number * tile.rows * tile.parts * on_macs for tile in split),
-=======
         partial_sums=sum(tile.tiles * tile.rows * tile.parts * on_macs for tile in split),
->>>>>>> work-g
         live_sums=max((2 * tile.parts * tile.rows * width for tile in split), default=0),
         stripe=width if turned else height,
         tile_results=height * width,
@@ -334,17 +323,10 @@ def _tile_times(
     skews = [tile.rows + width - 2 for tile in tiles]
     if per_tile:
         each = zip(tiles, skews, strict=True)
-<<<<<<< HEAD
-        return columns * sum(t.number * (t.cycles + t.adds + skew) for t, skew in each), 0
-    column, before = 0, tiles[-1].adds
-    for tile in tiles:
-        column += max(tile.cycles, before) + (tile.number - 1) * max(tile.cycles, tile.adds)
-=======
         return columns * sum(t.tiles * (t.cycles + t.adds + skew) for t, skew in each), 0
     column, before = 0, tiles[-1].adds
     for tile in tiles:
         column += max(tile.cycles, before) + (tile.tiles - 1) * max(tile.cycles, tile.adds)
->>>>>>> work-g
         before = tile.adds
     return columns * column, min(tiles[0].cycles, before) + max(skews)
 

@@ -1,33 +1,19 @@
 """Sanger (MICRO 2021) on the hardware's MACs: a mask predicted and packed for every image.
 
-<<<<<<< HEAD
 Modelled: for every head a dense Q K^T of 4-bit operands (`Sanger.prediction_bits`), two
 products a MAC a cycle; the threshold; reading the mask that comes out, packing it into rows
 of the array's width (long rows split, short ones and remainders side by side); SDDMM and SpMM
 with the scores held in the array, one packed entry a MAC; softmax on the shared unit; Q, K, V
-and the output through DRAM. The workload's mask is taken as the one that the prediction finds,
+and the output through DRAM, but for the heads that stay on chip after the projection
+(`residence`). The workload's mask is taken as the one that the prediction finds,
 the same for each image of a batch; another image's mask is another workload. Units are a head
 and a tile of queries, whose mask, scores and Q fit their buffers.
-=======
-Modelled: for every head a dense Q K^T of 4-bit operands, two products a MAC a cycle; the
-threshold; reading the mask that comes out, packing it into rows of the array's width (long
-rows split, short ones and remainders side by side); SDDMM and SpMM with the scores held in
-the array, one packed entry a MAC; softmax on the shared unit; Q, K, V and the output
-through DRAM, but for the heads that stay on chip after the projection (`residence`). The
-workload's mask is taken as the one that the prediction finds, the same for each image of a
-batch; another image's mask is another workload. Units are a head and a tile of queries, whose
-mask, scores and Q fit their buffers.
->>>>>>> work-g
 
 Not modelled, each in Sanger's favour: the softmax that its algorithm puts before the
 threshold, bank conflicts of the gathered keys and values, the sums of split rows; the
 packer keeps all rows of a tile open. And one against it: its released hardware predicts on
 an array of 4-bit MACs of its own, beside the other; at equal MACs there is no such array. A
-<<<<<<< HEAD
-codec is not used. Dense products as in `products`.
-=======
 codec is not used. Dense products as in `sievit.accel.products`.
->>>>>>> work-g
 """
 
 from __future__ import annotations

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 from dataclasses import replace
 
-=======
->>>>>>> work-g
 import numpy as np
 import pytest
 

@@ -78,7 +78,6 @@ def test_parameters_are_reached():
         compare(workload(), parameters={"sanger": Sanger()})
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("count", [0, True, 1.5])
 @pytest.mark.parametrize("name", ["mask_bits_per_cycle", "units_held"])
 def test_bad_counts_are_named(name, count):
@@ -90,16 +89,7 @@ def test_bad_parameters_are_named():
     for bits in (0, True, 3, 16):
         with pytest.raises(ValueError, match=f"prediction_bits must be one of .* got {bits}"):
             Sanger(prediction_bits=bits)
-    with pytest.raises(ValueError, match="dataflow must be one of os, ws, is, got 'rs'"):
-=======
-@pytest.mark.parametrize("bits", [0, True, 1.5])
-def test_bad_parameters_are_named(bits):
-    with pytest.raises(
-        ValueError, match=f"mask_bits_per_cycle must be an integer >= 1, got {bits}"
-    ):
-        Sanger(mask_bits_per_cycle=bits)
     with pytest.raises(ValueError, match="dataflow must be one of best, os, ws, is, got 'rs'"):
->>>>>>> work-g
         Systolic("rs")
 
 
