@@ -109,14 +109,14 @@ def test_compare_says_what_speedups_are_against(mask_file, tmp_path):
     assert {p.name for p in (tmp_path / "plots").iterdir()} >= {"speedups.png", "roofline.png"}
 
 
-def test_compare_without_a_mask_makes_one_by_chance_and_says_so():
+def test_compare_without_a_mask_makes_a_synthetic_one_and_says_so():
     arguments = ("compare", "deit_tiny", *SMALL, "--sparsity", "0.6", "--latent-heads", "0",
                  "--simulator", "systolic", "--simulator", "vitcod")  # fmt: skip
     done = run(*arguments)
     assert done.exit_code == 0, done.output
     text = " ".join(done.output.split())
     assert "a synthetic mask (seed 0)" in text
-    assert "no word on accuracy; no codec." in text
+    assert "without a statement about accuracy; no codec." in text
     assert run(*arguments).output == done.output
     assert run(*arguments, "--seed", "1").output != done.output
 
