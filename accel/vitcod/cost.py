@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from ..hardware import Hardware
 from ..report.report import OpCost, Traffic
+from .core.registers import COUNTS
 from .program import CODEC, INDEX, LATENT, STORE, K, Program, Q, V
-from .registers import COUNTS
 from .run import AttentionRun, head_costs
 
 CHANNELS = {Q: "Q", K: "K", V: "V", INDEX: "index", CODEC: "codec weights", STORE: "output",

@@ -17,7 +17,8 @@ from .estimate import WorkOfTiles, ranked
 from .mapping import Mapping
 from .needs import shortages
 from .pattern import Pattern, patterns_of
-from .scratchpad import Cut, cut_for, kept_chunks
+from .regions import Cut
+from .scratchpad import cut_for, kept_chunks
 
 TILE_PARTS = (1, 2, 3)
 """Tiles of queries that are tried for each one that the buffers ask for."""

@@ -20,7 +20,7 @@ from ..encodings.stream import bits_below
 from ..hardware import Hardware
 from ..schedule import Schedule
 from .pattern import Pattern
-from .scratchpad import NOTHING, Cut, Kept, least_latents
+from .regions import NOTHING, Cut, Kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +156,17 @@ class Mapping:
     @property
     def bias_stays(self) -> bool:
         """The bias of all heads is loaded once and kept; else each pass loads its own."""
-        return least_latents(self) + self.bias_bytes <= self.cut.rest
+        return self.least_latent_bytes + self.bias_bytes <= self.cut.rest
+
+    @property
+    def least_latent_bytes(self) -> int:
+        """Of the rest, what codec weights and latents must have: a token of Q and of K that waits
+        for the decoder, or all tokens of a block."""
+        if self.op.codec is None:
+            return 0
+        if self.resident_latents:
+            return self.codec_bytes + (self.op.queries + self.op.keys) * self.latent_room_bytes
+        return self.codec_bytes + 2 * self.token_bytes
 
     @property
     def latent_space_bytes(self) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..dram.ddr4 import LINE_BYTES
 from .estimate import WorkOfTiles
 from .mapping import Mapping
-from .scratchpad import Cut, least, scratchpad_bytes
+from .regions import Cut
+from .scratchpad import least, scratchpad_bytes
 
 REGIONS = ("q_buffer_bytes", "k_buffer_bytes", "v_buffer_bytes", "other_buffer_bytes")
 """Fields of the hardware, in the order of `Cut`."""

@@ -98,7 +98,7 @@ class Program(NamedTuple):
         return int(self.transfers["bytes"][first:last].sum())
 
     def tokens(self, channel: int) -> int:
-        """All tokens that a channel (Q, K or V) moves, those loaded again counted again."""
+        """All tokens that a channel moves, those loaded again counted again."""
         first, last = self.channel_first[channel : channel + 2]
         if first == last:
             return 0
@@ -386,8 +386,7 @@ def _bursts(builder: _Builder) -> tuple[np.ndarray, np.ndarray]:
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
     """Records of one type after each other (numpy compares the types again at each one)."""
-    flat = np.concatenate([part.view(np.int64) for part in parts])
-    return flat.view(parts[0].dtype)
+    return np.concatenate([part.view(np.int64) for part in parts]).view(parts[0].dtype)
 
 
 def _counts(builder: _Builder) -> Counts:

@@ -15,11 +15,11 @@ from ...workload import Attention
 from ..hardware import Hardware, schedule_of
 from ..report.report import HeadCost
 from ..schedule import DEFAULT, Schedule
-from . import engine
+from .core import engine
+from .core.registers import PHASES, STALLS, Trace
 from .mapper import fitting
 from .mapping import Mapping
 from .program import CODEC, LATENT, SDDMM, SPMM, STORE, Counts, K, Program, Q, build
-from .registers import PHASES, STALLS, Trace
 
 WAITS: dict[str, tuple[str, str]] = {
     "bank": ("Q bank", "V bank"),

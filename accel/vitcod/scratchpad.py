@@ -5,53 +5,17 @@ Q, K, V and the rest (latents, codec weights, bias) have a region each. With the
 each call: what a pass needs, then a chunk more for K, Q and V in turn, as long as there is
 room, so that later heads load beside the one in work, or stay from the projection on.
 
-A *chunk* is what one DMA transfer brings: the tokens of a group of heads, or a tile of them.
 Sizes are bytes. Choice: a region has the ports of its buffer, wherever the cut is.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 from ..hardware import Hardware
-
-if TYPE_CHECKING:
-    from .mapping import Mapping
+from .mapping import Mapping
+from .regions import Cut, Kept
 
 STAGING_BYTES = 16 * 1024
 """Of the rest of a shared scratchpad that latents on their way to the decoder may take."""
-
-
-class Cut(NamedTuple):
-    """Bytes of each region."""
-
-    q: int
-    k: int
-    v: int
-    rest: int
-
-    @classmethod
-    def fixed(cls, hardware: Hardware) -> Cut:
-        """The hardware's four buffers."""
-        return cls(
-            hardware.q_buffer_bytes,
-            hardware.k_buffer_bytes,
-            hardware.v_buffer_bytes,
-            hardware.other_buffer_bytes,
-        )
-
-
-class Kept(NamedTuple):
-    """Chunks, the first of their channels, that are on chip when the call begins; a chunk of
-    latents is K's and Q's of a codec block."""
-
-    q: int = 0
-    k: int = 0
-    v: int = 0
-    latents: int = 0
-
-
-NOTHING = Kept()
 
 
 def scratchpad_bytes(hardware: Hardware) -> int:
@@ -83,18 +47,7 @@ def _least_chunks(mapping: Mapping) -> tuple[int, int, int]:
 
 
 def _least_rest(mapping: Mapping) -> int:
-    return least_latents(mapping) + mapping.pass_bias_bytes
-
-
-def least_latents(mapping: Mapping) -> int:
-    """Bytes of the rest that codec weights and latents must have: a token of Q and of K that
-    waits for the decoder, or all tokens of a block."""
-    if mapping.op.codec is None:
-        return 0
-    if mapping.resident_latents:
-        tokens = mapping.op.queries + mapping.op.keys
-        return mapping.codec_bytes + tokens * mapping.latent_room_bytes
-    return mapping.codec_bytes + 2 * mapping.token_bytes
+    return mapping.least_latent_bytes + mapping.pass_bias_bytes
 
 
 def cut_for(mapping: Mapping) -> Cut | None:
@@ -141,7 +94,7 @@ def kept_chunks(mapping: Mapping, instances: int, limit_bytes: int) -> Kept:
     """
     sizes, left, latents = chunk_bytes(mapping), limit_bytes, 0
     if mapping.resident_latents:
-        block = least_latents(mapping) - mapping.codec_bytes
+        block = mapping.least_latent_bytes - mapping.codec_bytes
         latents, left = (1, left - block) if block <= left else (0, left)
     room = [region // size for region, size in zip(mapping.cut, sizes, strict=False)]
     most = [min(a, instances * b) for a, b in zip(room, chunk_counts(mapping), strict=True)]

@@ -11,12 +11,12 @@ from naive_index import stage_index, unit_bytes
 
 from sievit.accel.hardware import Hardware
 from sievit.accel.schedule import DEFAULT, Schedule
-from sievit.accel.vitcod import engine
+from sievit.accel.vitcod.core import engine
+from sievit.accel.vitcod.core.registers import STALLS
 from sievit.accel.vitcod.estimate import kept_bytes
 from sievit.accel.vitcod.mapper import choose
 from sievit.accel.vitcod.program import CODEC, INDEX, LATENT, SDDMM, STORE, K, Q, V, build
-from sievit.accel.vitcod.registers import STALLS
-from sievit.accel.vitcod.scratchpad import NOTHING
+from sievit.accel.vitcod.regions import NOTHING
 from sievit.workload import Attention
 
 OLD = Schedule(

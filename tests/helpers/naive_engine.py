@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from naive_index import stage_index
 from naive_transfers import Transfers
 
+from sievit.accel.vitcod.core.registers import STALLS
 from sievit.accel.vitcod.program import INDEX, SDDMM, K, Q, V
-from sievit.accel.vitcod.registers import STALLS
 
 
 class Twin(Transfers):

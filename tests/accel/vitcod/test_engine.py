@@ -15,11 +15,11 @@ from sievit.accel import jit as compiled
 from sievit.accel.encodings import ENCODINGS
 from sievit.accel.hardware import Hardware, presets
 from sievit.accel.schedule import ASSIGNMENTS, LATENTS, SCRATCHPADS, Schedule
-from sievit.accel.vitcod import engine
+from sievit.accel.vitcod.core import engine
+from sievit.accel.vitcod.core.registers import COUNTS, PHASES, STALLS
 from sievit.accel.vitcod.mapper import candidates, choose
 from sievit.accel.vitcod.program import V, build
-from sievit.accel.vitcod.registers import COUNTS, PHASES, STALLS
-from sievit.accel.vitcod.scratchpad import Cut
+from sievit.accel.vitcod.regions import Cut
 from sievit.workload import Attention, AttentionMask, HeadCodec, polarize_head
 
 SMALL = Hardware(

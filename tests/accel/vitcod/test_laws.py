@@ -23,9 +23,9 @@ from sievit.accel.schedule import (
     Schedule,
     UserMapping,
 )
+from sievit.accel.vitcod.core.registers import STALLS
 from sievit.accel.vitcod.mapper import candidates, choose
 from sievit.accel.vitcod.program import CHANNELS, INDEX, STORE, K, Q, V
-from sievit.accel.vitcod.registers import STALLS
 from sievit.accel.vitcod.run import run_attention
 from sievit.workload import Attention, AttentionMask, HeadCodec, polarize_head
 

@@ -11,7 +11,7 @@ import pytest
 from sievit.accel import presets, simulate
 from sievit.accel.report.report import HeadCost, OpCost
 from sievit.accel.schedule import LATENTS, Schedule
-from sievit.accel.vitcod.registers import STALLS
+from sievit.accel.vitcod.core.registers import STALLS
 from sievit.accel.vitcod.run import WAITS, head_costs, run_attention
 from sievit.accel.vitcod.simulate import cost_of
 from sievit.workload import Attention, Gemm, HeadCodec, Workload, polarize_head

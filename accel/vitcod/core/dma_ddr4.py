@@ -11,11 +11,11 @@ ends when they are written.
 
 from __future__ import annotations
 
-from ..dram.controller import advance, channel_of, has_room, offer, pending
-from ..dram.ddr4 import LINE_BYTES
-from ..jit import core, part
+from ...dram.controller import advance, channel_of, has_room, offer, pending
+from ...dram.ddr4 import LINE_BYTES
+from ...jit import core, part
+from ..program import INDEX, LATENT, STORE
 from .dma_flat import free_chunks
-from .program import INDEX, LATENT, STORE
 from .registers import TAGS
 
 

@@ -9,9 +9,9 @@ sent is usable after the DRAM's latency, latents of Q and K after decoding.
 
 from __future__ import annotations
 
-from ..jit import core
+from ...jit import core
+from ..program import CODEC, INDEX, LATENT, STORE, K, Q
 from .decoder import decode_resident
-from .program import CODEC, INDEX, LATENT, STORE, K, Q
 
 
 @core

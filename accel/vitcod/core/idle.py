@@ -10,9 +10,9 @@ will.
 
 from __future__ import annotations
 
-from ..dram.controller import pending
-from ..jit import core, part
-from .program import INDEX, STORE
+from ...dram.controller import pending
+from ...jit import core, part
+from ..program import INDEX, STORE
 from .registers import NEVER, TAGS
 
 

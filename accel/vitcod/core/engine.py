@@ -22,13 +22,13 @@ twin in the tests, and the lines in Verilog (rtl/).
 
 from __future__ import annotations
 
-from ..jit import cached_core, core, sources_digest
+from ...jit import cached_core, core, sources_digest
+from ..mapping import Mapping
+from ..program import INDEX, SDDMM, SPMM, Program
 from .dma_ddr4 import all_landed, serve_lines
 from .dma_flat import arrive, serve_dram
 from .idle import let_drip, mark, next_event, rounds_of_drips
 from .mac_lines import open_piece, step_scores, step_values
-from .mapping import Mapping
-from .program import INDEX, SDDMM, SPMM, Program
 from .registers import (
     BUSY,
     COUNT,
@@ -316,8 +316,9 @@ def _compiled(sources: str):
 _step = _compiled(
     sources_digest(
         "dram/address", "dram/controller", "dram/ddr4", "dram/state", "jit", "vitcod/assign",
-        "vitcod/decoder", "vitcod/dma_ddr4", "vitcod/dma_flat", "vitcod/engine", "vitcod/idle",
-        "vitcod/mac_lines", "vitcod/pattern", "vitcod/program", "vitcod/registers",
+        "vitcod/core/decoder", "vitcod/core/dma_ddr4", "vitcod/core/dma_flat",
+        "vitcod/core/engine", "vitcod/core/idle", "vitcod/core/mac_lines",
+        "vitcod/core/registers", "vitcod/pattern", "vitcod/program",
     )
 )  # fmt: skip
 

@@ -13,10 +13,10 @@ registers as they were at the start of the cycle.
 
 from __future__ import annotations
 
-from ..jit import core
-from .assign import DENSE_ROUND
+from ...jit import core
+from ..assign import DENSE_ROUND
+from ..program import K, Q, V
 from .dma_flat import grant
-from .program import K, Q, V
 from .registers import (
     BANK,
     BARRIER,

@@ -9,8 +9,8 @@ banks, and the decoder's rate (`Mapping.decoder_rate`) is no more than those por
 
 from __future__ import annotations
 
-from ..jit import core
-from .program import LATENT, K, Q
+from ...jit import core
+from ..program import LATENT, K, Q
 
 
 @core

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..dram.ddr4 import DRAM_TIMINGS
-from ..dram.state import Dram, new_dram
-from ..hardware import Hardware
-from .mapping import Mapping
-from .program import CHANNELS, INDEX, LATENT, K, Program, Q, V
+from ...dram.ddr4 import DRAM_TIMINGS
+from ...dram.state import Dram, new_dram
+from ...hardware import Hardware
+from ..mapping import Mapping
+from ..program import CHANNELS, INDEX, LATENT, K, Program, Q, V
 
 STALLS = (
     "busy",
