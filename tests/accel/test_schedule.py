@@ -70,7 +70,8 @@ def test_a_bad_value_is_named(kind, field, value):
 
 
 def test_a_registered_encoding_is_taken_and_counted(monkeypatch):
-    with pytest.raises(ValueError, match="index_encoding must be one of absolute, got 'words'"):
+    known = ", ".join(ENCODINGS)
+    with pytest.raises(ValueError, match=f"index_encoding must be one of {known}, got 'words'"):
         Schedule(index_encoding="words")
     monkeypatch.setitem(ENCODINGS, "words", lambda *sizes: Widths(4, 4))
     usual = choose(WORK.attention[0], VITCOD)
@@ -82,7 +83,17 @@ def test_a_registered_encoding_is_taken_and_counted(monkeypatch):
 def test_the_absolute_encoding():
     assert absolute(197, 256, 9) == Widths(1, 2)
     assert absolute(257, 9, 70_000) == Widths(2, 4)
-    assert list(ENCODINGS) == ["absolute"]
+    assert Schedule().index_encoding == "absolute"
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_every_encoding_runs_sparse_and_dense_calls(name):
+    for workload in (WORK, Workload("dense", (Attention("a", 2, 9, 9, 8, 8),))):
+        made = simulate(workload, schedule=Schedule(index_encoding=name))
+        assert made.attention_cycles > 0
+        widths = ENCODINGS[name](9, 9, 0)
+        assert widths.entry_bytes > 0
+        assert widths.pointer_bytes > 0
 
 
 # ---------------------------------------------------------------- policies of earlier versions
