@@ -1,4 +1,4 @@
-"""The command ``sievit``: arguments in, `pipeline` and `result` do the work, tables out.
+"""The command ``sievit``: arguments in, `pipeline` and `studies` do the work, tables out.
 
 Results go to standard output, progress and errors to standard error. Every error is one
 line that names the value and what is allowed; the exit status is then 1 (2 for usage).

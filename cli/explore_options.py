@@ -69,7 +69,7 @@ Fields = Annotated[
 ]
 Configurations = Annotated[
     Path | None,
-    typer.Option(help="TOML or JSON: tables [[configuration]] of fields, a table [grid] of lists."),
+    typer.Option(help="TOML or JSON: tables `configuration` of fields, a table `grid` of lists."),
 ]
 Simulator = Annotated[str, typer.Option(help="Machine to simulate.")]
 Attention = Annotated[

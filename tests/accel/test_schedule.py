@@ -23,6 +23,7 @@ from sievit.accel import (
     simulate,
     simulate_attention,
 )
+from sievit.accel.encodings import ENCODINGS
 from sievit.accel.explore.grid import configured, grid, load_configurations
 from sievit.accel.hardware import POLICIES, schedule_of
 from sievit.accel.schedule import LATENTS
@@ -74,6 +75,13 @@ WORK = Workload("work", (Gemm("qkv", 40, 32, 96), call()))
 def test_a_bad_value_is_named(kind, field, value):
     with pytest.raises(ValueError, match=rf"{field} must be .* got {value}|got '{value}'"):
         kind(**{field: value})
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_every_encoding_runs_sparse_and_dense_calls(name):
+    for workload in (WORK, Workload("dense", (Attention("a", 2, 9, 9, 8, 8),))):
+        made = simulate(workload, schedule=Schedule(index_encoding=name))
+        assert made.attention_cycles > 0
 
 
 # ---------------------------------------------------------------- policies of earlier versions

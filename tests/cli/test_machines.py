@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from sievit.accel import PROFILES, presets, simulate
 from sievit.accel.simulators.registry import SIMULATORS
 from sievit.cli import app
+from sievit.cli.report_formats import FORMATS
 from sievit.pipeline.networks import sparse_workload
 from sievit.workload import AttentionMask
 
@@ -224,7 +225,7 @@ def test_fields_are_set_and_figures_printed_as_json(mask_file):
     shown = run(*many[:-1], "table", "--set", "assignment=lockstep")
     assert "assignment lockstep" in shown.output
     for arguments, words in {
-        ("--format", "xml"): "--format must be one of table, json, got 'xml'",
+        ("--format", "xml"): f"--format must be one of {', '.join(FORMATS)}, got 'xml'",
         ("--set", "linez=3"): "no such field: linez",
         ("--set", "lines=3,4"): "--set takes one value of lines here",
         ("--set", "sanger.mask_bits_per_cycle=3"): "of the simulators run, spatten, vitcod",

@@ -67,5 +67,5 @@ def test_a_window_takes_its_rows_from_information_and_its_grid_from_the_tokens()
 
 
 def test_an_unknown_rule_is_told_the_others():
-    with pytest.raises(ValueError, match="information, ratio, quota, random, window, got 'best'"):
+    with pytest.raises(ValueError, match=f"{', '.join(RULES)}, got 'best'"):
         rule_named("best")
