@@ -61,14 +61,7 @@ def masks(
         with progress_bars(quiet) as progress:
             if settings.has_budget:
                 found = learn_mask_within(
-                    network,
-                    photos,
-                    cycles,
-                    settings,
-                    machine,
-                    progress,
-                    tile_entries=tile_entries,
-                    tile=tile,
+                    network, photos, settings=settings, hardware=machine, progress=progress
                 )
                 mask, said = found.mask, _said(found, None if tile_entries is None else tile)
             else:
@@ -85,8 +78,8 @@ def _said(found: HardwareMask, tile: int | None) -> str:
     kept = f"{found.mass:.1%} of the attention mass kept."
     if tile is None:
         return (
-            f"{found.cost:,.0f} simulated cycles of attention, {kept} Simulate it with "
-            "--global-threshold all, under which keys that all queries keep are global."
+            f"{found.cost:,.0f} simulated cycles of attention, {kept} Its global keys are those "
+            "that all queries keep, which the file says."
         )
     import numpy as np
 

@@ -107,18 +107,21 @@ def learn_mask_within(
     tile_entries: float | None = None,
     tile: int = 32,
 ) -> HardwareMask:
-    """The mask that keeps most attention within a budget: give one of
+    """The mask that keeps most attention within a budget: that of ``settings``, or one of
 
     cycles        of simulated attention on ``hardware``. The mask's global keys are kept by
                   every query: its ``global_threshold`` is "all"
     tile_entries  that a GPU kernel computes which gathers keys for ``tile`` queries at once,
                   neighbours in the token grid where that is square
     """
-    if (cycles is None) == (tile_entries is None):
+    given = [budget for budget in (cycles, tile_entries) if budget is not None]
+    if len(given) > 1 or not (given or settings.has_budget):
         raise ValueError(
             f"give either cycles or tile_entries, got cycles={cycles}, tile_entries={tile_entries}"
         )
-    settings = replace(settings.with_amount(cycles=cycles, tile_entries=tile_entries), tile=tile)
+    if given:
+        amount = settings.with_amount(cycles=cycles, tile_entries=tile_entries)
+        settings = replace(amount, tile=tile)
     run = _learning(model, images, settings, progress, hardware)
     mask, found = run.learn_mask(), run.sparse.found
     assert found is not None  # a budget was given

@@ -255,6 +255,7 @@ def _forward(
         OFFSET_STEP, WEIGHT_START, WEIGHT_STEP, CHANNELS, INDEX, WIDE, POINTS,
     )  # fmt: skip
     total = tl.zeros([POINTS, WIDE], EXACT)
+    # A loop of Triton's compiler; to Python `tl.range` is no iterable.
     for k in tl.range(0, SAMPLES, loop_unroll_factor=UNROLLED):  # pyright: ignore[reportGeneralTypeIssues]
         total += _mixed(
             VALUE, offsets, weights, live, k, base_y, base_x, height, width,
@@ -294,6 +295,7 @@ def _backward(
     BY_VALUE += image * height * width * total_channels + group * CHANNELS
     by_offset = BY_OFFSET + ((first + point) * offset_width + group * OFFSET_STEP)
     by_weight = BY_WEIGHT + ((first + point) * weight_width + WEIGHT_START + group * WEIGHT_STEP)
+    # A loop of Triton's compiler; to Python `tl.range` is no iterable.
     for k in tl.range(0, SAMPLES, loop_unroll_factor=UNROLLED):  # pyright: ignore[reportGeneralTypeIssues]
         top, left, y, x = _position(
             offsets, live, k, base_y, base_x, height, width,

@@ -205,6 +205,7 @@ def _shuffled_sum(builder: ir.IRBuilder, a, b, left: list[int], right: list[int]
     kind = ir.VectorType(_INT, len(left))
     one = builder.shuffle_vector(a, b, _constant(kind, left))
     other = builder.shuffle_vector(a, b, _constant(kind, right))
+    # llvmlite makes `fadd` by a decorator that hides its argument `flags`.
     return builder.fadd(one, other, flags=_SUM)  # pyright: ignore[reportCallIssue]
 
 

@@ -90,10 +90,10 @@ def test_masks_within_simulated_cycles(photos, tmp_path):
     assert done.exit_code == 0, done.output
     assert "simulated cycles of attention" in done.output
     done = run("simulate", "--model", "deit_tiny", "--mask", mask, "--image-size", "64",
-               "--global-threshold", "all", "--simulator", "vitcod_no_codec",
-               "--json", report)  # fmt: skip
+               "--simulator", "vitcod_no_codec", "--json", report)  # fmt: skip
     assert done.exit_code == 0, done.output
     cycles = json.loads(report.read_text())["vitcod_no_codec"]["attention"]["cycles"]
+    assert AttentionMask.load(mask).global_threshold == "all"
     assert 0.9 * 4000 <= cycles <= 4000
     done = run("masks", mask, *SMALL, "--images", photos, "--cycles", "4000", "--theta", "0.9")
     assert done.exit_code == 1
