@@ -146,9 +146,6 @@ class Transfers:
         """Can the buffer, its ports, the decoder's queue and the memory take the next line?"""
         t, burst, number = self.p.transfers[c.queue[0]], c.bursts[0], c.queue[0]
         units = int(burst["bytes"]) * self.unit
-        if c.budget < units:
-            c.held_up = True
-            return False
         first = number not in self.transfer_times
         if c.number == INDEX and units > c.capacity - c.used:
             return False
@@ -159,7 +156,10 @@ class Transfers:
             if waiting > self.mp.staging_tokens:
                 return False
         channel = controller.channel_of(self.memory, burst["line"])
-        return controller.has_room(self.memory, channel, c.number == STORE)
+        if not controller.has_room(self.memory, channel, c.number == STORE):
+            return False
+        c.held_up = c.budget < units
+        return not c.held_up
 
     def ask_line(self, c, cycle):
         number, burst = c.queue[0], c.bursts.pop(0)

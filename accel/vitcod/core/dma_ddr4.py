@@ -101,6 +101,7 @@ def _carry_over(run, channels, number, line):
     for with what there was: a line at most, of the peak and of a port."""
     if number >= 0:
         channels[number].held_up = 1
+        run.idle_memory = False
         return
     waits = False
     for waiting in range(channels.size):
@@ -123,20 +124,29 @@ def _next_channel(machine, program, state):
         if transfer.after > run.stage or (best >= 0 and transfer.need >= best_need):
             continue
         burst = program.bursts[channel.burst]
-        if _has_room(machine, channel, number, transfer, burst) and has_room(
-            dram, channel_of(dram, burst.line), number == STORE
+        if (
+            _has_room(machine, channel, number, transfer, burst)
+            and has_room(dram, channel_of(dram, burst.line), number == STORE)
+            and _port_takes(machine, channel, burst)
         ):
             best, best_need = number, transfer.need
     return best
 
 
 @core
+def _port_takes(machine, channel, burst):
+    """Can the buffer's ports take the line? Asked last: what they could have moved is kept
+    for the next cycle only where nothing else is in the way."""
+    if channel.port_left < burst.bytes * machine.dram_denominator:
+        channel.held_up = 1
+        return False
+    return True
+
+
+@core
 def _has_room(machine, channel, number, transfer, burst):
     """May the channel ask for its next line: can its buffer and the decoder's queue take it?"""
     if channel.burst - channel.landing == TAGS and number != STORE:
-        return False
-    if channel.port_left < burst.bytes * machine.dram_denominator:
-        channel.held_up = 1
         return False
     free = channel.capacity - channel.used
     if number == INDEX:

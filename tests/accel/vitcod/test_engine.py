@@ -288,7 +288,7 @@ def test_compiling_is_announced_once(caplog, monkeypatch):
         njit(mine)()
         njit(mine)()
     assert [record.message for record in caplog.records] == [
-        "compiling the simulator, once on this machine: about 20 seconds"
+        "compiling the simulator, once on this computer: about 20 seconds"
     ]
 
 
