@@ -193,12 +193,13 @@ FAULTS: tuple[tuple[str, dict[str, bool]], ...] = (
 """Switches of `Script`, in the order of the rungs."""
 
 
-def _ideals(hardware: Hardware, policy: str) -> tuple[tuple[str, dict[str, Any]], ...]:
+def _ideals(hardware: Hardware, schedule: Schedule) -> tuple[tuple[str, dict[str, Any]], ...]:
     """(cause, the ideal values of its fields), in the order in which they are made real."""
 
     def words(buffer_bytes: int, row_bytes: int) -> int:
         return AMPLE * buffer_bytes // row_bytes + 1  # every word in a bank of its own
 
+    policy = schedule.assignment
     word, row = hardware.word_bytes, hardware.macs_per_line * hardware.accumulator_bytes
     buffers = [item.name for item in fields(hardware) if item.name.endswith("_buffer_bytes")]
     return (
@@ -230,8 +231,15 @@ def _ideals(hardware: Hardware, policy: str) -> tuple[tuple[str, dict[str, Any]]
             "pipeline and reconfiguration take cycles",
             {"pipeline_cycles": 0, "reconfigure_cycles": 0},
         ),
+        *_on_chip(schedule),
         *_memory(hardware),
     )
+
+
+def _on_chip(schedule: Schedule) -> tuple[tuple[str, dict[str, Any]], ...]:
+    if schedule.on_chip == "nothing":
+        return ()
+    return (("heads that fit stay on chip after the projection", {"on_chip": "nothing"}),)
 
 
 def _memory(hardware: Hardware) -> tuple[tuple[str, dict[str, Any]], ...]:
@@ -257,7 +265,7 @@ def climb(
     first = simulate(attention, hardware, "released").attention_cycles
     rungs = [Rung("the released script", "formulas", {}, first)]
     rungs += _fault_rungs(attention, hardware, _bytes_beside(attention, start))
-    rungs += _engine_rungs(attention, start)
+    rungs += _engine_rungs(workload, start)
     return Ladder(workload.name, hardware.name, tuple(rungs))
 
 
@@ -271,21 +279,21 @@ def _fault_rungs(
         yield Rung(cause, "formulas", switches, cycles)
 
 
-def _engine_rungs(attention: Workload, start: Configuration) -> Iterator[Rung]:
-    ideals = _ideals(start.hardware, start.schedule.assignment)
+def _engine_rungs(workload: Workload, start: Configuration) -> Iterator[Rung]:
+    ideals = _ideals(start.hardware, start.schedule)
     ideal = {k: v for _, part in ideals for k, v in part.items()}
     given = {**vars(start.hardware), **vars(start.schedule)}
-    cycles = _attention_cycles(attention, configured(start.hardware, ideal, start.schedule))
+    cycles = _attention_cycles(workload, configured(start.hardware, ideal, start.schedule))
     yield Rung("stepped: whole columns and rows on lines, all else ideal", "engine", {}, cycles)
     for cause, part in ideals:
         real = {name: given[name] for name in part}
         ideal = {name: value for name, value in ideal.items() if name not in part}
         machine = configured(start.hardware, ideal, start.schedule)
-        yield Rung(cause, "engine", real, _attention_cycles(attention, machine))
+        yield Rung(cause, "engine", real, _attention_cycles(workload, machine))
 
 
-def _attention_cycles(attention: Workload, machine: Configuration) -> int:
-    return simulate(attention, machine.hardware, schedule=machine.schedule).attention_cycles
+def _attention_cycles(workload: Workload, machine: Configuration) -> int:
+    return simulate(workload, machine.hardware, schedule=machine.schedule).attention_cycles
 
 
 def _bytes_beside(attention: Workload, machine: Configuration) -> dict[str, int]:

@@ -158,11 +158,10 @@ def _copies_row(
 ) -> Row:
     """As many machines as have the device's peak, an image each, sharing its bandwidth."""
     share = replace(hardware, dram_bytes_per_s=int(device.memory_bytes_per_s / copies))
-    alone = [replace(run.case.workload, ops=run.case.workload.attention) for run in runs]
-    others = [roofline(attention, device, batch=copies) for attention in alone]
+    others = [roofline(run.case.workload, device, batch=copies) for run in runs]
     factors = [
-        speedup(simulate(attention, share), other).factor * copies
-        for attention, other in zip(alone, others, strict=True)
+        speedup(simulate(run.case.workload, share), other).factor * copies
+        for run, other in zip(runs, others, strict=True)
     ]
     text = (
         f"{others[-1].label}; {copies} copies of the machine, an image each, "
@@ -300,7 +299,7 @@ def _in_blocks(workload: Workload) -> Workload:
         )
         return replace(op.codec, groups=most)
 
-    return _with_codecs(replace(workload, ops=workload.attention), blocks)
+    return _with_codecs(workload, blocks)
 
 
 def _with_codecs(workload: Workload, codec: Callable[[Attention], HeadCodec | None]) -> Workload:

@@ -203,7 +203,7 @@ def test_old_tables_are_made_of_the_registry():
     assert without["vitcod"] == {}
     assert "registry.SIMULATORS" in texts[0]
     words = taken("sievit.cli.machine_tables", "WORDS")[0]
-    assert words["systolic"] == "dense, nothing pruned, the hardware's own dataflow"
+    assert words["systolic"] == "dense, nothing pruned, each product in the schedule's dataflow"
     assert {name for names in TABLES.values() for name in names} == {"WITHOUT", "WORDS"}
 
 

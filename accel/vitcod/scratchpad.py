@@ -46,6 +46,11 @@ def _least_chunks(mapping: Mapping) -> tuple[int, int, int]:
     return (1 if queries else 2), keys, keys
 
 
+def block_bytes(mapping: Mapping) -> int:
+    """Of the latents of a codec block, where they are resident."""
+    return mapping.least_latent_bytes - mapping.codec_bytes
+
+
 def _least_rest(mapping: Mapping) -> int:
     return mapping.least_latent_bytes + mapping.pass_bias_bytes
 
@@ -63,12 +68,12 @@ def cut_for(mapping: Mapping) -> Cut | None:
     all_bias = mapping.bias_bytes - mapping.pass_bias_bytes
     if all_bias <= spare:
         need[3], spare = need[3] + all_bias, spare - all_bias
-    counts = list(_least_chunks(mapping))
-    useful = chunk_counts(mapping)
+    chunks, counts = [*chunks, block_bytes(mapping)], [*_least_chunks(mapping), 1]
+    useful = *chunk_counts(mapping), mapping.op.codec.groups if mapping.resident_latents else 1
     grown = True
     while grown:
         grown = False
-        for side in (1, 0, 2):  # K, Q, V: in the order in which the next head asks for them
+        for side in (1, 0, 3, 2):  # K, Q, latents, V: as the next head asks for them
             if counts[side] < useful[side] and chunks[side] <= spare:
                 counts[side] += 1
                 need[side] += chunks[side]
@@ -87,15 +92,16 @@ def chunk_counts(mapping: Mapping) -> tuple[int, int, int]:
 
 def kept_chunks(mapping: Mapping, instances: int, limit_bytes: int) -> Kept:
     """What of Q, K and V stays on chip after the projection: the latents of the first codec
-    block, where they are resident; then of the first heads K, Q and V in turn, as far as their
+    blocks, where they are resident; then of the first heads K, Q and V in turn, as far as their
     regions and ``limit_bytes`` hold them.
 
     Nothing of what is loaded again later, and no Q and K that pass the decoder.
     """
     sizes, left, latents = chunk_bytes(mapping), limit_bytes, 0
-    if mapping.resident_latents:
-        block = mapping.least_latent_bytes - mapping.codec_bytes
-        latents, left = (1, left - block) if block <= left else (0, left)
+    if mapping.resident_latents and mapping.op.codec:
+        block, blocks = block_bytes(mapping), mapping.op.codec.groups * instances
+        latents = min(blocks, mapping.latent_space_bytes // block, left // block)
+        left -= latents * block
     room = [region // size for region, size in zip(mapping.cut, sizes, strict=False)]
     most = [min(a, instances * b) for a, b in zip(room, chunk_counts(mapping), strict=True)]
     again = loaded_again(mapping)

@@ -10,10 +10,17 @@ import pytest
 from sievit.accel import Hardware, Schedule, presets, simulate
 from sievit.accel.cache import LruCache
 from sievit.accel.schedule import UserMapping
-from sievit.accel.vitcod import mapper, pattern
+from sievit.accel.vitcod import coded, mapper, pattern, threshold
 from sievit.workload import Attention, AttentionMask, Workload, polarize_head
 
-REMEMBERED = (pattern.ASSIGNMENTS, pattern.PATTERNS, mapper.WORK)
+REMEMBERED = (
+    pattern.ASSIGNMENTS,
+    pattern.PATTERNS,
+    mapper.WORK,
+    coded.CODED,
+    threshold.POLARIZED,
+    threshold.CHOSEN,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +51,8 @@ def _other(name: str, value: object) -> object:
             "dram_map": "rows_interleaved",
         }
         return allowed.get(name)
+    if isinstance(value, bool):
+        return not value
     return value * 2 if value else 1
 
 
@@ -77,17 +86,18 @@ def test_what_is_remembered_of_one_schedule_is_not_taken_for_another(changes):
     assert simulate(workload, small, schedule=changed).to_dict() == fresh
 
 
-def test_assignments_are_shared_by_content():
+def test_tiles_are_shared_by_content():
     small = replace(presets["vitcod"], lines=6)
     first = simulate(_workload(), small)
-    made = pattern.ASSIGNMENTS.misses
-    assert made > 0
-    assert pattern.ASSIGNMENTS.hits == 0
+    made = coded.CODED.misses
+    assert made == pattern.ASSIGNMENTS.misses > 0
+    found = coded.CODED.hits
     again = simulate(_workload(), replace(small, dram_latency_cycles=99))  # equal, not the same
-    assert (pattern.ASSIGNMENTS.misses, pattern.ASSIGNMENTS.hits) == (made, made)
+    assert coded.CODED.misses == pattern.ASSIGNMENTS.misses == made
+    assert coded.CODED.hits == 2 * found + made
     assert again.attention_cycles > first.attention_cycles
     simulate(_workload(seed=1), small)
-    assert pattern.ASSIGNMENTS.misses > made
+    assert coded.CODED.misses > made
 
 
 def test_digest_names_the_content():

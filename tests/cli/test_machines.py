@@ -73,7 +73,7 @@ def test_the_table_of_lines_sums_to_their_time(mask_file):
     shares = [
         float(line.split("%")[0].split()[-1])
         for line in done.output.splitlines()
-        if line.strip().startswith(("at work", "waits for:")) and "<" not in line
+        if line.strip().startswith(("at work ", "waits for:")) and "<" not in line
     ]
     assert sum(shares) == pytest.approx(100, abs=0.05 * len(shares) + 0.1)
 

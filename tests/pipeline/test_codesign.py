@@ -277,6 +277,7 @@ def test_one_photo_is_not_enough():
 
 
 def test_a_machine_too_small_says_what_is_short():
-    tiny = replace(presets["vitcod"], q_buffer_bytes=4)
-    with pytest.raises(ValueError, match="q_buffer_bytes is 4"):
+    sides = ("q_buffer_bytes", "k_buffer_bytes", "v_buffer_bytes", "other_buffer_bytes")
+    tiny = replace(presets["vitcod"], **dict.fromkeys(sides, 4))
+    with pytest.raises(ValueError, match=re.escape(f"{' + '.join(sides)} is 16, one pass")):
         codesign(network(), photos(), tiny, replace(SMALL, measure=False, recovery_steps=0))

@@ -114,7 +114,7 @@ def test_without_a_switch_the_formulas_are_the_released_ones():
 
 
 def all_ideal() -> Configuration:
-    ideals = ladder._ideals(VITCOD, Schedule().assignment)
+    ideals = ladder._ideals(VITCOD, Schedule())
     return configured(VITCOD, {k: v for _, part in ideals for k, v in part.items()})
 
 
@@ -147,11 +147,11 @@ def test_ideal_parts_are_ideal(small):
     """No line waits for a bank, an entry takes its one cycle, and the ends cost nothing."""
     hardware, schedule, _ = all_ideal()
     stalls = simulate(small, hardware, schedule=schedule).stalls()
-    real = simulate(small, VITCOD).stalls()
+    real = simulate(small, replace(VITCOD, index_entries_per_cycle=1)).stalls()
     costs = {"Q bank", "V bank", "last results", "new split of the lines"}
     assert costs <= set(real)
     assert not costs & set(stalls)
-    assert stalls["index port"] < real["index port"]
+    assert stalls.get("index port", 0) < real["index port"]
 
 
 def test_a_mask_that_the_script_cannot_run_is_refused():

@@ -79,8 +79,8 @@ def test_a_bad_configuration_is_reported_and_the_rest_goes_on(tmp_path):
         {"lines": 0},
         {"linez": 8},
         {"assignment": "best"},
-        {"q_buffer_bytes": 1},
-        replace(SMALL, k_buffer_bytes=3),
+        {"output_buffer_bytes": 1},
+        replace(SMALL, index_buffer_bytes=3),
         {"lines": 4},
     ]
     for reused in (0, 4):
@@ -90,8 +90,8 @@ def test_a_bad_configuration_is_reported_and_the_rest_goes_on(tmp_path):
         assert "lines must be an integer >= 1, got 0" in errors[1]
         assert "no such field: linez" in errors[2]
         assert "balanced, round_robin, lockstep, got 'best'" in errors[3]
-        assert "q_buffer_bytes is 1, one pass needs at least 8" in errors[4]
-        assert "k_buffer_bytes is 3, one pass needs at least 8" in errors[5]
+        assert "output_buffer_bytes is 1, one pass needs at least" in errors[4]
+        assert "index_buffer_bytes is 3, one pass needs at least" in errors[5]
         assert len(found.done) == 2
         assert found.reused == reused
         assert {point.labels["lines"] for point in found.front()} <= {8, 4}
