@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from ..workload import GlobalThreshold
-from ..workload.masks import check_global_threshold
+from ..workload.masks import PUBLISHED_GLOBAL_THRESHOLD, check_global_threshold
 from .encodings import ENCODINGS
 
 __all__ = [
@@ -18,10 +18,13 @@ __all__ = [
     "DATAFLOWS",
     "DEFAULT",
     "FILLS",
+    "INDEX_LOADS",
+    "KEY_LOADS",
     "LATENTS",
     "OBJECTIVES",
     "ON_CHIP",
     "ORIENTATIONS",
+    "QUERY_LOADS",
     "SCRATCHPADS",
     "VECTOR_FUSIONS",
     "Schedule",
@@ -62,6 +65,19 @@ LATENTS = ("best", "fill", "resident")
 buffers and latents come again for each further group of heads; or from the scratchpad, where
 all latents of a codec block stay and each head is decoded when its turn comes; or whichever
 the mapper puts first."""
+
+QUERY_LOADS = ("once", "per_key_tile")
+"""Queries stay for all keys of their head; or the lines hold as many keys as there are lines,
+and queries come from DRAM again for each such tile of keys (K-stationary; with a codec each
+pass decodes them once)."""
+
+KEY_LOADS = ("used", "all")
+"""Where keys and values come in tiles, again for each tile of queries: those that its queries
+keep, or all of them."""
+
+INDEX_LOADS = ("once", "each_instance")
+"""The index of a head is loaded once for all images and windows of the call where IdxBuf holds
+it, each head's images and windows one after the other; or for each of them."""
 
 FILLS = ("back_to_back", "per_tile")
 """Tiles of a dense product follow each other, or each pays the array's skew."""
@@ -114,6 +130,9 @@ class Schedule:
     scratchpad        one of `SCRATCHPADS`
     on_chip           one of `ON_CHIP`
     latents           one of `LATENTS`
+    query_loads       one of `QUERY_LOADS`
+    key_loads         one of `KEY_LOADS`
+    index_loads       one of `INDEX_LOADS`
     index_streams     1: SDDMM writes (key, score) into the lists of their rows, and SpMM reads
                       its keys there; 2: each product has its own, and that of SDDMM says for
                       each score where it is stored
@@ -147,6 +166,9 @@ class Schedule:
     sparser_percent: int = 108  # choice: its lines wait for banks more often
     dense_orientation: str = "best"
     vector_fusion: str = "fused"
+    query_loads: str = "once"
+    key_loads: str = "used"
+    index_loads: str = "once"
 
     def __post_init__(self) -> None:
         if self.global_threshold is not None and self.global_threshold != "best":
@@ -155,6 +177,9 @@ class Schedule:
         one_of("scratchpad", self.scratchpad, SCRATCHPADS)
         one_of("on_chip", self.on_chip, ON_CHIP)
         one_of("latents", self.latents, LATENTS)
+        one_of("query_loads", self.query_loads, QUERY_LOADS)
+        one_of("key_loads", self.key_loads, KEY_LOADS)
+        one_of("index_loads", self.index_loads, INDEX_LOADS)
         if self.index_streams not in (1, 2) or isinstance(self.index_streams, bool):
             raise ValueError(f"index_streams must be one of 1, 2, got {self.index_streams!r}")
         one_of("assignment", self.assignment, ASSIGNMENTS)
@@ -170,6 +195,34 @@ class Schedule:
             raise ValueError(
                 f"mapping must be None or a UserMapping of {names}, got {self.mapping!r}"
             )
+
+    @classmethod
+    def published(cls) -> Schedule:
+        """ViTCoD's own (HPCA 2023), as far as public text gives it.
+
+        Its script: more than 50 queries make a key global; buffers of 53, 53 and 53 KB; an index
+        for each product. Section V: K-stationary, so that queries come again for each tile of
+        keys that the lines hold; with the codec a token's latents come once and are decoded as
+        they load, for all heads of a pass; nothing stays on chip after the projection. Dense
+        products are output-stationary with tokens on the lines, as its script counts them.
+        """
+        return cls(
+            global_threshold=PUBLISHED_GLOBAL_THRESHOLD,
+            objective="bytes",
+            scratchpad="fixed",
+            on_chip="nothing",
+            latents="fill",
+            query_loads="per_key_tile",
+            key_loads="all",
+            index_loads="each_instance",
+            index_streams=2,
+            index_encoding="absolute",
+            sparser_percent=100,
+            mappings_stepped=1,
+            dense_dataflow="os",
+            dense_orientation="tokens_on_lines",
+            vector_fusion="apart",
+        )
 
 
 def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:

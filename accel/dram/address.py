@@ -10,12 +10,11 @@ lines; neighbouring tokens in one line ask for it once. Choices, all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from ...workload import Attention
 from .ddr4 import LINE_BYTES
 
 BURST = np.dtype(
@@ -36,17 +35,19 @@ PAGE_BYTES = 4096
 
 class Span(NamedTuple):
     """Tokens ``start`` to ``stop`` of one region (window and head or block) of a tensor, in
-    the order of ``head``'s queries or keys (-1: as they lie). Index and weights: bytes."""
+    the order of ``head``'s queries or keys (-1: as they lie), of its keys those that ``rows``
+    use, where given. Index and weights: bytes."""
 
     region: int
     start: int
     stop: int
     head: int = -1
     keys: bool = False
+    rows: tuple[int, int] | None = None
 
 
 def bursts_of(
-    op: Attention,
+    order: Callable[[Span], np.ndarray | None],
     spans: Sequence[Sequence[Span]],
     token_bytes: Sequence[int],
     region_tokens: Sequence[int],
@@ -54,6 +55,7 @@ def bursts_of(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(BURST of all transfers, first of each channel and the end).
 
+    order          original token at each place that a span counts by; None: the same
     spans          what each transfer moves, channel after channel
     token_bytes    of a token of each channel
     region_tokens  tokens of a region of each channel
@@ -66,7 +68,7 @@ def bursts_of(
         for span in moved[skipped:]:
             if span not in known:
                 known[span] = _lines(
-                    base + span.region * tokens * size, size, span, _order(op, span)
+                    base + span.region * tokens * size, size, span, order(span)
                 )
             lines = known[span].copy()
             lines["closes"][-1] = transfer
@@ -76,14 +78,6 @@ def bursts_of(
         regions = max((span.region + 1 for span in moved), default=0)
         base += -(-regions * tokens * size // PAGE_BYTES) * PAGE_BYTES
     return np.concatenate(made), np.cumsum(counts)
-
-
-def _order(op: Attention, span: Span) -> np.ndarray | None:
-    """Original token of each reordered one; None: the same."""
-    if op.masks is None or span.head < 0:
-        return None
-    mask = op.masks[span.head]
-    return mask.key_order if span.keys else mask.query_order
 
 
 def _lines(base: int, size: int, span: Span, order: np.ndarray | None) -> np.ndarray:

@@ -10,6 +10,8 @@ and lines share reads of a value. Without it SpMM takes them as they were writte
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -40,12 +42,14 @@ class Coded(NamedTuple):
 
 def coded_tile(mapping: Mapping, head: int, rows: slice, keys: slice, kind: int) -> Coded:
     """The tile's stage of ``kind``, made once for equal ones."""
-    pattern, schedule = mapping.patterns[head], mapping.schedule
+    (pattern, inside, _), schedule = mapping.work_of(head, rows), mapping.schedule
+    tiles = len(mapping.tiles_of(head, rows))
+    rows = inside
 
     def make() -> Coded:
         made = plan_tile(pattern, rows, keys, kind, mapping.hardware.lines, schedule)
         if kind == SPMM and mapping.one_stream:
-            return _listed(mapping, pattern, made, rows, keys)
+            return _listed(mapping, pattern, made, rows, keys, tiles)
         return _streamed(mapping, pattern, made, rows, keys, kind)
 
     if not pattern.digest:
@@ -55,6 +59,35 @@ def coded_tile(mapping: Mapping, head: int, rows: slice, keys: slice, kind: int)
     how = (schedule.assignment, schedule.sparser_percent, schedule.index_encoding, lists)
     sizes = (mapping.hardware.lines, mapping.op.queries, mapping.op.keys, mapping.most_entries)
     return CODED.get((*tile, *how, *sizes), make, _held_bytes)
+
+
+def with_index_held(mapping: Mapping, instances: int) -> Mapping:
+    """The mapping with the index of each head loaded once for all ``instances`` (windows of all
+    images), where the schedule lets it and IdxBuf holds that of the heads which are in work:
+    of two passes where the scores of the next come before the values of this one."""
+    if instances == 1 or mapping.schedule.index_loads != "once":
+        return mapping
+    heads = [_index_bytes(mapping, head) for head in range(mapping.op.heads)]
+    outer = mapping.outer_heads
+    sizes = [sum(heads[first : first + outer]) for first in range(0, len(heads), outer)]
+    if mapping.ahead and len(sizes) > 1:
+        sizes = [a + b for a, b in pairwise(sizes)]
+    fits = max(sizes) <= mapping.hardware.index_buffer_bytes
+    return replace(mapping, index_held=True) if fits else mapping
+
+
+def _index_bytes(mapping: Mapping, head: int) -> int:
+    """All that IdxBuf gets of a head for one instance."""
+    total = 0
+    for rows in mapping.query_tiles:
+        made = [
+            coded_tile(mapping, head, rows, keys, kind)
+            for keys in mapping.tiles_of(head, rows)
+            for kind in (SDDMM, SPMM)
+        ]
+        total += mapping.unit_index_bytes(head, rows)
+        total += sum(coded.held_bytes + coded.stream_bytes for coded in made)
+    return total
 
 
 def _held_bytes(made: Coded) -> int:
@@ -89,12 +122,12 @@ def _streamed(
 
 
 def _listed(
-    mapping: Mapping, pattern: Pattern, made: Assignment, rows: slice, keys: slice
+    mapping: Mapping, pattern: Pattern, made: Assignment, rows: slice, keys: slice, tiles: int
 ) -> Coded:
     """Without entries: ``place`` of a piece is where in the lists of its unit its keys begin.
     The keys of earlier tiles come first in the list of a row."""
     pieces = made.pieces.copy()
-    if len(mapping.key_tiles) > 1:
+    if tiles > 1:
         before, inside = _lists_before(pattern, rows, keys)
         sparser = pieces["round"] >= 0
         pieces["place"][sparser] += (before - inside)[pieces["vector"][sparser]]

@@ -92,7 +92,7 @@ def _traffic(run: AttentionRun, got: dict[str, int]) -> tuple[Traffic, ...]:
     scores, keys = counts.scores * hardware.score_bytes, -(-counts.listed * mapping.key_bits // 8)
     sums = got["drained_words"] * hardware.macs_per_line * hardware.accumulator_bytes
     rows += [
-        Traffic("index", "buffer", moved[INDEX], moved[INDEX]),  # pointers and bitmaps too
+        Traffic("index", "buffer", counts.index_bytes, moved[INDEX]),  # pointers and bitmaps too
         Traffic("index", "lines", -(-counts.stream_bits // 8), 0),
         Traffic("scores", "buffer", 3 * scores + keys, 2 * scores + keys),
         Traffic("scores", "lines", scores, 0),

@@ -46,10 +46,11 @@ class WorkOfTiles:
     """What query tiles of each size ask of buffers and lines, made when first asked for."""
 
     def __init__(self, op: Attention, patterns: Sequence[Pattern], lines: int) -> None:
-        self.op, self.lines = op, lines
+        self.op, self.patterns, self.lines = op, patterns, lines
         self.dense = np.array([p.num_global for p in patterns])[:, None]  # (heads, 1)
         self.masked = np.array([p.masked for p in patterns])[:, None]
         self.row_scores = np.stack([p.row_scores for p in patterns])  # (heads, queries)
+        self._used: dict[int, np.ndarray] = {}
         self._most: dict[int, tuple[int, int, int]] = {}
         self._cycles: dict[int, tuple[int, int]] = {}
 
@@ -79,6 +80,13 @@ class WorkOfTiles:
             self._most[tile] = int(scores.max()), int(bitmaps.max()), int(entries.max())
         return self._most[tile]
 
+    def used(self, tile: int) -> np.ndarray:
+        """Keys that each unit uses, int64 [heads, tiles]: the global ones and those that one of
+        its queries keeps."""
+        if tile not in self._used:
+            self._used[tile] = np.stack([_used(pattern, tile) for pattern in self.patterns])
+        return self._used[tile]
+
     def cycles(self, tile: int) -> tuple[int, int]:
         """Operands that the busiest lines take, summed over the units: SDDMM, SpMM."""
         if tile not in self._cycles:
@@ -91,6 +99,15 @@ class WorkOfTiles:
         return self._cycles[tile]
 
 
+def _used(pattern: Pattern, tile: int) -> np.ndarray:
+    """Keys that each tile of so many queries uses, int64 [tiles]."""
+    indptr, keys = pattern.rows
+    tiles, count = -(-(len(indptr) - 1) // tile), len(pattern.columns[0]) - 1
+    met = np.zeros((tiles, count), dtype=bool)
+    met[np.repeat(np.arange(len(indptr) - 1) // tile, np.diff(indptr)), keys] = True
+    return np.maximum(met.sum(axis=1) + pattern.num_global, 1)
+
+
 def ranked(mappings: Sequence[Mapping], work: WorkOfTiles) -> list[Mapping]:
     """The most promising first, by the objective of their schedule; of those near the least
     estimate the fewest bytes."""
@@ -101,7 +118,7 @@ def ranked(mappings: Sequence[Mapping], work: WorkOfTiles) -> list[Mapping]:
     near = TOLERANCE * min(costs.values())
 
     def rank(made: Mapping) -> tuple[float, float]:
-        return (load_bytes(made) if costs[made] <= near else math.inf, costs[made])
+        return (load_bytes(made, work) if costs[made] <= near else math.inf, costs[made])
 
     return sorted(mappings, key=rank)
 
@@ -110,7 +127,7 @@ def _cost(mapping: Mapping, work: WorkOfTiles, prices: Prices) -> float:
     """Of one instance, in what the schedule's objective counts."""
     objective = mapping.schedule.objective
     if objective == "bytes":
-        return load_bytes(mapping) + 1.0
+        return load_bytes(mapping, work) + 1.0
     cycles = estimate_cycles(mapping, work)
     if objective == "cycles":
         return cycles
@@ -142,10 +159,10 @@ def estimate_pj(mapping: Mapping, work: WorkOfTiles, prices: Prices, cycles: flo
     """About what one instance takes: only to rank mappings. Not the scores, the softmax unit
     and the index, which are the same for all mappings of a call."""
     op, hardware = mapping.op, mapping.hardware
-    macs = work.scores * (op.key_dim + op.value_dim) + _tokens(mapping) * mapping.decode_macs
+    macs = work.scores * (op.key_dim + op.value_dim) + _tokens(mapping, work) * mapping.decode_macs
     stored = op.heads * op.queries * op.value_dim * hardware.operand_bytes
     reads = work.scores * (mapping.key_words + mapping.value_words) * hardware.word_bytes
-    dram = load_bytes(mapping) + stored
+    dram = load_bytes(mapping, work) + stored
     return macs * prices.mac + dram * prices.dram + reads * prices.read + cycles * prices.cycle
 
 
@@ -174,10 +191,10 @@ def estimate_cycles(mapping: Mapping, work: WorkOfTiles) -> float:
     fill = max(_fill_cycles(mapping) - scores, 0.0)
     passes = 1 if _loads_ahead(mapping) else op.heads // mapping.group
     fills = max(passes - min(mapping.kept.q, mapping.kept.k), 0)
-    stages = STAGE_OVERHEAD_CYCLES * 2 * units * len(mapping.key_tiles)
-    decode = _tokens(mapping) * mapping.decode_macs / hardware.decoder_macs
+    stages = STAGE_OVERHEAD_CYCLES * 2 * _tiles(mapping, work)
+    decode = _tokens(mapping, work) * mapping.decode_macs / hardware.decoder_macs
     body = units * unit + fills * fill + stages
-    return max(body, load_bytes(mapping) / rate + store * units, decode) + tail + store
+    return max(body, load_bytes(mapping, work) / rate + store * units, decode) + tail + store
 
 
 def busiest_line(
@@ -209,27 +226,37 @@ def _loads_ahead(mapping: Mapping) -> bool:
     return 2 * keys <= mapping.cut.k and 2 * queries <= mapping.cut.q
 
 
-def _tokens(mapping: Mapping) -> int:
+def _tiles(mapping: Mapping, work: WorkOfTiles) -> int:
+    """Tiles of keys of all units."""
+    if mapping.used_keys:
+        return int((-(-work.used(mapping.query_tile) // mapping.key_tile)).sum())
+    return mapping.op.heads * len(mapping.query_tiles) * len(mapping.key_tiles)
+
+
+def _tokens(mapping: Mapping, work: WorkOfTiles) -> int:
     """Tokens of Q and K that are loaded (and decoded) for one instance."""
-    groups = mapping.op.heads // mapping.group
-    return groups * (mapping.op.queries + mapping.op.keys * _key_loads(mapping))
+    passes = mapping.op.heads // mapping.group
+    again = len(mapping.key_tiles) if loaded_again(mapping)[0] else 1
+    keys = _keys(mapping, work) if loaded_again(mapping)[1] else passes * mapping.op.keys
+    return passes * mapping.op.queries * again + keys
 
 
-def _key_loads(mapping: Mapping) -> int:
-    """How often K is loaded: where it comes in tiles, for each tile of queries."""
-    return len(mapping.query_tiles) if loaded_again(mapping)[1] else 1
+def _keys(mapping: Mapping, work: WorkOfTiles) -> int:
+    """Keys that are loaded for one instance, where each unit loads its own."""
+    if mapping.used_keys:
+        return int(work.used(mapping.query_tile).sum())
+    return mapping.op.heads * len(mapping.query_tiles) * mapping.op.keys
 
 
-def load_bytes(mapping: Mapping) -> int:
+def load_bytes(mapping: Mapping, work: WorkOfTiles) -> int:
     """Q, K and V from DRAM for one instance."""
     op, width = mapping.op, mapping.hardware.operand_bytes
-    queries = len(mapping.query_tiles) if loaded_again(mapping)[2] else 1
-    values = op.heads * op.keys * op.value_dim * width
+    values = _keys(mapping, work) if loaded_again(mapping)[2] else op.heads * op.keys
     if mapping.resident_latents and op.codec:
         vectors = op.codec.groups * (op.queries + op.keys) * mapping.token_bytes
     else:
-        vectors = _tokens(mapping) * mapping.token_bytes
-    return max(vectors + values * queries - sum(kept_bytes(mapping)), 0)
+        vectors = _tokens(mapping, work) * mapping.token_bytes
+    return max(vectors + values * op.value_dim * width - sum(kept_bytes(mapping)), 0)
 
 
 def kept_bytes(mapping: Mapping) -> tuple[int, int, int]:

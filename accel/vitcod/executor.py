@@ -71,20 +71,29 @@ class ProgramExecutor:
         self.chunks: dict[int, list[_Chunk]] = {Q: [], K: [], V: [], LATENT: []}
         cut = mapping.cut
         self.sizes = {Q: cut.q, K: cut.k, V: cut.v, LATENT: mapping.latent_space_bytes}
-        self.keys = self._key_tiles()
+        self.keys, self.last_tile = self._key_tiles()
         self.output = np.zeros(
             (len(memory[V]), self.op.heads, self.op.queries, self.op.value_dim), dtype=np.int64
         )
 
-    def _key_tiles(self) -> list[slice]:
-        """The keys of each stage."""
+    def _key_tiles(self) -> tuple[list[slice], list[bool]]:
+        """The keys of each stage, and whether they are the last of its unit."""
         begun: dict[tuple[int, int], int] = {}
-        found = []
+        found, last = [], []
         for stage in self.program.stages:
             product = int(stage["unit"]), int(stage["kind"])
-            found.append(self.mapping.key_tiles[begun.get(product, 0)])
-            begun[product] = begun.get(product, 0) + 1
-        return found
+            _, head, rows = self.places[product[0]]
+            tiles, number = self.mapping.tiles_of(head, rows), begun.get(product, 0)
+            found.append(tiles[number])
+            last.append(number == len(tiles) - 1)
+            begun[product] = number + 1
+        return found, last
+
+    def _names(self, stage: np.void) -> np.ndarray:
+        """The head's key at each place that the tiles of the stage's unit count by."""
+        _, head, rows = self.places[int(stage["unit"])]
+        keys = self.mapping.work_of(head, rows).keys
+        return np.arange(self.op.keys) if keys is None else keys
 
     def all_stages(self) -> np.ndarray:
         """int64 [images, heads, queries, value_dim], original token order."""
@@ -103,7 +112,7 @@ class ProgramExecutor:
                 self._scores(stage, unit, keys)
             else:
                 self._values(stage, unit, keys)
-                if keys.stop == self.op.keys:
+                if self.last_tile[number]:
                     self._store(int(stage["unit"]))
         return self.output
 
@@ -137,9 +146,10 @@ class ProgramExecutor:
         """A chunk comes from DRAM or from the decoder, or the projection has left it."""
         stage = self.program.stages[transfer["need"]]
         image, head, rows = self.places[int(stage["unit"])]
-        tokens = self.keys[int(transfer["need"])]
+        tokens = self._names(stage)[self.keys[int(transfer["need"])]]
         if channel == Q:
-            tokens = slice(0, self.op.queries) if self.mapping.whole_queries else rows
+            queries = np.arange(self.op.queries)
+            tokens = queries if self.mapping.whole_queries else queries[rows]
         if channel == LATENT:
             data = self._latents(image, head)
         elif channel == V:
@@ -166,7 +176,7 @@ class ProgramExecutor:
         return slice(first, first + count)
 
     def _decoded(
-        self, channel: int, image: int, head: int, source: int, tokens: slice
+        self, channel: int, image: int, head: int, source: int, tokens: np.ndarray
     ) -> np.ndarray:
         """[1, tokens, dim] of the head, from latents on chip: those of the side begin with
         ``source``."""
@@ -180,11 +190,11 @@ class ProgramExecutor:
             latents[block, place] = chunk.data[:, inside]
         return decoder(latents, slice(head, head + 1))
 
-    def _pass(self, channel: int, image: int, head: int, tokens: slice) -> np.ndarray:
+    def _pass(self, channel: int, image: int, head: int, tokens: np.ndarray) -> np.ndarray:
         """[heads of a pass, tokens, dim] of Q or K, decoded where they come as latents."""
         group = self.mapping.group
         heads = slice(head // group * group, head // group * group + group)
-        order = np.arange(tokens.stop) if group > 1 else self._order(head, channel)
+        order = np.arange(tokens[-1] + 1) if group > 1 else self._order(head, channel)
         stored, decoder = self.memory[channel][image][:, order[tokens]], self.decoders[channel]
         return stored[heads] if decoder is None else decoder(stored, heads)
 
@@ -226,8 +236,9 @@ class ProgramExecutor:
         _, head, rows = self.places[int(stage["unit"])]
         q = self._tile(Q, stage, int(stage["operand_token"]), rows)
         k = self._tile(K, stage, int(stage["vector_token"]), keys)
+        names = self._names(stage)
         for vector, operands, sparser in self._pieces(stage, unit):
-            key = keys.start + vector
+            key = names[keys.start + vector]
             if unit.written[operands, key].any():
                 raise RuntimeError(f"{self.op.name}: a score of head {head} is made twice")
             score = self.rules.score(q[operands] @ k[vector], head)
@@ -264,12 +275,13 @@ class ProgramExecutor:
     def _values(self, stage: np.void, unit: _Unit, keys: slice) -> None:
         """SpMM: a line holds an output row, which is added to the output buffer."""
         v = self._tile(V, stage, int(stage["operand_token"]), keys)
+        names = self._names(stage)
         for vector, operands, _ in self._pieces(stage, unit):
             if not unit.ready[vector]:
                 raise RuntimeError(f"{self.op.name}: a row is weighed before its softmax")
             if (operands < 0).any():
                 raise RuntimeError(f"{self.op.name}: a list is read beyond its keys")
-            weights = unit.probabilities[vector, keys.start + operands]
+            weights = unit.probabilities[vector, names[keys.start + operands]]
             unit.sums[vector] += weights @ v[operands]
 
     def _store(self, number: int) -> None:

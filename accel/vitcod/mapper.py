@@ -179,6 +179,8 @@ def _query_tilings(given: Mapping, work: WorkOfTiles) -> list[Mapping]:
     op, residences = given.op, (True, False)
     if given.group > 1 and not work.in_order:
         residences = (True,)  # a tile of queries is not the same tokens for all its heads
+    if given.fetched_again:
+        residences = (False,)
     made: dict[tuple[int, bool], Mapping] = {}
     for regions in (2, 1):
         largest = replace(given, output_regions=regions)
@@ -227,11 +229,12 @@ def _largest_tile(
 
 def _key_tiles(given: Mapping) -> list[int]:
     """Sizes of key tiles to try, the largest first: all keys; else so few that the next tile
-    loads beside the one in work, in equal parts; down to one."""
+    loads beside the one in work, in equal parts; down to one. Where
+    queries come again for each, no more keys than the lines hold."""
     op = given.op
     if given.group > 1 or given.resident_latents:
         return [op.keys]
-    sizes = [op.keys]
+    sizes = [min(op.keys, given.hardware.lines) if given.fetched_again else op.keys]
     while sizes[-1] > 1:
         sizes.append(-(-op.keys // -(-op.keys // (sizes[-1] - 1))))
     return sizes

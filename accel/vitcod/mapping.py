@@ -19,7 +19,7 @@ from ..encodings import ENCODINGS, Widths
 from ..encodings.stream import bits_below
 from ..hardware import Hardware
 from ..schedule import Schedule
-from .pattern import Pattern
+from .pattern import Pattern, UnitWork, of_rows
 from .regions import NOTHING, Cut, Kept
 
 
@@ -35,6 +35,8 @@ class Mapping:
     cut              of the buffers
     kept             what is in them when the call begins
     resident_latents all latents of a codec block stay on chip, heads are decoded from there
+    index_held       IdxBuf keeps the index of a head for all windows and images, which then
+                     come one after the other for each head (or codec block)
     token_bytes      of one token of a group of Q or K in DRAM (latents, with a codec)
     """
 
@@ -51,6 +53,7 @@ class Mapping:
     cut: Cut
     kept: Kept = NOTHING
     resident_latents: bool = False
+    index_held: bool = False
 
     @property
     def key_words(self) -> int:
@@ -189,15 +192,55 @@ class Mapping:
     def query_tiles(self) -> tuple[slice, ...]:
         return _tiles(self.op.queries, self.query_tile)
 
+    @property
+    def used_keys(self) -> bool:
+        """Whether each unit has keys of its own: those that its queries keep."""
+        if self.fetched_again or self.op.masks is None or self.schedule.key_loads == "all":
+            return False
+        return len(self.query_tiles) > 1 and self.key_tile < self.op.keys
+
+    @property
+    def fetched_again(self) -> bool:
+        """Whether queries come again for each tile of keys."""
+        return self.schedule.query_loads == "per_key_tile" and self.op.codec is None
+
+    @cached_property
+    def _works(self) -> dict[tuple[int, int], UnitWork]:
+        return {}
+
+    def work_of(self, head: int, rows: slice) -> UnitWork:
+        """What a unit does."""
+        if not self.used_keys:
+            return UnitWork(self.patterns[head], rows, None)
+        name = head, rows.start
+        if name not in self._works:
+            self._works[name] = of_rows(self.patterns[head], rows)
+        return self._works[name]
+
+    def tiles_of(self, head: int, rows: slice) -> tuple[slice, ...]:
+        """The tiles of keys of a unit, counted among the keys that it has."""
+        keys = self.work_of(head, rows).keys
+        return self.key_tiles if keys is None else _tiles(len(keys), self.key_tile)
+
+    @property
+    def outer_heads(self) -> int:
+        """Heads whose index is held together: of a pass, or of a block of resident latents."""
+        if self.resident_latents and self.op.codec:
+            return self.op.heads // self.op.codec.groups
+        return self.group
+
     def units(self, instances: int) -> Iterator[tuple[int, int, slice]]:
         """(instance, head, rows) in the order of execution."""
-        for instance in range(instances):
-            for first in range(0, self.op.heads, self.group):
-                heads = range(first, first + self.group)
-                if self.whole_queries:
-                    yield from ((instance, h, rows) for h in heads for rows in self.query_tiles)
-                else:
-                    yield from ((instance, h, rows) for rows in self.query_tiles for h in heads)
+        heads, outer = range(0, self.op.heads, self.group), self.outer_heads
+        passes = [(i, first) for i in range(instances) for first in heads]
+        if self.index_held:
+            passes.sort(key=lambda made: (made[1] // outer, made[0], made[1]))
+        for instance, first in passes:
+            group = range(first, first + self.group)
+            if self.whole_queries:
+                yield from ((instance, h, rows) for h in group for rows in self.query_tiles)
+            else:
+                yield from ((instance, h, rows) for rows in self.query_tiles for h in group)
 
     def reload(self, unit: tuple[int, int, slice]) -> tuple[int, ...]:
         """Part of a chunk's name: with several key tiles each unit loads its own."""

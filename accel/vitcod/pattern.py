@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -74,6 +75,42 @@ class Pattern:
         """Of its arrays."""
         arrays = (*self.columns, *self.rows, self.row_scores)
         return sum(array.nbytes for array in arrays)
+
+
+class UnitWork(NamedTuple):
+    """What a tile of queries does: ``rows`` of ``pattern``. ``keys``: the head's keys that
+    those of the pattern are, int64; None: all, in their order."""
+
+    pattern: Pattern
+    rows: slice
+    keys: np.ndarray | None
+
+
+def of_rows(pattern: Pattern, rows: slice) -> UnitWork:
+    """The work of these queries alone, on the global keys and those that one of them keeps (one
+    key at least)."""
+    indptr, columns = pattern.rows
+    mine = columns[indptr[rows.start] : indptr[rows.stop]]
+    used = np.unique(mine)
+    if not len(used) and not pattern.num_global:
+        used = np.zeros(1, np.int64)
+    renamed, count = np.searchsorted(used, mine), rows.stop - rows.start
+    pointer = indptr[rows.start : rows.stop + 1] - indptr[rows.start]
+    row_of = np.repeat(np.arange(count), np.diff(pointer))
+    starts = np.cumsum(np.bincount(renamed, minlength=len(used)))
+    made = Pattern(
+        pattern.num_global,
+        (
+            _frozen(np.concatenate([[0], starts])),
+            _frozen(row_of[np.argsort(renamed, kind="stable")]),
+        ),
+        (_frozen(pointer), _frozen(renamed)),
+        pattern.row_scores[rows],
+        pattern.masked,
+        pattern.digest and f"{pattern.digest} rows {rows.start} to {rows.stop}",
+    )
+    keys = np.concatenate([np.arange(pattern.num_global), used + pattern.num_global])
+    return UnitWork(made, slice(0, count), keys)
 
 
 def patterns_of(op: Attention) -> tuple[Pattern, ...]:

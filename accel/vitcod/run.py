@@ -15,11 +15,13 @@ from ...workload import Attention
 from ..hardware import Hardware, schedule_of
 from ..report.report import HeadCost
 from ..schedule import DEFAULT, Schedule
+from .coded import with_index_held
 from .core import engine
 from .core.registers import PHASES, STALLS, Trace
 from .mapper import fitting
 from .mapping import Mapping
-from .program import CODEC, LATENT, SDDMM, SPMM, STORE, Counts, K, Program, Q, build
+from .builder import build
+from .program import CODEC, LATENT, SDDMM, SPMM, STORE, Counts, K, Program, Q
 
 WAITS: dict[str, tuple[str, str]] = {
     "bank": ("Q bank", "V bank"),
@@ -115,7 +117,7 @@ def run_attention(
     instances = op.windows * batch
     schedule = schedule_of(hardware, schedule)
     found = fitting(op, hardware, schedule, instances, on_chip_bytes)
-    tried = found[: schedule.mappings_stepped]
+    tried = [with_index_held(m, instances) for m in found[: schedule.mappings_stepped]]
     if len(tried) == 1 or instances <= 2:
         return min((run_mapping(m, instances) for m in tried), key=lambda run: run.cycles)
     two = min((run_mapping(m, 2) for m in tried), key=lambda run: run.cycles)

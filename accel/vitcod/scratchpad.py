@@ -124,4 +124,5 @@ def loaded_again(mapping: Mapping) -> tuple[bool, bool, bool]:
     tiles = len(mapping.query_tiles) > 1
     in_tiles = tiles and len(mapping.key_tiles) > 1
     by_rows = tiles and mapping.group > 1 and not mapping.whole_queries
-    return False, in_tiles, in_tiles or by_rows
+    queries = mapping.fetched_again and len(mapping.key_tiles) > 1
+    return queries, in_tiles, in_tiles or by_rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 
-from naive_index import stage_index
+from naive_index import stage_index, tiles_of
 from naive_transfers import Transfers
 
 from sievit.accel.vitcod.core.registers import STALLS
@@ -102,7 +102,7 @@ class Twin(Transfers):
             for piece in line.pieces
             if not piece.dense
         ]
-        keys = self.mp.key_tiles[self.tile]
+        keys = tiles_of(self.mp, head, rows)[self.tile]
         _, stream = stage_index(self.mp, int(stage["kind"]), head, rows, keys, pieces)
         bits = whole = 0
         entries = defaultdict(dict)
@@ -149,7 +149,8 @@ class Twin(Transfers):
             stall = "index_port" if self.on_chip(line.stream[0]) else "index_refill"
         free = line.stream and line.registers < 2 and self.reads < self.hw.index_entries_per_cycle
         if free and self.on_chip(line.stream[0]):
-            self.freed += line.stream.pop(0)[1]
+            size = line.stream.pop(0)[1]
+            self.freed += 0 if stage["index_stays"] else size
             line.registers += 1
             self.reads += 1
             self.count["index_reads"] += 1

@@ -34,6 +34,24 @@ def stage_index(mapping, kind, head, rows, keys, pieces):
     return -(-held // 8), [(line, n, bits(operand) + address) for line, n, operand in order]
 
 
+def keys_of(mapping, head, rows):
+    """The keys of a unit, in the order of the head: all, or where they are loaded again for each
+    tile of queries the global ones and those that one of the unit's queries keeps."""
+    op, every = mapping.op, list(range(mapping.op.keys))
+    in_tiles = mapping.query_tile < op.queries and mapping.key_tile < op.keys
+    again = mapping.schedule.query_loads == "per_key_tile" and not op.codec
+    if again or not (op.masks and in_tiles and mapping.schedule.key_loads == "used"):
+        return every
+    kept = op.masks[head].reordered()[rows]
+    return [k for k in every if k < op.masks[head].num_global or kept[:, k].any()] or [0]
+
+
+def tiles_of(mapping, head, rows):
+    """Tiles of them, by their places."""
+    count, size = len(keys_of(mapping, head, rows)), mapping.key_tile
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+
 def _tile(mapping, kind, head, rows, keys):
     """Operands and vectors of the tile's sparser part, and the number of its first operand."""
     globals_ = mapping.op.masks[head].num_global

@@ -337,9 +337,10 @@ class Transfers:
         """The transfer of the latents that a chunk of Q or K is decoded from: blocks come once
         each, in order."""
         instance, head, _ = self.places[int(self.p.stages["unit"][self.p.transfers["need"][chunk]])]
-        groups = self.mp.op.codec.groups
-        block = instance * groups + head * groups // self.mp.op.heads
-        return int(self.p.channel_first[LATENT]) + block
+        groups, instances = self.mp.op.codec.groups, 1 + max(place[0] for place in self.places)
+        block = head * groups // self.mp.op.heads
+        number = block * instances + instance if self.mp.index_held else instance * groups + block
+        return int(self.p.channel_first[LATENT]) + number
 
     def latent_of(self, c):
         """The channel's next token among all latents: those of a block's keys, then those of

@@ -101,7 +101,8 @@ def _step_lines(machine, program, state, stage, counts):
                 machine, run, stage, line, pieces, entries, channels, v, o, rows, lists, counts
             )
         counted[did] += 1
-    channels[INDEX].used -= run.index_freed * machine.dram_denominator
+    freed = run.index_freed * (1 - stage.index_stays)
+    channels[INDEX].used -= freed * machine.dram_denominator
 
 
 @core

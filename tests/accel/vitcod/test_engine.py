@@ -14,11 +14,13 @@ from numba import njit
 from sievit.accel import jit as compiled
 from sievit.accel.encodings import ENCODINGS
 from sievit.accel.hardware import Hardware, presets
-from sievit.accel.schedule import ASSIGNMENTS, LATENTS, SCRATCHPADS, Schedule
+from sievit.accel.schedule import ASSIGNMENTS, INDEX_LOADS, KEY_LOADS, LATENTS, SCRATCHPADS, Schedule
+from sievit.accel.vitcod.coded import with_index_held
 from sievit.accel.vitcod.core import engine
 from sievit.accel.vitcod.core.registers import COUNTS, PHASES, STALLS
 from sievit.accel.vitcod.mapper import candidates, choose
-from sievit.accel.vitcod.program import V, build
+from sievit.accel.vitcod.builder import build
+from sievit.accel.vitcod.program import V
 from sievit.accel.vitcod.regions import Cut
 from sievit.workload import Attention, AttentionMask, HeadCodec, polarize_head
 
@@ -122,6 +124,9 @@ def random_schedule(rng):
         latents=pick(*LATENTS),
         index_streams=pick(1, 1, 2),
         sparser_percent=pick(50, 100, 108, 200),
+        query_loads=pick("once", "once", "per_key_tile"),
+        key_loads=pick(*KEY_LOADS),
+        index_loads=pick(*INDEX_LOADS),
     )
 
 
@@ -158,7 +163,7 @@ def random_case(seed, memory=lambda hardware: hardware):
         room = pick(0, 700, 10**6)
         made = candidates(op, hardware, random_schedule(rng), instances, room)
         if made:
-            return pick(*made[:8]), instances
+            return with_index_held(pick(*made[:8]), instances), instances
 
 
 @pytest.mark.parametrize("seed", range(160))
@@ -201,6 +206,10 @@ def test_the_twin_has_met_every_part():
         met["lists as they were written"] += lists and not mapping.hardware.sorted_lists
         met["sorted lists"] += lists and mapping.hardware.sorted_lists
         met["lists over tiles of keys"] += lists and len(mapping.key_tiles) > 1
+        met["units with keys of their own"] += mapping.used_keys
+        met["queries fetched again"] += mapping.fetched_again and len(mapping.key_tiles) > 1
+        met["an index for two images"] += mapping.index_held
+        met["an index for two images, several heads"] += mapping.index_held and op.heads > 1
         met["two streams"] += sparse and not mapping.one_stream
         met["a cut scratchpad"] += mapping.cut != Cut.fixed(mapping.hardware)
         for name in ENCODINGS:
