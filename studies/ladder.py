@@ -1,10 +1,11 @@
 """From the released script's figure to ours, cause by cause: every rung is a run.
 
 The lower rungs are the script's own formulas (`simulators.released`) with one fault at a
-time taken out; the upper ones are the stepped machine (`simulators.vitcod`) with one ideal
-part at a time made real, until nothing but the user's hardware is left. Cycles of attention,
-one image. What a rung shows depends on the rungs below it: a cause that another one hides
-adds nothing. The order is a choice, the two ends are not.
+time taken out; those above are the stepped machine (`simulators.vitcod`) by ViTCoD's own
+schedule, with one ideal part at a time made real, until nothing but the user's hardware is
+left; the last ones go from that schedule to the user's. Cycles of attention, one image. What
+a rung shows depends on the rungs below it: a cause that another one hides adds nothing. The
+order is a choice, the two ends are not.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ AMPLE = 16
 class Rung:
     """A run: ``cause`` is what is changed against the rung before it.
 
-    model    "formulas" of the script or the "engine"
-    changed  the switches (formulas) or fields of `Hardware` (engine) that were set
+    model    "formulas" of the script, the "engine", or the "schedule" of the engine
+    changed  the switches (formulas) or fields of `Hardware` and `Schedule` that were set
     """
 
     cause: str
@@ -193,13 +194,12 @@ FAULTS: tuple[tuple[str, dict[str, bool]], ...] = (
 """Switches of `Script`, in the order of the rungs."""
 
 
-def _ideals(hardware: Hardware, schedule: Schedule) -> tuple[tuple[str, dict[str, Any]], ...]:
+def _ideals(hardware: Hardware, policy: str) -> tuple[tuple[str, dict[str, Any]], ...]:
     """(cause, the ideal values of its fields), in the order in which they are made real."""
 
     def words(buffer_bytes: int, row_bytes: int) -> int:
         return AMPLE * buffer_bytes // row_bytes + 1  # every word in a bank of its own
 
-    policy = schedule.assignment
     word, row = hardware.word_bytes, hardware.macs_per_line * hardware.accumulator_bytes
     buffers = [item.name for item in fields(hardware) if item.name.endswith("_buffer_bytes")]
     return (
@@ -231,15 +231,8 @@ def _ideals(hardware: Hardware, schedule: Schedule) -> tuple[tuple[str, dict[str
             "pipeline and reconfiguration take cycles",
             {"pipeline_cycles": 0, "reconfigure_cycles": 0},
         ),
-        *_on_chip(schedule),
         *_memory(hardware),
     )
-
-
-def _on_chip(schedule: Schedule) -> tuple[tuple[str, dict[str, Any]], ...]:
-    if schedule.on_chip == "nothing":
-        return ()
-    return (("heads that fit stay on chip after the projection", {"on_chip": "nothing"}),)
 
 
 def _memory(hardware: Hardware) -> tuple[tuple[str, dict[str, Any]], ...]:
@@ -279,17 +272,48 @@ def _fault_rungs(
         yield Rung(cause, "formulas", switches, cycles)
 
 
+STEPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("the mask's own rule makes keys global", ("global_threshold",)),
+    ("queries stay for all keys of their head", ("query_loads",)),
+    ("one index for both products, in 8 bits", ("index_streams", "index_encoding")),
+    ("one scratchpad, cut for each call", ("scratchpad",)),
+    ("keys and index loaded where they are used", ("key_loads", "index_loads")),
+    ("latents decoded where that is best", ("latents",)),
+    ("lines split by the time an entry takes", ("assignment", "sparser_percent")),
+    ("the mapper's objective and candidates", ("objective", "mappings_stepped", "mapping")),
+    ("heads that fit stay on chip after the projection", ("on_chip",)),
+)
+"""From ViTCoD's own schedule to another, in the order of the rungs: fields of `Schedule`."""
+
+BESIDE = ("dense_dataflow", "dense_orientation", "dense_fill", "vector_fusion")
+"""Policies of the products beside attention, as the ladder's schedule has them from the start."""
+
+
+def _published(schedule: Schedule) -> Schedule:
+    """ViTCoD's own schedule of attention."""
+    return replace(Schedule.published(), **{name: getattr(schedule, name) for name in BESIDE})
+
+
 def _engine_rungs(workload: Workload, start: Configuration) -> Iterator[Rung]:
-    ideals = _ideals(start.hardware, start.schedule)
+    """First the machine by ViTCoD's own schedule, then the schedule of ``start``."""
+    own = _published(start.schedule)
+    ideals = _ideals(start.hardware, own.assignment)
     ideal = {k: v for _, part in ideals for k, v in part.items()}
-    given = {**vars(start.hardware), **vars(start.schedule)}
-    cycles = _attention_cycles(workload, configured(start.hardware, ideal, start.schedule))
+    given = {**vars(start.hardware), **vars(own)}
+    cycles = _attention_cycles(workload, configured(start.hardware, ideal, own))
     yield Rung("stepped: whole columns and rows on lines, all else ideal", "engine", {}, cycles)
     for cause, part in ideals:
         real = {name: given[name] for name in part}
         ideal = {name: value for name, value in ideal.items() if name not in part}
-        machine = configured(start.hardware, ideal, start.schedule)
+        machine = configured(start.hardware, ideal, own)
         yield Rung(cause, "engine", real, _attention_cycles(workload, machine))
+    for cause, names in STEPS:
+        taken = {name: getattr(start.schedule, name) for name in names}
+        changed = {k: v for k, v in taken.items() if v != getattr(own, k)}
+        if changed:
+            own = replace(own, **changed)
+            cycles = _attention_cycles(workload, Configuration(start.hardware, own))
+            yield Rung(cause, "schedule", changed, cycles)
 
 
 def _attention_cycles(workload: Workload, machine: Configuration) -> int:

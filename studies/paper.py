@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..accel import Hardware, Report, presets, simulate
+from ..accel import Hardware, Report, Schedule, presets, simulate
 from ..accel.report.roofline import Measured
 from ..ae import latent_heads_for
 from ..models import create, prefix_tokens, trace
@@ -31,6 +31,9 @@ SIMULATORS = ("vitcod", "vitcod_no_codec", "vitcod_no_reorder", "sanger", "spatt
 GLOBAL_SHARE = PUBLISHED_GLOBAL_THRESHOLD / 197
 """The published 50 of 197 queries as a share, for layers with other token counts."""
 
+OWN_SIMULATORS = ("vitcod", "vitcod_no_codec", "sanger", "spatten")
+OWN = replace(Schedule.published(), global_threshold=GLOBAL_SHARE)
+
 LADDER_MODEL, LADDER_SPARSITY = "deit_tiny", 0.95
 BY_CHANCE = "synthetic (sievit.sparsify.synthetic), of no trained model"
 
@@ -44,6 +47,8 @@ class PaperStudy:
     ladder   from the released script's attention cycles to the machine's; None, with the
              reason in ``ladder_note``, where the script refuses the masks
     cases    cycles of attention and network by simulator, a model and sparsity each
+    movement DRAM bytes of attention by ViTCoD's own schedule, a model and sparsity each:
+             without codec, on Sanger, with codec. A review has them in this order
     """
 
     hardware: str
@@ -52,6 +57,7 @@ class PaperStudy:
     ladder: Ladder | None
     ladder_note: str
     cases: tuple[dict[str, Any], ...]
+    movement: tuple[dict[str, Any], ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -62,6 +68,7 @@ class PaperStudy:
             "ladder": None if self.ladder is None else self.ladder.to_dict(),
             "ladder_note": self.ladder_note,
             "cases": list(self.cases),
+            "movement": list(self.movement),
         }
 
 
@@ -119,7 +126,8 @@ def compare_with_paper(
     timed = _timed(cases, progress) if measure else {}
     found = rows(runs, hardware, timed)
     ladder, note = _ladder(cases, hardware)
-    return PaperStudy(hardware.name, masks, found, ladder, note, tuple(map(_cycles, runs)))
+    cycles, moved = tuple(map(_cycles, runs)), tuple(map(_movement, runs))
+    return PaperStudy(hardware.name, masks, found, ladder, note, cycles, moved)
 
 
 def _simulated(cases: Sequence[Case], hardware: Hardware, progress: Progress) -> Iterator[Run]:
@@ -130,12 +138,15 @@ def _simulated(cases: Sequence[Case], hardware: Hardware, progress: Progress) ->
         if case.model not in dense:
             dense[case.model] = simulate(case.workload, hardware, "vitcod_dense")
         reports["vitcod_dense"] = dense[case.model]
+        own = {
+            name: simulate(case.workload, hardware, name, schedule=OWN) for name in OWN_SIMULATORS
+        }
         released, refusal = None, ""
         try:
             released = simulate(case.workload, hardware, "released")
         except ValueError as error:
             refusal = str(error)
-        yield Run(case, reports, released, refusal)
+        yield Run(case, reports, own, released, refusal)
     progress("simulating the paper's models", 1.0)
 
 
@@ -161,6 +172,11 @@ def _cycles(run: Run) -> dict[str, Any]:
         "network_cycles": {name: r.cycles for name, r in reports.items()},
         "released_refuses": run.refusal,
     }
+
+
+def _movement(run: Run) -> dict[str, Any]:
+    moved = {name: run.own[name].dram_bytes() for name in ("vitcod_no_codec", "sanger", "vitcod")}
+    return {"model": run.case.model, "sparsity": run.case.sparsity, "dram_bytes": moved}
 
 
 def _ladder(cases: Sequence[Case], hardware: Hardware) -> tuple[Ladder | None, str]:

@@ -67,9 +67,7 @@ def bursts_of(
         transfer += skipped
         for span in moved[skipped:]:
             if span not in known:
-                known[span] = _lines(
-                    base + span.region * tokens * size, size, span, order(span)
-                )
+                known[span] = _lines(base + span.region * tokens * size, size, span, order(span))
             lines = known[span].copy()
             lines["closes"][-1] = transfer
             transfer += 1

@@ -27,7 +27,8 @@ from ..simulators.registry import simulator_named
 from ..simulators.simulator import without_parts
 from ..vitcod.assign import DENSE_ROUND
 from ..vitcod.cost import CHANNELS
-from ..vitcod.program import INDEX, SDDMM, STORE, K, Q
+from ..vitcod.pattern import SDDMM
+from ..vitcod.program import INDEX, STORE, K, Q
 from ..vitcod.run import AttentionRun, named_stalls
 from ..vitcod.simulate import operations
 

@@ -14,13 +14,12 @@ from ..dram.ddr4 import LINE_BYTES
 from .assign import DENSE_ROUND
 from .coded import Coded, coded_tile
 from .mapping import Mapping
+from .pattern import SDDMM, SPMM
 from .program import (
     CHANNELS,
     CODEC,
     INDEX,
     LATENT,
-    SDDMM,
-    SPMM,
     STAGE,
     STORE,
     TRANSFER,
@@ -114,7 +113,9 @@ class _Builder:
         mask = self.op.masks[span.head]
         if not span.keys:
             return mask.query_order
-        keys = None if span.rows is None else self.mapping.work_of(span.head, slice(*span.rows)).keys
+        keys = (
+            None if span.rows is None else self.mapping.work_of(span.head, slice(*span.rows)).keys
+        )
         return mask.key_order if keys is None else mask.key_order[keys]
 
     def latents(self, instance: int, head: int) -> tuple[int, int]:

@@ -24,7 +24,8 @@ from ..arithmetic import HeadMap
 from ..integer_attention import ScoreRules, integer_softmax
 from .assign import DENSE_ROUND
 from .mapping import Mapping
-from .program import LATENT, SDDMM, K, Program, Q, V
+from .pattern import SDDMM
+from .program import LATENT, K, Program, Q, V
 
 
 class _Chunk:

@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .pattern import SDDMM, SPMM
-
 Q, K, V, INDEX, CODEC, STORE, LATENT = range(7)
 CHANNELS = 7
 """DMA channels: each serves its transfers in order; the DRAM serves the channels. Where

@@ -15,13 +15,14 @@ from ...workload import Attention
 from ..hardware import Hardware, schedule_of
 from ..report.report import HeadCost
 from ..schedule import DEFAULT, Schedule
+from .builder import build
 from .coded import with_index_held
 from .core import engine
 from .core.registers import PHASES, STALLS, Trace
 from .mapper import fitting
 from .mapping import Mapping
-from .builder import build
-from .program import CODEC, LATENT, SDDMM, SPMM, STORE, Counts, K, Program, Q
+from .pattern import SDDMM, SPMM
+from .program import CODEC, LATENT, STORE, Counts, K, Program, Q
 
 WAITS: dict[str, tuple[str, str]] = {
     "bank": ("Q bank", "V bank"),

@@ -42,6 +42,7 @@ def paper_tables(study: PaperStudy) -> RenderableType:
         Text(LEGEND),
         Text(),
     ]
+    parts += [movement_table(study), Text()]
     if study.ladder is None:
         parts.append(Text(f"No ladder. {study.ladder_note}"))
     else:
@@ -98,6 +99,24 @@ def _value(value: float | None, unit: str) -> str:
     if unit == "x":
         return f"{value:#.3g}x" if value < 100 else f"{value:.0f}x"
     return f"{value:.3g} {unit}"
+
+
+def movement_table(study: PaperStudy) -> Table:
+    """Bytes of attention by ViTCoD's own schedule, and whether the published order holds."""
+    table = titled("DRAM kB of attention by ViTCoD's own schedule")
+    table.add_column("model", no_wrap=True)
+    headings = ("sparsity", "no codec", "Sanger", "codec")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("no codec > Sanger > codec", no_wrap=True)
+    for case in study.movement:
+        sizes = [case["dram_bytes"][name] for name in ("vitcod_no_codec", "sanger", "vitcod")]
+        holds = sizes[0] > sizes[1] > sizes[2]
+        cells = (f"{size / 1e3:,.0f}" for size in sizes)
+        table.add_row(
+            case["model"], f"{case['sparsity']:.1%}", *cells, "holds" if holds else "does not hold"
+        )
+    return table
 
 
 def ladder_table(ladder: Ladder, note: str) -> Table:

@@ -11,13 +11,14 @@ from naive_index import keys_of, stage_index, tiles_of, unit_bytes
 
 from sievit.accel.hardware import Hardware
 from sievit.accel.schedule import DEFAULT, Schedule
+from sievit.accel.vitcod.builder import build
 from sievit.accel.vitcod.coded import with_index_held
 from sievit.accel.vitcod.core import engine
 from sievit.accel.vitcod.core.registers import STALLS
 from sievit.accel.vitcod.estimate import kept_bytes
 from sievit.accel.vitcod.mapper import choose
-from sievit.accel.vitcod.builder import build
-from sievit.accel.vitcod.program import CODEC, INDEX, LATENT, SDDMM, STORE, K, Q, V
+from sievit.accel.vitcod.pattern import SDDMM
+from sievit.accel.vitcod.program import CODEC, INDEX, LATENT, STORE, K, Q, V
 from sievit.accel.vitcod.regions import NOTHING
 from sievit.workload import Attention
 

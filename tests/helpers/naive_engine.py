@@ -9,7 +9,8 @@ from naive_index import stage_index, tiles_of
 from naive_transfers import Transfers
 
 from sievit.accel.vitcod.core.registers import STALLS
-from sievit.accel.vitcod.program import INDEX, SDDMM, K, Q, V
+from sievit.accel.vitcod.pattern import SDDMM
+from sievit.accel.vitcod.program import INDEX, K, Q, V
 
 
 class Twin(Transfers):

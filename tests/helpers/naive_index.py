@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from sievit.accel.vitcod.program import SDDMM
+from sievit.accel.vitcod.pattern import SDDMM
 
 
 def bits_for(largest):

@@ -9,7 +9,8 @@ from engine_laws import expected_entries, made_run, stage_pieces, stages_of
 from naive_index import stage_index, unit_bytes
 
 from sievit.accel.arithmetic import FixedPoint, HeadMap
-from sievit.accel.vitcod.program import SDDMM, SPMM, K, Q, V
+from sievit.accel.vitcod.pattern import SDDMM, SPMM
+from sievit.accel.vitcod.program import K, Q, V
 from sievit.workload import Attention
 
 

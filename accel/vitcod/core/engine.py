@@ -24,7 +24,8 @@ from __future__ import annotations
 
 from ...jit import cached_core, core, sources_digest
 from ..mapping import Mapping
-from ..program import INDEX, SDDMM, SPMM, Program
+from ..pattern import SDDMM, SPMM
+from ..program import INDEX, Program
 from .dma_ddr4 import all_landed, serve_lines
 from .dma_flat import arrive, serve_dram
 from .idle import let_drip, mark, next_event, rounds_of_drips

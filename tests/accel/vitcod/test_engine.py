@@ -14,12 +14,19 @@ from numba import njit
 from sievit.accel import jit as compiled
 from sievit.accel.encodings import ENCODINGS
 from sievit.accel.hardware import Hardware, presets
-from sievit.accel.schedule import ASSIGNMENTS, INDEX_LOADS, KEY_LOADS, LATENTS, SCRATCHPADS, Schedule
+from sievit.accel.schedule import (
+    ASSIGNMENTS,
+    INDEX_LOADS,
+    KEY_LOADS,
+    LATENTS,
+    SCRATCHPADS,
+    Schedule,
+)
+from sievit.accel.vitcod.builder import build
 from sievit.accel.vitcod.coded import with_index_held
 from sievit.accel.vitcod.core import engine
 from sievit.accel.vitcod.core.registers import COUNTS, PHASES, STALLS
 from sievit.accel.vitcod.mapper import candidates, choose
-from sievit.accel.vitcod.builder import build
 from sievit.accel.vitcod.program import V
 from sievit.accel.vitcod.regions import Cut
 from sievit.workload import Attention, AttentionMask, HeadCodec, polarize_head

@@ -25,11 +25,12 @@ from sievit.accel.schedule import (
     ON_CHIP,
     SCRATCHPADS,
     Schedule,
+    UserMapping,
 )
+from sievit.accel.vitcod.builder import build
 from sievit.accel.vitcod.executor import ProgramExecutor
 from sievit.accel.vitcod.functional import CodecWeights, arithmetic_of, coded_operands
 from sievit.accel.vitcod.mapper import candidates, choose
-from sievit.accel.vitcod.builder import build
 from sievit.accel.vitcod.program import LATENT, K
 from sievit.workload import Attention, AttentionMask, HeadCodec, polarize_head
 
@@ -228,6 +229,45 @@ def random_codec(rng, shape: HeadCodec) -> CodecWeights:
         rng.standard_normal((shape.heads, outside)),
         rng.standard_normal(shape.heads),
     )
+
+
+LOADS = (
+    {},
+    {"key_loads": "all"},
+    {"index_loads": "each_instance"},
+    {"query_loads": "per_key_tile"},
+)
+
+
+@pytest.mark.parametrize("codec", [None, HeadCodec(2, 1)], ids=["plain", "codec"])
+@pytest.mark.parametrize("loads", LOADS, ids=str)
+def test_what_is_loaded_when_changes_bytes_and_no_number(loads, codec):
+    """Three images, in tiles of queries and keys."""
+    rng = np.random.default_rng(2)
+    q, k, v = (quantize(rng.standard_normal((3, 2, 40, 16))) for _ in range(3))
+    keep = rng.random((2, 40, 40)) < 0.1
+    keep[:, :, 0] = True
+    masks = tuple(polarize_head(head, 20) for head in keep)
+    mapping = UserMapping(1, 9, 11, whole_queries=False)
+    weights = (random_codec(rng, codec), random_codec(rng, codec)) if codec else None
+
+    def run(schedule):
+        found = simulate_attention(q, k, v, masks, schedule=schedule, codecs=weights)
+        rows = [row for row in found.cost.traffic if row.level == "dram"]
+        return found, {row.tensor: row.read_bytes for row in rows}
+
+    found, moved = run(Schedule(mapping=mapping, **loads))
+    plain = plain_attention(
+        q, k, v, masks, weights, Arithmetic(), score_shift=found.score_shift
+    )  # fmt: skip
+    assert np.array_equal(found.output.values, plain.values)
+    usual = run(Schedule(mapping=mapping, key_loads="all", index_loads="each_instance"))[1]
+    again = bool(loads.get("query_loads")) and not codec
+    fewer = loads.get("key_loads") != "all" and not again
+    assert (moved["K"] < usual["K"]) == (moved["V"] < usual["V"]) == fewer
+    assert moved["Q"] == usual["Q"] * (4 if again else 1)
+    if loads == {"key_loads": "all"}:
+        assert usual["index"] == 3 * moved["index"]
 
 
 def plain_attention(q, k, v, masks, codecs, arithmetic, **given):

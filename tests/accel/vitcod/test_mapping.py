@@ -11,11 +11,11 @@ from engine_laws import OLD
 
 from sievit.accel.hardware import presets
 from sievit.accel.schedule import DEFAULT, LATENTS, Schedule
+from sievit.accel.vitcod.builder import build
 from sievit.accel.vitcod.estimate import WorkOfTiles, busiest_line, estimate_cycles
 from sievit.accel.vitcod.mapper import candidates, choose
 from sievit.accel.vitcod.mapping import codec_side_bytes
 from sievit.accel.vitcod.pattern import Pattern
-from sievit.accel.vitcod.builder import build
 from sievit.accel.vitcod.program import LATENT, K, Q, V
 from sievit.accel.vitcod.run import run_attention
 from sievit.accel.vitcod.simulate import attention_cost

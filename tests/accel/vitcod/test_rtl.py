@@ -25,7 +25,7 @@ from verilog_bench import Case, simulate_rtl
 import sievit.accel
 from sievit.accel.hardware import Hardware
 from sievit.accel.schedule import ASSIGNMENTS, UserMapping
-from sievit.accel.vitcod.program import SDDMM, SPMM
+from sievit.accel.vitcod.pattern import SDDMM, SPMM
 from sievit.workload import AttentionMask, HeadCodec, polarize_head
 
 pytestmark = pytest.mark.skipif(
