@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sievit.accel import Hardware, compare, presets, simulate
+from sievit.accel import Hardware, OpCost, compare, presets, simulate
 from sievit.accel.equal_macs import with_equal_macs
 from sievit.accel.report.silicon import uses_codec
 from sievit.accel.simulators.registry import SIMULATORS
@@ -105,6 +105,18 @@ def test_lines_that_only_slow_a_machine_down_are_not_forced_on_it(monkeypatch):
     monkeypatch.setitem(SIMULATORS, "spatten", slower)
     cut = with_equal_macs(network(), VITCOD, "spatten", 832)
     assert cut.lines == VITCOD.lines
+
+
+@pytest.mark.parametrize("best", [1, 2, 29, 37, 50, 63])
+def test_the_search_goes_down_to_single_lines(monkeypatch, best):
+    """A cost with one valley over the lines: its bottom is found, wherever it is."""
+
+    def valley(workload, hardware, *_):
+        cycles = 1000 + 100 * abs(hardware.lines - best)
+        yield OpCost("attn", "attention", cycles, {"all": cycles}, 1, 1, codec_macs=1)
+
+    monkeypatch.setitem(SIMULATORS, "vitcod", replace(SIMULATORS["vitcod"], costs=valley))
+    assert with_equal_macs(network(), VITCOD, "vitcod", 512).lines == best
 
 
 def test_the_search_is_the_same_every_time():
