@@ -58,7 +58,8 @@ class Hardware:
     latent_banks: int = 32  # choice: of the region that latents stay in
     index_entries_per_cycle: int = 8  # choice: what 64 lines use at 64 dimensions a head
 
-    # Units beside the lines. The paper gives no counts: all choices.
+    # Units beside the lines. The paper gives no counts: all choices. The MACs of encoder and
+    # decoder come on top of those of the lines; 0 is a machine without a codec.
     softmax_lanes: int = 8
     softmax_latency_cycles: int = 16
     sorted_lists: bool = True  # choice: see `sievit.accel.vitcod.coded`
@@ -93,6 +94,8 @@ class Hardware:
             "reconfigure_cycles",
             "softmax_latency_cycles",
             "dram_latency_cycles",
+            "encoder_macs",
+            "decoder_macs",
         }
         for name, value in asdict(self).items():
             if isinstance(value, str):
@@ -116,8 +119,18 @@ class Hardware:
 
     @property
     def macs(self) -> int:
-        """MACs that can run in one cycle."""
+        """MACs of the lines that can run in one cycle: the codec's are beside them."""
         return self.lines * self.macs_per_line
+
+    @property
+    def codec_macs(self) -> int:
+        """MACs of encoder and decoder, which run nothing but the codec."""
+        return self.encoder_macs + self.decoder_macs
+
+    @property
+    def total_macs(self) -> int:
+        """MACs of the lines and of the codec."""
+        return self.macs + self.codec_macs
 
     @property
     def word_bytes(self) -> int:
@@ -216,10 +229,20 @@ def schedule_of(hardware: Hardware, schedule: Schedule) -> Schedule:
 presets: dict[str, Hardware] = {
     "vitcod": Hardware(),
     "vitcod_ddr4": Hardware(name="vitcod_ddr4", dram_model="ddr4"),
+    "vitcod_64_banks": Hardware(
+        name="vitcod_64_banks",
+        q_banks=64,
+        k_banks=64,
+        v_banks=64,
+        output_banks=64,
+        latent_banks=64,
+    ),
 }
 """Named machines. 'vitcod' (the default of `simulate`) is the only one whose sizes are
-published; 'vitcod_ddr4' is the same machine with its memory stepped command by command.
-Others are made with `dataclasses.replace`."""
+published; 'vitcod_ddr4' is the same machine with its memory stepped command by command, and
+'vitcod_64_banks' has a bank for every line in each banked buffer, where 'vitcod' has one for
+two: fewer waits, and a crossbar of twice the area (`sievit.accel.report.energy.area`). Others are
+made with `dataclasses.replace`."""
 
 
 def apart(hardware: Hardware, schedule: Schedule) -> tuple[Hardware, Schedule]:

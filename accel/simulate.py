@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..workload import Workload
+from .equal_macs import with_equal_macs
 from .hardware import Hardware, presets
 from .report.report import Report
-from .schedule import DEFAULT, Schedule
+from .schedule import DEFAULT, Schedule, one_of
 from .simulators.registry import simulator_named
 
 
@@ -44,6 +45,11 @@ def check_batch(batch: int) -> None:
         raise ValueError(f"batch must be an integer >= 1, got {batch!r}")
 
 
+EQUAL = ("lines", "macs")
+"""What compared machines have as much of: MACs of the lines, on one and the same hardware, or
+MACs in all, the codec's included (`sievit.accel.equal_macs`)."""
+
+
 def compare(
     workload: Workload,
     hardware: Hardware = presets["vitcod"],
@@ -52,17 +58,58 @@ def compare(
     *,
     schedule: Schedule = DEFAULT,
     parameters: Mapping[str, Any] | None = None,
+    equal: str = "lines",
+    total_macs: int | None = None,
 ) -> tuple[Report, ...]:
     """The same workload on several machines of equal MACs, bandwidth and clock.
 
-    parameters  simulator -> its own; those that are not named have their defaults. Raises
-                ValueError for a name that is not among ``simulators``, else as `simulate`.
+    parameters  simulator -> its own; those that are not named have their defaults
+    equal       one of `EQUAL`. "lines": the MACs of the codec come on top of those of the lines
+                where a machine uses them. "macs": none has more than ``total_macs`` in all, and
+                each report's hardware says how they are cut
+    total_macs  None: the MACs of the hardware's lines
+
+    Raises ValueError for parameters of a name that is not among ``simulators``, for an unknown
+    ``equal`` and for a total without "macs", else as `simulate`.
     """
     own = parameters or {}
     for name in own:
         if name not in simulators:
             raise ValueError(f"parameters are of {', '.join(simulators)}, got {name!r}")
+    cuts = cuts_of(workload, hardware, simulators, batch, schedule, own, equal, total_macs)
     return tuple(
-        simulate(workload, hardware, name, batch, schedule=schedule, parameters=own.get(name))
+        simulate(workload, cuts[name], name, batch, schedule=schedule, parameters=own.get(name))
         for name in simulators
     )
+
+
+def cuts_of(
+    workload: Workload,
+    hardware: Hardware,
+    simulators: Iterable[str],
+    batch: int,
+    schedule: Schedule,
+    parameters: Mapping[str, Any],
+    equal: str,
+    total_macs: int | None,
+) -> dict[str, Hardware]:
+    """The hardware of each simulator of a comparison, with the arguments of `compare`."""
+    one_of("equal", equal, EQUAL)
+    if equal == "lines":
+        if total_macs is not None:
+            raise ValueError(f"total_macs goes with equal='macs', got {total_macs!r} without it")
+        return dict.fromkeys(simulators, hardware)
+    check_batch(batch)
+    total = hardware.macs if total_macs is None else total_macs
+    return {
+        name: with_equal_macs(
+            workload,
+            hardware,
+            name,
+            total,
+            batch,
+            schedule=schedule,
+            parameters=parameters.get(name),
+        )
+        for name in simulators
+    }

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from ..moved import FLAGS
 from .codesign import codesign
 from .explore import explore
+from .hardware import hardware
 from .machines import compare, simulate
 from .masks import masks
 from .settings import SettingsCommand
@@ -21,7 +22,7 @@ from .terminal import warn
 from .train import train
 from .zoo import zoo
 
-COMMANDS = (codesign, masks, train, simulate, compare, explore, zoo)
+COMMANDS = (codesign, masks, train, simulate, compare, explore, hardware, zoo)
 
 
 class _Commands(TyperGroup):

@@ -108,6 +108,8 @@ def compare(
     global_threshold: o.GlobalKeys = None,
     simulator: o.Simulators = None,
     against: o.Against = None,
+    equal: o.Equal = "lines",
+    total_macs: o.TotalMacs = None,
     batch: o.Batch = 1,
     hardware: o.HardwareName = "vitcod",
     profile: o.Profile = o.DEFAULT_PROFILE,
@@ -120,11 +122,14 @@ def compare(
     measure: o.Measure = True,
     quiet: o.Quiet = False,
 ) -> None:
-    """Set machines of equal MACs, bandwidth and clock side by side on one sparse network."""
+    """Set machines of equal MACs, bandwidth and clock side by side on one sparse network.
+
+    Equal are the MACs of the lines, those of the codec come on top; or all MACs (--equal macs).
+    """
     with one_line_errors(quiet):
         if paper:
-            if fields or output != "table":
-                raise ValueError("--set and --format do not go with --paper")
+            if fields or output != "table" or equal != "lines" or total_macs is not None:
+                raise ValueError("--set, --format, --equal and --total-macs do not go with --paper")
             check_targets(json_out, folder=plots)
             run_paper(model, mask, image_size, hardware, seed, measure, json_out, plots, quiet)
             return
@@ -151,7 +156,8 @@ def compare(
             seed=seed,
         )
         timed = trace is not None or plots is not None
-        reports, timelines = _run(workload, machine, names, batch, timed)
+        asked = (equal, total_macs)
+        reports, timelines = _run(workload, machine, names, batch, timed, asked)
         figures = _comparison(reports, costs, about)
         written = _write(reports, timelines, figures, json_out, trace, plots)
         if not quiet:
@@ -160,17 +166,24 @@ def compare(
 
 
 def _run(
-    workload: Workload, machine: Configuration, names: Iterable[str], batch: int, timed: bool
+    workload: Workload,
+    machine: Configuration,
+    names: Iterable[str],
+    batch: int,
+    timed: bool,
+    equal: tuple[str, int | None] = ("lines", None),
 ) -> tuple[dict[str, Report], dict[str, Timeline]]:
     """Reports by machine, and their time lines where they are wanted."""
     from ..accel import record
     from ..accel import simulate as run
+    from ..accel.simulate import cuts_of
 
     hardware, schedule, own = machine
     used = {name: {"schedule": schedule, "parameters": own.get(name)} for name in names}
+    cuts = cuts_of(workload, hardware, names, batch, schedule, own, *equal)
     if not timed:
-        return {name: run(workload, hardware, name, batch, **used[name]) for name in names}, {}
-    timelines = {name: record(workload, hardware, name, batch, **used[name]) for name in names}
+        return {name: run(workload, cuts[name], name, batch, **used[name]) for name in names}, {}
+    timelines = {name: record(workload, cuts[name], name, batch, **used[name]) for name in names}
     return {name: timeline.report for name, timeline in timelines.items()}, timelines
 
 
@@ -195,10 +208,14 @@ def _comparison(
     from dataclasses import asdict
 
     from ..accel import speedups
+    from ..accel.report.silicon import codec_note, equal_words, machines_words
 
     made = speedups(reports, next(iter(reports)))
     return {
         "about": about,
+        "equal": equal_words(reports),
+        "macs": machines_words(reports),
+        "codec": " ".join(codec_note(reports)) or None,
         "speedups": [asdict(s) for s in made],
         "machines": _figures(reports, profile),
     }

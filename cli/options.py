@@ -185,7 +185,9 @@ CheckpointEvery = Annotated[int, typer.Option(help="Steps between checkpoints.")
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 
 # Simulated machines
-HardwareName = Annotated[str, typer.Option(help="Preset of the simulated machine.")]
+HardwareName = Annotated[
+    str, typer.Option(help="Preset of the simulated machine; `sievit hardware` lists them.")
+]
 BudgetHardware = Annotated[
     str, typer.Option("--hardware", help="Preset of the machine that --cycles are counted on.")
 ]
@@ -195,6 +197,18 @@ Simulators = Annotated[
 Against = Annotated[
     str | None,
     typer.Option(help="Machine that speed-ups are relative to. Default: the first."),
+]
+Equal = Annotated[
+    str,
+    typer.Option(
+        help="What the machines have as many of: 'lines' (MACs of the lines, the codec's on top) "
+        "or 'macs' (all of them: with a codec they are cut at the best place into lines, encoder "
+        "and decoder)."
+    ),
+]
+TotalMacs = Annotated[
+    int | None,
+    typer.Option(help="With --equal macs: MACs in all. Default: those of the machine's lines."),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
 Profile = Annotated[

@@ -15,6 +15,7 @@ from typing import Any
 from ..accel import Hardware, Report, simulate
 from ..accel.report.energy import PROFILES, area, energy
 from ..accel.report.roofline import DEVICES, MEASURED, Device, Measured, Modelled, roofline, speedup
+from ..accel.report.silicon import macs_words, uses_codec
 from ..workload import Attention, HeadCodec, Workload
 from .published import HEADLINES, Published
 
@@ -198,10 +199,19 @@ def _factor(run: Run, slower: str, faster: str = "vitcod") -> float:
     return run.reports[slower].attention_cycles / run.reports[faster].attention_cycles
 
 
+def _macs(runs: Sequence[Run], own: str) -> str:
+    """What both machines have, and what the codec of ours has on top."""
+    ours = runs[0].reports[own]
+    words = "equal MACs, bandwidth and clock"
+    if not uses_codec(ours):
+        return words
+    return f"{words}, ours {macs_words(ours.hardware)}"
+
+
 def _machine_rows(suffix: str, runs: Sequence[Run]) -> Iterator[Row]:
     for name in ("spatten", "sanger"):
         for own, note in (("vitcod", ""), ("vitcod_no_codec", "; ours without its codec")):
-            text = f"{name} at equal MACs, bandwidth and clock, batch 1{note}"
+            text = f"{name} at {_macs(runs, own)}, batch 1{note}"
             yield Row(
                 HEADLINES[f"{name}_{suffix}"],
                 None,
@@ -349,7 +359,8 @@ def _with_codecs(workload: Workload, codec: Callable[[Attention], HeadCodec | No
 WHY_ENERGY = {
     "energy_sanger": "DRAM is most of our energy, and both machines must load Q, K and V and store "
     "the output; the paper's figure is after layout, and what is in it is not known to us.",
-    "area": "RAMs and MACs of a table only: no wires, control, softmax unit or pads.",
+    "area": "RAMs and MACs of a table, registers of the lines and crossbars by estimate: no "
+    "control, softmax unit or pads.",
     "power": "Counts times a table only, DRAM left out: no control, clock tree or wires, and "
     "published tables themselves differ by up to four times.",
 }
@@ -368,10 +379,14 @@ def _energy_rows(runs: Sequence[Run], hardware: Hardware) -> Iterator[Row]:
                 / _picojoules(run.reports[own], name, dram)
                 for run in runs
             )
-            text = f"sanger at equal MACs, attention, batch 1, profile {name}{note}"
+            text = f"sanger at {_macs(runs, own)}, attention, batch 1, profile {name}{note}"
             yield _energy_row("energy_sanger", ratio, text, _over(runs))
-        text = f"{hardware.sram_bytes // 1024} KB of RAM and all MACs, profile {name}"
-        yield _energy_row("area", area(hardware, profile).total_mm2, text, "")
+        space = area(hardware, profile)
+        text = (
+            f"{hardware.sram_bytes // 1024} KB of RAM, {macs_words(hardware)}, profile {name}; "
+            f"{space.estimated_mm2:.2f} mm2 of it estimated"
+        )
+        yield _energy_row("area", space.total_mm2, text, "")
         milliwatts = fmean(_chip_milliwatts(run.reports["vitcod"], name) for run in runs)
         text = f"attention at {hardware.clock_hz / 1e6:.4g} MHz, batch 1, profile {name}"
         yield _energy_row("power", milliwatts, text, _over(runs))

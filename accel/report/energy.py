@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..hardware import Hardware
+from .gates import crossbar_gates, line_gates
 from .profiles import PROFILES, EnergyProfile, load_profile
 from .report import LEVELS, OpCost, Report
 
@@ -209,39 +210,95 @@ def _uncounted(report: Report) -> list[str]:
     ]
 
 
+UTILIZATION = 0.7
+"""Of the area of logic, what cells fill; the rest is for wires. A choice: usual for a routed
+block of this kind."""
+
+
 @dataclass(frozen=True)
 class Area:
-    """A machine under a profile: square millimetres by part."""
+    """A machine under a profile: square millimetres by part.
+
+    estimated  parts that are counted from the project's own Verilog, synthesized but not placed
+               (`sievit.accel.report.gates`); the others are published figures times counts
+    """
 
     profile: str
     hardware: str
     parts_mm2: Mapping[str, float]
     not_charged: tuple[str, ...] = field(default=())
+    estimated: tuple[str, ...] = field(default=())
 
     @property
     def total_mm2(self) -> float:
         return sum(self.parts_mm2.values())
 
+    @property
+    def estimated_mm2(self) -> float:
+        """Of the total, what is estimated."""
+        return sum(self.parts_mm2[name] for name in self.estimated)
+
+    @property
+    def words(self) -> str:
+        """Parts with their figures, what is published before what is estimated."""
+        shown = {n: v for n, v in self.parts_mm2.items() if not n.endswith(" buffer")}
+        buffers = sum(v for n, v in self.parts_mm2.items() if n not in shown)
+        published = {"buffers": buffers} | {
+            n: v for n, v in shown.items() if n not in self.estimated
+        }
+        text = f"{_figures(published)} from published figures"
+        if self.estimated:
+            text += f"; {_figures({n: shown[n] for n in self.estimated})} estimated"
+        return f"{self.total_mm2:.2f} mm2: {text}"
+
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return asdict(self) | {"total_mm2": self.total_mm2, "not_charged": list(self.not_charged)}
+        sums = {"total_mm2": self.total_mm2, "estimated_mm2": self.estimated_mm2}
+        lists = {"not_charged": list(self.not_charged), "estimated": list(self.estimated)}
+        return asdict(self) | sums | lists
+
+
+def _figures(parts: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
 
 
 def area(hardware: Hardware, profile: EnergyProfile = PROFILES["aladdin-28nm"]) -> Area:
-    """Each buffer as one RAM of its size, and every MAC: lines, encoder and decoder.
+    """Buffers, MACs of lines, encoder and decoder, the lines' registers, and crossbars.
 
-    Banks are not charged beyond that: 32 small RAMs take more than one large one.
+    Each buffer is one RAM of its size: banks are not charged beyond their crossbar, though 32
+    small RAMs take more than one large one. "line registers" are accumulators, keys and pipeline
+    registers with the logic that selects among them; "crossbars" connect lines and banks;
+    "wires" is what `UTILIZATION` leaves free between the cells of all logic.
     """
     parts = {
         name.removesuffix("_bytes").replace("_", " "): profile.sram_area_mm2(size)
         for name, size in _buffers(hardware).items()
     }
-    missing = ["softmax and vector units, control, wires, pads, DRAM interface: no figure"]
+    logic: dict[str, float] = {}
+    missing = ["softmax and vector units, control, arbitration of banks, adders of output banks"]
+    missing[0] += ", pads, DRAM interface: no figure"
     if profile.mac_area_um2 is None:
         missing.insert(0, "MACs: the profile has no figure")
     else:
         macs = {"MAC lines": hardware.macs, "encoder": hardware.encoder_macs}
         macs["decoder"] = hardware.decoder_macs
-        parts |= {name: count * profile.mac_area_um2 * 1e-6 for name, count in macs.items()}
+        logic = {n: count * profile.mac_area_um2 * 1e-6 for n, count in macs.items() if count}
+    estimated = _estimated_mm2(hardware, profile, sum(logic.values()))
+    if not estimated:
+        missing.insert(0, "line registers, crossbars, wires: the profile has no figure")
     missing.append("banking and second ports of the buffers: one single-port RAM each")
-    return Area(profile.name, hardware.name, parts, tuple(missing))
+    parts |= logic | estimated
+    return Area(profile.name, hardware.name, parts, tuple(missing), tuple(estimated))
+
+
+def _estimated_mm2(hardware: Hardware, profile: EnergyProfile, macs_mm2: float) -> dict[str, float]:
+    """What `gates` counts, and the room between cells; nothing without a gate's area."""
+    if profile.gate_area_um2 is None:
+        return {}
+    gates = {
+        "line registers": hardware.lines * line_gates(hardware),
+        "crossbars": crossbar_gates(hardware),
+    }
+    made = {name: count * profile.gate_area_um2 * 1e-6 for name, count in gates.items()}
+    cells = macs_mm2 + sum(made.values())
+    return made | {"wires": cells * (1 / UTILIZATION - 1)}

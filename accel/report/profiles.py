@@ -102,6 +102,7 @@ FIGURES = (
     "softmax_pj",
     "vector_pj",
     "mac_area_um2",
+    "gate_area_um2",
 )
 
 
@@ -115,6 +116,7 @@ class EnergyProfile:
     softmax_pj            a lane of the softmax unit working for one cycle
     vector_pj             a lane of the vector unit working for one cycle
     mac_area_um2          one MAC, those of encoder and decoder alike
+    gate_area_um2         a gate equivalent (a two-input NAND gate), of registers and crossbars
     sram                  the RAM table, interpolated linearly in node and in log(size)
     sources               for every figure that is given (and "sram"): where it is from
 
@@ -130,6 +132,7 @@ class EnergyProfile:
     softmax_pj: float | None = None
     vector_pj: float | None = None
     mac_area_um2: float | None = None
+    gate_area_um2: float | None = None
     sram: tuple[Sram, ...] = CACTI_HP
 
     def __post_init__(self) -> None:
@@ -201,18 +204,23 @@ _HOROWITZ = (
     "Horowitz, ISSCC 2014, 45 nm, 0.9 V: int8 multiply 0.2 + int32 add 0.1 (the int8 figure as "
     "re-quoted in public code)"
 )
+_NAND2_45NM_UM2 = 0.798
+_NANGATE = "NAND2_X1 of the NanGate 45 nm open cell library, 0.798 um2{}"
 _ALADDIN = "Shao et al., ISCA 2014 (Aladdin), scaled by hwcomponents-library 1.0.58, {} nm"
 
 
 def _profile(name: str, node_nm: int, mac_pj: float, mac_source: str) -> EnergyProfile:
-    """Aladdin gives registers and areas to both MAC tables: Horowitz has neither."""
+    """Aladdin gives registers and MAC areas to both MAC tables: Horowitz has neither. A gate's
+    area is that of an open cell library at 45 nm, scaled: no open one has these nodes."""
     register, area_um2 = {22: (0.024, 247.0), 28: (0.043, 369.0), 45: (0.083, 986.0)}[node_nm]
     aladdin = _ALADDIN.format(node_nm)
+    scaled = "" if node_nm == 45 else f", by the square of {node_nm} / 45"
     sources = {
         "mac_pj": mac_source,
         "dram_pj_per_bit": _DDR4,
         "register_pj_per_byte": aladdin,
         "mac_area_um2": aladdin,
+        "gate_area_um2": _NANGATE.format(scaled),
         "sram": _HP,
     }
     dram = DRAM_PJ_PER_BIT["ddr4-2400 stream"]
@@ -224,6 +232,7 @@ def _profile(name: str, node_nm: int, mac_pj: float, mac_source: str) -> EnergyP
         sources,
         register_pj_per_byte=register,
         mac_area_um2=area_um2,
+        gate_area_um2=_NAND2_45NM_UM2 * (node_nm / 45) ** 2,
     )
 
 
@@ -250,7 +259,8 @@ PROFILES: dict[str, EnergyProfile] = {
     )
 }
 """By name. "aladdin-28nm", the default, has the node of ViTCoD's chip and no figure that was
-scaled here; "horowitz-28nm-lop" is the lowest at that node, so the two bracket a result."""
+scaled here but the area of a gate; "horowitz-28nm-lop" is the lowest at that node, so the two
+bracket a result."""
 
 
 def load_profile(path: str | os.PathLike[str]) -> EnergyProfile:

@@ -115,10 +115,12 @@ def plot_roofline(reports: Mapping[str, Report], path: str | os.PathLike[str]) -
     """Attention's layers, attention and the network under the machine's two roofs.
 
     MACs a second over MACs a DRAM byte, the codec's own MACs apart: low and left waits for
-    memory, low and right for something else on the chip.
+    memory, low and right for something else on the chip. Where machines are cut up differently
+    the roofs are those of the most lines, and the title says so.
     """
     first = next(iter(reports.values()))
-    hardware = first.hardware
+    machines = {report.hardware for report in reports.values()}
+    hardware = max(machines, key=lambda machine: machine.macs)
     figure, axes = _figure(4.6)
     points = []
     for colour, (name, report) in zip(_colours(len(reports)), reports.items(), strict=True):
@@ -136,7 +138,8 @@ def plot_roofline(reports: Mapping[str, Report], path: str | os.PathLike[str]) -
                 axes.scatter(*point, s=60, marker=marker, facecolors=face, edgecolors=colour,
                              label=label, linewidths=1.2, zorder=3)  # fmt: skip
     _roofs(axes, hardware, [x for x, _ in points], [y for _, y in points])
-    title = f"{first.workload} under the roofs of {hardware.name}, batch {first.batch}"
+    whose = hardware.name if len(machines) == 1 else f"the most lines ({hardware.lines})"
+    title = f"{first.workload} under the roofs of {whose}, batch {first.batch}"
     axes.set_title(f"{title}\nsmall: a layer's attention, round: attention, square: network",
                    fontsize=10)  # fmt: skip
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)

@@ -36,7 +36,7 @@ def cost_of(run: AttentionRun, batch: int) -> OpCost:
             "MAC lines": stalls.get("busy", 0) // hardware.lines,
             "DRAM": -(-got["dram_units"] // rate.numerator),
             "softmax": got["softmax_cycles"],
-            "decoder": -(-decoded // hardware.decoder_macs),
+            "decoder": -(-decoded // max(hardware.decoder_macs, 1)),
         },
         details={
             "heads_a_pass": mapping.group,

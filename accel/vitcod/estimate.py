@@ -192,7 +192,7 @@ def estimate_cycles(mapping: Mapping, work: WorkOfTiles) -> float:
     passes = 1 if _loads_ahead(mapping) else op.heads // mapping.group
     fills = max(passes - min(mapping.kept.q, mapping.kept.k), 0)
     stages = STAGE_OVERHEAD_CYCLES * 2 * _tiles(mapping, work)
-    decode = _tokens(mapping, work) * mapping.decode_macs / hardware.decoder_macs
+    decode = _decode_cycles(mapping, _tokens(mapping, work))
     body = units * unit + fills * fill + stages
     return max(body, load_bytes(mapping, work) / rate + store * units, decode) + tail + store
 
@@ -217,7 +217,12 @@ def _fill_cycles(mapping: Mapping) -> float:
     op, hardware = mapping.op, mapping.hardware
     tokens = mapping.key_tile + (op.queries if mapping.whole_queries else mapping.query_tile)
     load = tokens * mapping.token_bytes / float(hardware.dram_stream_bytes_per_cycle)
-    return max(load, tokens * mapping.decode_macs / hardware.decoder_macs)
+    return max(load, _decode_cycles(mapping, tokens))
+
+
+def _decode_cycles(mapping: Mapping, tokens: int) -> float:
+    """Of the decoder for ``tokens`` of Q and K; a machine without one runs no codec."""
+    return tokens * mapping.decode_macs / max(mapping.hardware.decoder_macs, 1)
 
 
 def _loads_ahead(mapping: Mapping) -> bool:

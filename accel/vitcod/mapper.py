@@ -49,9 +49,15 @@ def fitting(
     """`candidates`, at least one; where ``schedule`` holds a mapping, that one alone.
 
     Raises ValueError where a buffer cannot hold even one query's pass, or cannot hold the
-    schedule's own mapping: which, and how much it would need.
+    schedule's own mapping: which, and how much it would need; and for a codec on a machine
+    without a decoder.
     """
     schedule = schedule_of(hardware, schedule)
+    if op.codec is not None and not hardware.decoder_macs:
+        raise ValueError(
+            f"{op.name} has a codec, and hardware {hardware.name!r} has decoder_macs 0: take the "
+            "codec from the workload, or give the machine a decoder"
+        )
     if schedule.mapping is not None:
         made = _given(op, hardware, schedule, schedule.mapping)
         return [with_kept(made, instances, on_chip_bytes)]

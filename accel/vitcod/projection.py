@@ -25,6 +25,12 @@ def projected(op: Gemm | Conv, sides: str, run: AttentionRun, batch: int) -> Res
     saved, macs, weights = kept // hardware.operand_bytes, 0, 0
     coded = [side for side in sides if side in "qk"] if codec else []
     if codec and coded:
+        if not hardware.encoder_macs:
+            raise ValueError(
+                f"{op.name} makes {', '.join(coded)} of a codec, and hardware {hardware.name!r} "
+                "has encoder_macs 0: take the codec from the workload, or give the machine an "
+                "encoder"
+            )
         tokens = {"q": attention.queries, "k": attention.keys}
         vectors = attention.windows * batch * sum(tokens[side] for side in coded)
         saved += vectors * attention.key_dim * (codec.heads - codec.latent_heads)

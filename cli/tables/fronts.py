@@ -91,10 +91,24 @@ def _notes(found: Exploration, refused: Mapping[str, str]) -> list[str]:
     if found.done:
         first = found.done[0]
         lines.append(f"Energy and area by profile {first.profile}.")
+        lines += _codec_macs(found)
         if first.profile in PROFILES and first.hardware is not None:
             left_out = "; ".join(area(first.hardware, PROFILES[first.profile]).not_charged)
             lines.append(f"Area leaves out: {left_out}.")
     return lines
+
+
+def _codec_macs(found: Exploration) -> list[str]:
+    """The MACs that stand beside those of the lines."""
+    machines = [point.hardware for point in found.done if point.hardware is not None]
+    counts = sorted({machine.codec_macs for machine in machines})
+    if not any(counts):
+        return []
+    words = " or ".join(map(str, counts))
+    return [
+        f"Beside the MACs of its lines each machine has {words} of the codec; the area has them "
+        "with and without a codec in the workload."
+    ]
 
 
 def _errors(found: Exploration) -> dict[str, list[DesignPoint]]:

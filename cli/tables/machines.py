@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ...accel.report.energy import Area, Energy
 from ...accel.report.report import LEVELS, OpCost, Report
+from ...accel.report.silicon import codec_note, cut_words, equal_words, machines_words
 from ...accel.report.speedups import speedups
 from ...accel.schedule import DEFAULT
 from ...accel.simulators.registry import SIMULATORS
@@ -37,14 +38,20 @@ def _table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
     return table
 
 
-def machine_line(report: Report) -> str:
-    """The machine in a few words."""
+def machine_line(report: Report, macs: str | None = None) -> str:
+    """The machine in a few words. ``macs`` None: those of its lines and codec."""
     hardware = report.hardware
     return (
-        f"'{hardware.name}': {hardware.lines} x {hardware.macs_per_line} MACs, "
+        f"'{hardware.name}': {macs or cut_words(hardware)}, "
         f"{hardware.clock_hz / 1e6:.0f} MHz, {hardware.dram_bytes_per_s / 1e9:.1f} GB/s, "
         f"batch {report.batch}{_used(report)}"
     )
+
+
+def _shared_macs(reports: Mapping[str, Report]) -> str | None:
+    """What machines that are cut up differently share."""
+    same = len({report.hardware for report in reports.values()}) == 1
+    return None if same else equal_words(reports)
 
 
 def _used(report: Report) -> str:
@@ -67,7 +74,7 @@ def simulation_table(reports: Mapping[str, Report]) -> RenderableType:
         return _single(first)
     headings = ("attention\ncycles", "attention\nfaster", "DRAM\nkB", "MACs\nin use")
     table = _table(
-        f"Simulated on {machine_line(first)}",
+        f"Simulated on {machine_line(first, _shared_macs(reports))}",
         ["machine"],
         [*headings, "network\nms", "network\nfaster"],
     )
@@ -90,6 +97,8 @@ def simulation_table(reports: Mapping[str, Report]) -> RenderableType:
         f"Faster: than {base} at batch {first.batch}, both simulated. DRAM and MACs in use: "
         "attention alone. Network: every operation of the batch, none fused.",
         f"Busiest in attention: {busiest}.",
+        f"MACs at work: {machines_words(reports)}",
+        *codec_note(reports),
     ]
     return Group(table, *map(Text, [*notes, *_unknown_note(first)]))
 
@@ -309,7 +318,8 @@ def energy_table(spent: Energy, space: Area) -> RenderableType:
     table.add_row("all", *_energy_cells(totals, totals))
     power = " and ".join(f"{spent.mean_milliwatts(only):,.0f} mW" for only in (True, False))
     notes = [
-        f"Mean power {power} (attention, network), DRAM included. Area {space.total_mm2:.2f} mm2.",
+        f"Mean power {power} (attention, network), DRAM included.",
+        f"Area {space.words}.",
         f"Not in the energy: {'; '.join(spent.not_charged)}.",
         f"Not in the area: {'; '.join(space.not_charged)}.",
     ]
@@ -340,7 +350,7 @@ def comparison_tables(
     reports: Mapping[str, Report], energies: Mapping[str, Energy]
 ) -> RenderableType:
     """Machines side by side: speed, then bytes and energy."""
-    first, spent = next(iter(reports.values())), next(iter(energies.values()))
+    spent = next(iter(energies.values()))
     table = _table(
         f"Attention's data movement and energy, profile '{spent.profile}'",
         ["machine"],
@@ -360,7 +370,7 @@ def comparison_tables(
     for name in reports:
         words.add_row(name, SIMULATORS[name].words)
     notes = [
-        f"Equal for all: {first.hardware.macs} MACs, bandwidth and clock. Energy: of what is "
+        f"Equal for all: {equal_words(reports)}, bandwidth and clock. Energy: of what is "
         "counted and has a figure in the profile; --json lists the rest as not_charged.",
     ]
     missing = {

@@ -167,7 +167,7 @@ WITHOUT_FIELD = {
     "train": PHOTOS
     | {"model", "judge_images", "hardware", "out", "mask", "device", "quiet", "help"},
     "simulate": MACHINE | {"heads", "output", "trace"},
-    "compare": MACHINE | {"against", "output", "trace", "paper", "measure"},
+    "compare": MACHINE | {"against", "equal", "total_macs", "output", "trace", "paper", "measure"},
 }
 """Options whose default is not that of a field of the settings: "auto" of --normalization asks
 where the weights are from, and what a mask file says goes before any default."""

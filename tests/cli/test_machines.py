@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from sievit.accel import PROFILES, presets, simulate
+from sievit.accel import PROFILES, area, presets, simulate
 from sievit.accel.simulators.registry import SIMULATORS
 from sievit.cli import app
 from sievit.cli.report_formats import FORMATS
@@ -110,6 +110,59 @@ def test_compare_says_what_speedups_are_against(mask_file, tmp_path):
     assert {p.name for p in (tmp_path / "plots").iterdir()} >= {"speedups.png", "roofline.png"}
 
 
+def test_compare_names_the_macs_of_the_codec_beside_those_of_the_lines(mask_file, tmp_path):
+    out = tmp_path / "lines.json"
+    done = run("compare", "deit_tiny", "--mask", mask_file, *SMALL, "--json", out, "--simulator",
+               "systolic", "--simulator", "vitcod_no_codec", "--simulator", "vitcod")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    text = " ".join(done.output.split())
+    assert "512 MACs (64 x 8 in lines): systolic, vitcod_no_codec." in text
+    assert "512 MACs + 320 of the codec (64 x 8 in lines, encoder 64, decoder 256): vitcod." in text
+    assert "Equal for all: 512 MACs in lines, bandwidth and clock." in text
+    stored = figures(out)
+    assert stored["codec"] in text
+    assert stored["codec"].startswith("The codec ")
+    assert stored["macs"] in text
+
+
+def test_compare_at_equal_macs_names_the_cut(mask_file, tmp_path):
+    out = tmp_path / "macs.json"
+    done = run("compare", "deit_tiny", "--mask", mask_file, *SMALL, "--json", out, "--simulator",
+               "systolic", "--simulator", "vitcod", "--equal", "macs",
+               "--total-macs", "256")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert max(map(len, done.output.splitlines())) <= 80
+    text = " ".join(done.output.split())
+    machines = figures(out)["machines"]
+    hardware = machines["vitcod"]["hardware"]
+    codec = hardware["encoder_macs"] + hardware["decoder_macs"]
+    lines = hardware["lines"]
+    assert 8 * lines + codec == 256
+    assert (
+        f"{8 * lines} MACs + {codec} of the codec ({lines} x 8 in lines, encoder "
+        f"{hardware['encoder_macs']}, decoder {hardware['decoder_macs']}): vitcod." in text
+    )
+    assert machines["systolic"]["hardware"]["lines"] == 32
+    assert "256 MACs (32 x 8 in lines): systolic." in text
+    assert "Equal for all: at most 256 MACs in all, bandwidth and clock." in text
+
+
+def test_hardware_lists_the_presets_with_their_silicon():
+    done = run("hardware")
+    assert done.exit_code == 0, done.output
+    assert max(map(len, done.output.splitlines())) <= 80
+    rows = {line.split()[0]: line.split() for line in done.output.splitlines() if "flat" in line}
+    for name in ("vitcod", "vitcod_64_banks"):
+        space = area(presets[name])
+        banks = str(presets[name].q_banks)
+        assert rows[name][1:5] == ["512", "320", banks, "320"]
+        assert rows[name][-2:] == [f"{space.total_mm2:.2f}", f"{space.estimated_mm2:.2f}"]
+    assert "512 MACs + 320 of the codec" in done.output
+    stored = json.loads(run("hardware", "--format", "json").stdout)
+    assert set(stored) == set(presets)
+    assert stored["vitcod_64_banks"]["output_banks"] == 64
+
+
 def test_compare_without_a_mask_makes_a_synthetic_one_and_says_so():
     arguments = ("compare", "deit_tiny", *SMALL, "--sparsity", "0.6", "--latent-heads", "0",
                  "--simulator", "systolic", "--simulator", "vitcod")  # fmt: skip
@@ -186,6 +239,10 @@ def bad_inputs(folder, mask) -> dict[str, tuple[tuple, tuple[str, ...]]]:
         "profile's figure": ((*many, "--profile", folder / "wrong.toml"), ("wrong.toml", "-1")),
         "profile's file": ((*many, "--profile", folder / "broken.json"), ("broken.json",)),
         "hardware": ((*many, "--hardware", "tpu"), ("tpu", "vitcod")),
+        "equal": ((*many, "--equal", "area"), ("area", "lines", "macs")),
+        "total of equal lines": ((*many, "--total-macs", "512"), ("512", "equal='macs'")),
+        "total for a codec": ((*many, "--equal", "macs", "--total-macs", "9"), ("9", "10")),
+        "equal on paper": ((*many, "--paper", "--equal", "macs"), ("--paper", "--equal")),
         "against": ((*many, "--against", "vitcod_dense"), ("vitcod_dense", "systolic")),
         "model": (("compare", "deit_tyni"), ("deit_tyni", "deit_tiny")),
         "sparsity": (("compare", "deit_tiny", *SMALL, "--sparsity", "1.5"), ("1.5",)),

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from sievit.accel import OpCost, Report, Traffic, presets, simulate
+from sievit.accel.report import gates
 from sievit.accel.report.energy import PROFILES, area, energy, load_profile
 from sievit.accel.report.profiles import CACTI_HP, CACTI_LOP, EnergyProfile
 from sievit.workload import Attention, Gemm, Unknown, Workload
@@ -141,15 +145,82 @@ def test_a_whole_network_sums_its_operations():
     assert len(stored["ops"]) == 3
 
 
+GATE_28NM_UM2 = 0.798 * 28 * 28 / 45 / 45
+"""NAND2_X1 of the NanGate 45 nm library."""
+
+
 def test_area_of_the_published_machine():
     made = area(VITCOD, ALADDIN)
-    assert made.parts_mm2["MAC lines"] == pytest.approx(512 * 369e-6)
-    assert made.parts_mm2["q buffer"] == pytest.approx(0.047 + 0.6 * (0.099 - 0.047))
-    assert made.total_mm2 == pytest.approx(sum(made.parts_mm2.values()))
-    assert 0 < made.total_mm2 < 3  # ViTCoD's whole chip, with what is not charged here
-    more = area(replace(VITCOD, lines=128, v_buffer_bytes=640 * 1024), ALADDIN)
-    assert more.total_mm2 > made.total_mm2
+    parts = made.parts_mm2
+    assert parts["MAC lines"] == pytest.approx(512 * 369e-6)
+    assert parts["encoder"] + parts["decoder"] == pytest.approx(320 * 369e-6)
+    assert parts["q buffer"] == pytest.approx(0.047 + 0.6 * (0.099 - 0.047))
+    # a line: two sets of 64 accumulators of 32 bits and of 64 keys of 8, and 1,060 bits more
+    stored = 2 * 64 * (32 + 8)
+    assert stored + 1060 == 6180  # flip-flops of a line, as Yosys counts them
+    line = 8.0 * 6180 + 4.0 * stored
+    assert parts["line registers"] == pytest.approx(64 * line * GATE_28NM_UM2 * 1e-6)
+    # to each line a word of 64 bits of 32 + 32 banks, and one of 32; to each bank the address
+    # of a line (53 KB in words of 8 bytes over 32 banks: 212) and 8 sums (108 KB: 108 words)
+    reads = 64 * 64 * (63 + 31)
+    taken = 3 * 32 * 63 * 8 + 32 * 63 * (7 + 8 * 32)
+    assert parts["crossbars"] == pytest.approx(2.3 * (reads + taken) * GATE_28NM_UM2 * 1e-6)
+    cells = 832 * 369e-6 + parts["line registers"] + parts["crossbars"]
+    assert parts["wires"] == pytest.approx(cells * 3 / 7)
+    assert made.total_mm2 == pytest.approx(sum(parts.values()))
+    assert made.estimated == ("line registers", "crossbars", "wires")
+    assert made.estimated_mm2 == pytest.approx(sum(parts[name] for name in made.estimated))
     assert json.loads(json.dumps(made.to_dict()))["not_charged"]
+
+
+def test_area_in_words_says_what_is_estimated():
+    made = area(VITCOD, ALADDIN)
+    published, estimated = made.words.split("; ")
+    assert f"{made.total_mm2:.2f} mm2: buffers 0.48, MAC lines 0.19" in published
+    assert published.endswith("from published figures")
+    assert estimated.startswith("line registers ")
+    assert estimated.endswith("estimated")
+
+
+def test_area_grows_with_what_is_built():
+    made = area(VITCOD, ALADDIN)
+    for name, part in {
+        "lines": "line registers",
+        "macs_per_line": "crossbars",
+        "accumulator_bytes": "line registers",
+        "q_banks": "crossbars",
+        "k_banks": "crossbars",
+        "v_banks": "crossbars",
+        "output_banks": "crossbars",
+        "v_buffer_bytes": "v buffer",
+        "decoder_macs": "decoder",
+    }.items():
+        more = area(replace(VITCOD, **{name: 2 * getattr(VITCOD, name)}), ALADDIN)
+        assert more.parts_mm2[part] > made.parts_mm2[part], name
+        assert more.total_mm2 > made.total_mm2, name
+    none = area(replace(VITCOD, encoder_macs=0, decoder_macs=0), ALADDIN)
+    assert not {"encoder", "decoder"} & set(none.parts_mm2)
+
+
+def test_the_preset_of_64_banks_has_a_wider_crossbar_and_nothing_else():
+    narrow, wide = (area(presets[name], ALADDIN) for name in ("vitcod", "vitcod_64_banks"))
+    changed = {name for name, size in wide.parts_mm2.items() if size != narrow.parts_mm2[name]}
+    assert changed == {"crossbars", "wires"}
+    assert wide.parts_mm2["crossbars"] == pytest.approx(2 * narrow.parts_mm2["crossbars"], rel=0.03)
+
+
+@pytest.mark.skipif(shutil.which("yosys") is None, reason="Yosys is not installed")
+def test_the_flip_flops_of_a_line_are_those_of_its_verilog(tmp_path):
+    source = Path(gates.__file__).parents[1] / "vitcod" / "rtl" / "mac_line.v"
+    steps = "proc; opt; memory -nomap; memory_map; opt; techmap; opt -fast"
+    found = tmp_path / "cells.txt"
+    script = f"chparam -set WORDS 8 mac_line; hierarchy -top mac_line; {steps}"
+    command = f"read_verilog {source}; {script}; tee -o {found} stat"
+    subprocess.run(["yosys", "-q", "-p", command], check=True, capture_output=True)
+    cells = [line.split() for line in found.read_text().splitlines() if "DFF" in line]
+    counted = sum(int(count) for _, count in cells)
+    pipeline = gates.PIPELINE_BITS + 8 * gates.PIPELINE_BITS_A_MAC
+    assert counted == pytest.approx(gates.stored_bits(VITCOD) + pipeline, rel=0.02)
 
 
 OWN = """
@@ -178,7 +249,10 @@ def test_a_users_own_profile(tmp_path):
         "line registers: the profile has no figure"
         in energy(report(attention()), alone).not_charged
     )
-    assert "MACs: the profile has no figure" in area(VITCOD, alone).not_charged
+    left_out = area(VITCOD, alone).not_charged
+    assert "MACs: the profile has no figure" in left_out
+    assert "line registers, crossbars, wires: the profile has no figure" in left_out
+    assert area(VITCOD, alone).estimated == ()
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,17 @@ def test_pictures_are_drawn_and_differ(reports, tmp_path):
     assert len(list((tmp_path / "new").iterdir())) == 6
 
 
+def test_the_roofs_are_those_of_the_most_lines(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, _: drawn.append(figure))
+    few = replace(VITCOD, lines=40, encoder_macs=32, decoder_macs=160)
+    machines = {"vitcod": simulate(workload(), few), "systolic": simulate(workload(), VITCOD)}
+    plots.plot_roofline(machines, tmp_path / "roofline.png")
+    axes = drawn[0].axes[0]
+    assert "under the roofs of the most lines (64)" in axes.get_title()
+    assert any(text.get_text().startswith("256 billion MACs") for text in axes.texts)
+
+
 def test_pictures_of_a_machine_without_known_work(tmp_path):
     """Unknown operations and closed forms have points or bars where figures are known."""
     odd = Workload("odd", (Unknown("fft", "fft", 100, 100), *workload().ops))
