@@ -26,6 +26,7 @@ __all__ = [
     "ORIENTATIONS",
     "QUERY_LOADS",
     "SCRATCHPADS",
+    "SPLITS",
     "VECTOR_FUSIONS",
     "Schedule",
     "UserMapping",
@@ -78,6 +79,10 @@ keep, or all of them."""
 INDEX_LOADS = ("once", "each_instance")
 """The index of a head is loaded once for all images and windows of the call where IdxBuf holds
 it, each head's images and windows one after the other; or for each of them."""
+
+SPLITS = (104, 116)
+"""Of `Schedule.sparser_percent` "best". Choice: lines of the sparser engine wait for banks more
+often, by a few percent to a sixth of their time on the masks at hand."""
 
 FILLS = ("back_to_back", "per_tile")
 """Tiles of a dense product follow each other, or each pays the array's skew."""
@@ -138,7 +143,8 @@ class Schedule:
                       each score where it is stored
     assignment        one of `ASSIGNMENTS`
     sparser_percent   what an entry of the sparser engine takes of a line's time, of what an
-                      operand of the denser one takes: lines are split accordingly
+                      operand of the denser one takes: lines are split accordingly; "best":
+                      each call that of `SPLITS` with which the engine is faster
     mappings_stepped  how many of the mapper's best candidates the engine steps; the fastest
                       is taken
     dense_dataflow    one of `DATAFLOWS`
@@ -163,7 +169,7 @@ class Schedule:
     on_chip: str = "fitting"
     latents: str = "best"
     index_streams: int = 1
-    sparser_percent: int = 108  # choice: its lines wait for banks more often
+    sparser_percent: int | str = "best"
     dense_orientation: str = "best"
     vector_fusion: str = "fused"
     query_loads: str = "once"
@@ -183,7 +189,8 @@ class Schedule:
         if self.index_streams not in (1, 2) or isinstance(self.index_streams, bool):
             raise ValueError(f"index_streams must be one of 1, 2, got {self.index_streams!r}")
         one_of("assignment", self.assignment, ASSIGNMENTS)
-        _at_least_one("sparser_percent", self.sparser_percent)
+        if self.sparser_percent != "best":
+            _at_least_one("sparser_percent", self.sparser_percent)
         _at_least_one("mappings_stepped", self.mappings_stepped)
         one_of("dense_dataflow", self.dense_dataflow, DATAFLOWS)
         one_of("dense_orientation", self.dense_orientation, ORIENTATIONS)
@@ -195,6 +202,11 @@ class Schedule:
             raise ValueError(
                 f"mapping must be None or a UserMapping of {names}, got {self.mapping!r}"
             )
+
+    @property
+    def split_percent(self) -> int:
+        """What lines are split by; of several the first."""
+        return SPLITS[0] if isinstance(self.sparser_percent, str) else self.sparser_percent
 
     @classmethod
     def published(cls) -> Schedule:

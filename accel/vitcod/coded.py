@@ -56,7 +56,7 @@ def coded_tile(mapping: Mapping, head: int, rows: slice, keys: slice, kind: int)
         return make()
     tile = (pattern.digest, rows.start, rows.stop, keys.start, keys.stop, kind)
     lists = mapping.one_stream * (1 + mapping.hardware.sorted_lists)
-    how = (schedule.assignment, schedule.sparser_percent, schedule.index_encoding, lists)
+    how = (schedule.assignment, schedule.split_percent, schedule.index_encoding, lists)
     sizes = (mapping.hardware.lines, mapping.op.queries, mapping.op.keys, mapping.most_entries)
     return CODED.get((*tile, *how, *sizes), make, _held_bytes)
 

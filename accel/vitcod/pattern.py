@@ -159,7 +159,7 @@ def plan_tile(
 
     if not pattern.digest:
         return make()
-    how = (schedule.assignment, schedule.sparser_percent)
+    how = (schedule.assignment, schedule.split_percent)
     tile = (pattern.digest, rows.start, rows.stop, keys.start, keys.stop, kind)
     return ASSIGNMENTS.get((*tile, lines, *how), make, _held_bytes)
 
@@ -175,7 +175,7 @@ def _planned(
     low = max(keys.start, pattern.num_global) - pattern.num_global
     high = max(keys.stop - pattern.num_global, low)
     height = rows.stop - rows.start
-    how = (schedule.assignment, schedule.sparser_percent)
+    how = (schedule.assignment, schedule.split_percent)
     if kind == SDDMM:
         pointer, operands = _tile(*pattern.columns, low, high, rows.start, rows.stop, 0)
         return assign(pointer, operands, dense, height, lines, *how, first_sparser=dense)

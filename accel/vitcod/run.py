@@ -6,7 +6,8 @@ the call's. `simulate` makes costs of an `AttentionRun`, `timeline` slices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from ...workload import Attention
 from ..hardware import Hardware, schedule_of
 from ..report.report import HeadCost
-from ..schedule import DEFAULT, Schedule
+from ..schedule import DEFAULT, SPLITS, Schedule
 from .builder import build
 from .coded import with_index_held
 from .core import engine
@@ -111,7 +112,8 @@ def run_attention(
 ) -> AttentionRun:
     """Map, build and run one attention call, all its windows and images.
 
-    Of ``schedule.mappings_stepped`` mappings, the first by the closed forms, the fastest.
+    Of ``schedule.mappings_stepped`` mappings, the first by the closed forms, the fastest, and
+    of the splits of its lines that ``schedule`` allows.
     ``on_chip_bytes`` of Q, K and V may be on chip from the projection on. Raises ValueError
     where no mapping fits the machine's buffers.
     """
@@ -119,10 +121,23 @@ def run_attention(
     schedule = schedule_of(hardware, schedule)
     found = fitting(op, hardware, schedule, instances, on_chip_bytes)
     tried = [with_index_held(m, instances) for m in found[: schedule.mappings_stepped]]
-    if len(tried) == 1 or instances <= 2:
-        return min((run_mapping(m, instances) for m in tried), key=lambda run: run.cycles)
-    two = min((run_mapping(m, 2) for m in tried), key=lambda run: run.cycles)
-    return run_mapping(two.mapping, instances)
+    best = _best(tried, min(instances, 2))
+    if schedule.sparser_percent == "best":
+        best = min(best, *_other_splits(best), key=lambda run: run.cycles)
+    return best if best.instances == instances else run_mapping(best.mapping, instances)
+
+
+def _best(tried: Sequence[Mapping], instances: int) -> AttentionRun:
+    return min((run_mapping(m, instances) for m in tried), key=lambda run: run.cycles)
+
+
+def _other_splits(run: AttentionRun) -> Iterator[AttentionRun]:
+    """The same mapping with the lines split otherwise, where both engines have work."""
+    patterns = run.mapping.patterns
+    if any(p.num_global and len(p.columns[1]) for p in patterns):
+        for percent in SPLITS[1:]:
+            schedule = replace(run.mapping.schedule, sparser_percent=percent)
+            yield run_mapping(replace(run.mapping, schedule=schedule), run.instances)
 
 
 def run_mapping(mapping: Mapping, instances: int) -> AttentionRun:

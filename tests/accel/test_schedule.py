@@ -67,6 +67,7 @@ WORK = Workload("work", (Gemm("qkv", 40, 32, 96), call()))
         (Schedule, "key_loads", "some"),
         (Schedule, "index_loads", "never"),
         (Schedule, "sparser_percent", 0),
+        (Schedule, "sparser_percent", "half"),
         (UserMapping, "resident_latents", 1),
         (UserMapping, "group", 0),
         (UserMapping, "query_tile", 0),
