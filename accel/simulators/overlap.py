@@ -78,15 +78,16 @@ def candidates(
     m: int, n: int, k: int, hardware: Hardware, schedule: Schedule, count: int
 ) -> tuple[Layout, ...]:
     """Layouts of ``count`` products [m, k] x [k, n] among which the best one is, whatever waits
-    for their rows or splits K: no other has as few cycles, as narrow stripes, as few bytes and as
-    few parts of K. The fastest first."""
+    for their rows or splits K: none of them has another beside it with no more cycles, skew at
+    the end, rows a stripe, bytes and parts of K. The fastest first."""
     return _candidates(m, n, k, count, Array.of(hardware, schedule))
 
 
 @lru_cache(maxsize=1024)
 def _candidates(m: int, n: int, k: int, count: int, array: Array) -> tuple[Layout, ...]:
-    def merits(one: Layout) -> tuple[int, int, int, int]:
-        return one.cycles(count), one.stripe, one.buffer_bytes(array), one.parts
+    def merits(one: Layout) -> tuple[int, int, int, int, int]:
+        moved = one.buffer_bytes(array)
+        return one.cycles(count), one.end_cycles, one.stripe, moved, one.parts
 
     found: list[Layout] = []
     for one in sorted(layouts(m, n, k, array), key=merits):
