@@ -166,8 +166,13 @@ NAMES: dict[str, dict[str, str]] = {
     "sievit.accel.simulators.sanger": {
         **_SANGER,
         "MASK_BITS_PER_CYCLE": f"{_SIMULATORS}.sanger.Sanger.mask_bits_per_cycle",
+        "Packed": f"{_SIMULATORS}.packing.Packed",
+        "pack": f"{_SIMULATORS}.packing.pack",
     },
-    "sievit.accel.simulators.spatten": _SPATTEN,
+    "sievit.accel.simulators.spatten": {
+        **_SPATTEN,
+        "cascade": f"{_SIMULATORS}.cascade.cascade",
+    },
     "sievit.accel.simulators.systolic": _SYSTOLIC,
     "sievit.accel.vitcod.executor": {"CarriedRun": "ProgramExecutor"},
     "sievit.accel.vitcod.mapper": {

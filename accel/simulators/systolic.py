@@ -16,10 +16,18 @@ from dataclasses import dataclass, replace
 from ...moved import old_names
 from ...workload import Attention, Workload
 from ..hardware import Hardware, schedule_of
-from ..products import Layout, laid_out
+from ..products import Layout
 from ..report.report import OpCost, Traffic
 from ..schedule import DATAFLOWS, Schedule, one_of
-from .overlap import softmax_beyond
+from .overlap import (
+    Sizes,
+    attention_pair,
+    first_load,
+    pipelined,
+    query_tiles,
+    sum_traffic,
+    summed_bytes,
+)
 from .residence import NOTHING, Kept, by_operation, head_elements
 from .simulator import Simulator
 
@@ -64,21 +72,21 @@ def attention_cost(
     of a head are there. Waited for: what of the first head is not on chip."""
     schedule = schedule_of(hardware, schedule)
     heads = op.heads * op.windows * batch
-    scores = laid_out(op.queries, op.keys, op.key_dim, hardware, schedule, heads)
-    values = laid_out(op.queries, op.value_dim, op.keys, hardware, schedule, heads)
+    sizes = Sizes(op.queries, op.keys, op.key_dim, op.value_dim, heads)
+    scores, values, softmax = attention_pair(sizes, hardware, schedule)
     call = _Call(op, hardware, heads, kept, scores, values)
-    softmax = -(-op.queries * op.keys // hardware.softmax_lanes)
-    loads, stored = call.loads(), call.stored
-    dram = hardware.dram_cycles(sum(loads.values()) + stored + 2 * call.spilled)
-    sddmm, spmm = scores.cycles(heads), values.cycles(heads)
-    phases = {"sddmm": sddmm, "spmm": spmm, "softmax": 0, "load": call.first_load(loads)}
-    if schedule.vector_fusion == "fused":
-        phases["softmax"] = softmax_beyond(op.queries, op.keys, heads, scores, values, hardware)
-        phases["load"] += max(dram - sddmm - spmm - phases["softmax"], 0)
-    else:  # the last head's softmax has no other head to hide behind
-        phases["softmax"] = softmax + hardware.softmax_latency_cycles
-        waited = "softmax" if heads * softmax >= dram else "load"
-        phases[waited] += max(max(heads * softmax, dram) - sddmm - spmm, 0)
+    loads, taken = call.loads(), -(-op.queries * op.keys // hardware.softmax_lanes)
+    summed, spilled = summed_bytes([(heads, scores), (heads, values)], hardware)
+    if schedule.vector_fusion == "apart":  # the last head's has no other head to hide behind
+        softmax = taken + hardware.softmax_latency_cycles
+    array = {"sddmm": scores.cycles(heads), "spmm": values.cycles(heads)}
+    busy = {
+        "MAC lines": sum(array.values()),
+        "DRAM": hardware.dram_cycles(sum(loads.values()) + call.stored + 2 * spilled),
+        "softmax": heads * taken,
+    }
+    load = first_load(loads, heads, kept.size_bytes(op, hardware), hardware)
+    phases = pipelined(array, {"softmax": softmax}, busy, load)
     macs = op.entries * batch * (op.key_dim + op.value_dim)
     return OpCost(
         op.name,
@@ -87,8 +95,8 @@ def attention_cost(
         phases,
         macs=macs,
         kept_macs=op.kept * batch * (op.key_dim + op.value_dim),
-        traffic=call.traffic(loads),
-        busy={"MAC lines": sddmm + spmm, "DRAM": dram, "softmax": heads * softmax},
+        traffic=(*call.traffic(loads), *sum_traffic(summed, spilled)),
+        busy=busy,
         details={"scores": scores.summary, "values": values.summary},
     )
 
@@ -109,17 +117,9 @@ class _Call:
         """Bytes of the output."""
         return self.heads * self.op.queries * self.op.value_dim * self.hardware.operand_bytes
 
-    @property
-    def spilled(self) -> int:
-        """Bytes of partial sums that the output buffer does not hold."""
-        size = self.hardware.accumulator_bytes
-        room = self.hardware.output_buffer_bytes // size
-        sums = self.scores.spilled_sums(room) + self.values.spilled_sums(room)
-        return self.heads * sums * size
-
     def loads(self) -> dict[str, int]:
         """Bytes of DRAM by tensor."""
-        tiles = _query_tiles(self.op, self.hardware)
+        tiles = query_tiles(self.op.name, self.op.queries, self.op.keys, self.hardware)
         kept = self.kept.size_bytes(self.op, self.hardware)
         loads = {}
         for side, elements in head_elements(self.op).items():
@@ -127,14 +127,6 @@ class _Call:
             again = side != "q" and size > getattr(self.hardware, f"{side}_buffer_bytes")
             loads[name] = self.heads * size * (tiles if again else 1) - kept[name]
         return loads
-
-    def first_load(self, loads: dict[str, int]) -> int:
-        """Cycles until the first head's Q, K and V are there."""
-        heads = dict(zip("QKV", self.kept, strict=True))
-        size = sum(loaded for name, loaded in loads.items() if not heads[name]) // self.heads
-        if not size:
-            return 0
-        return self.hardware.dram_cycles(size) + self.hardware.dram_latency_cycles
 
     def traffic(self, loads: dict[str, int]) -> tuple[Traffic, ...]:
         """Operands go to the array tile by tile; scores are written, read twice by the softmax
@@ -156,27 +148,7 @@ class _Call:
             Traffic("scores", "lines", again, 0),
             Traffic("output", "buffer", self.stored, self.stored),
         ]
-        return (*rows, *self._partial_sums())
-
-    def _partial_sums(self) -> Iterator[Traffic]:
-        sums = self.heads * (self.scores.partial_sums + self.values.partial_sums)
-        size = sums * self.hardware.accumulator_bytes + self.spilled
-        if self.spilled:
-            yield Traffic("partial sums", "dram", self.spilled, self.spilled)
-        if size:
-            yield Traffic("partial sums", "buffer", size, size)
-
-
-def _query_tiles(op: Attention, hardware: Hardware) -> int:
-    """Tiles of queries whose scores fit the output buffer, two tiles at a time."""
-    row = op.keys * hardware.score_bytes
-    rows = hardware.output_buffer_bytes // 2 // row
-    if rows == 0:
-        raise ValueError(
-            f"{op.name}: one row of {op.keys} scores takes {2 * row} bytes twice, "
-            f"output_buffer_bytes is {hardware.output_buffer_bytes}"
-        )
-    return -(-op.queries // rows)
+        return tuple(rows)
 
 
 SYSTOLIC = Simulator(

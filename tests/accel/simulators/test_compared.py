@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sievit.accel import presets, simulate
-from sievit.accel.products import array_cycles
+from sievit.accel.products import array_cycles, layouts
+from sievit.accel.products.array import Array
 from sievit.accel.schedule import Schedule
-from sievit.accel.simulators import overlap, sanger, spatten
+from sievit.accel.simulators import cascade, overlap, packing, sanger, spatten
 from sievit.workload import Attention, AttentionMask, Gemm, Workload, polarize_head
 
 VITCOD = presets["vitcod"]
@@ -42,9 +43,16 @@ def pack_naive(kept: list[int], width: int) -> list[list[tuple[int, int]]]:
 @given(st.lists(st.integers(0, 40), max_size=60), st.integers(1, 16))
 def test_packing_equals_its_naive_twin(kept, width):
     rows = pack_naive(kept, width)
-    packed = sanger.pack(np.array(kept, dtype=np.int64), width)
+    packed = packing.pack(np.array(kept, dtype=np.int64), width)
     assert packed.rows == len(rows)
     assert packed.pieces == sum(map(len, rows))
+    places = [(index, at) for at, row in enumerate(rows) for index, _ in row]
+    sizes = [n for row in rows for _, n in row]
+    in_order = sorted(zip(places, sizes, strict=True), key=lambda piece: piece[0][0])
+    by_query = np.repeat(np.arange(len(kept)), [-(-n // width) for n in kept])
+    assert sorted(zip(by_query, packed.place, packed.sizes, strict=True)) == sorted(
+        (index, at, n) for (index, at), n in in_order
+    )
     held = np.zeros(len(kept), dtype=int)
     for row in rows:
         assert sum(n for _, n in row) <= width
@@ -115,7 +123,7 @@ def assert_laws_of_bytes(cost):
 
 def assert_laws_of_sanger(cost, op, batch):
     assert cost.kept_macs == op.kept * batch * 32
-    assert cost.macs - cost.kept_macs == op.entries * batch * 12 // 2
+    assert cost.macs - cost.kept_macs == op.entries * batch * 12 // 4
     queries = traffic_at(cost)["Q", "dram"].read_bytes
     assert queries == op.entries // op.keys * batch * 12
     assert cost.busy["MAC lines"] * VITCOD.macs >= cost.macs
@@ -126,32 +134,55 @@ def test_sanger_by_hand():
     for row, count in enumerate([16, 3, 5, 9, 0, 8, 7, 1]):
         keep[0, row, :count] = True
     # 16 = 8 + 8, 9 = 8 + 1, 8: four full rows; 3 + 5, 1 + 7, 1: three rows more.
-    tiny, schedule = replace(VITCOD, lines=2), Schedule(dense_fill="per_tile")
+    tiny = replace(VITCOD, lines=2)
+    schedule = Schedule(dense_fill="per_tile", dense_dataflow="os")
     op = masked(keep, dim=16, value_dim=24)
     cost = simulate(network(op), tiny, "sanger", schedule=schedule).attention[0]
     assert cost.details["packed_rows"] == 7
     assert cost.details["packed_fill"] == pytest.approx(49 / 56)
-    assert cost.phases["predict"] == array_cycles(8, 16, 8, tiny, schedule)
+    assert cost.phases["predict"] == array_cycles(8, 16, 4, tiny, schedule)
     assert cost.phases["sddmm"] == 4 * (16 + 2 + 8 - 2)
     assert cost.phases["spmm"] == 4 * (24 + 2 + 8 - 2)
+    two = sanger.Sanger(mac_split="subword_parallel")
+    slower = simulate(network(op), tiny, "sanger", schedule=schedule, parameters=two).attention[0]
+    assert slower.phases["predict"] == array_cycles(8, 16, 8, tiny, schedule)
+    # Nothing else changes, and at its best neither fill nor a tile has a skew of its own.
+    assert {**slower.phases, "predict": 0} == {**cost.phases, "predict": 0}
+    best = simulate(network(op), tiny, "sanger").attention[0]
+    assert best.phases["sddmm"] == 4 * 16 + 2 + 8 - 2
 
 
-def test_a_product_is_laid_the_better_way_round():
-    one_way = Schedule(dense_dataflow="os", dense_orientation="tokens_on_lines")
-    wide, tall = (array_cycles(m, n, 32, VITCOD, one_way) for m, n in ((20, 4096), (4096, 20)))
-    assert tall < wide
-    for m, n in ((20, 4096), (4096, 20)):
-        assert overlap.product_cycles(m, n, 32, VITCOD, one_way) == tall
-        assert overlap.product_cycles(m, n, 32, VITCOD) <= tall
-    assert overlap.product_cycles(0, 9, 9, VITCOD) == 0
+@pytest.mark.parametrize("shape", [(197, 197, 64, 64), (45, 45, 16, 64), (20, 4096, 32, 8)])
+@pytest.mark.parametrize("dataflow", ["best", "os"])
+def test_attention_is_laid_out_as_well_as_any_two_layouts(shape, dataflow):
+    """Against all pairs of layouts of the two products, softmax between them."""
+    queries, keys, dim, value_dim = shape
+    hardware, schedule = replace(VITCOD, lines=24), Schedule(dense_dataflow=dataflow)
+    array = Array.of(hardware, schedule)
+
+    def cycles(scores, values):
+        beyond = overlap.softmax_beyond(queries, keys, 3, scores, values, hardware)
+        return scores.cycles(3) + values.cycles(3) + beyond
+
+    least = min(
+        cycles(scores, values)
+        for scores in layouts(queries, keys, dim, array)[:30]
+        for values in layouts(queries, value_dim, keys, array)[:30]
+    )
+    sizes = overlap.Sizes(queries, keys, dim, value_dim, 3)
+    pair = overlap.attention_pair(sizes, hardware, schedule)
+    assert cycles(pair.scores, pair.values) <= 1.01 * least
+    softmax = overlap.softmax_beyond(queries, keys, 3, pair.scores, pair.values, hardware)
+    assert pair.beyond == softmax
 
 
-def test_spatten_waits_for_the_softmax_of_a_tile_not_of_a_head():
+def test_spatten_softmax_follows_scores_whatever_the_buffer_holds():
     op = masked(random_mask(0, 1, 512, 512, 0.2))
     roomy = replace(VITCOD, output_buffer_bytes=1 << 24)
     few, one = (simulate(network(op), h, "spatten").attention[0] for h in (VITCOD, roomy))
-    assert few.phases["softmax"] < one.phases["softmax"]
+    assert one.cycles <= few.cycles
     assert few.busy["softmax"] == one.busy["softmax"]
+    assert few.phases["softmax"] < few.busy["softmax"]
 
 
 def test_sanger_pays_for_prediction_whatever_the_mask_keeps():
@@ -187,7 +218,7 @@ def test_sanger_loads_k_and_v_again_for_tiles_that_do_not_fit():
 @given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=8))
 def test_the_cascade_falls_and_keeps_as_much_as_the_masks(densities):
     calls = tuple(masked(random_mask(i, 1, 20 + 3 * i, 20, d)) for i, d in enumerate(densities))
-    shares = spatten.cascade(calls)
+    shares = cascade.cascade(calls)
     assert all(a >= b for a, b in pairwise(shares))
     kept = sum(share * op.entries for share, op in zip(shares, calls, strict=True))
     assert kept == pytest.approx(sum(op.kept for op in calls))
@@ -209,12 +240,20 @@ def test_spatten_density_is_near_the_masks_and_only_pruning_layers_predict():
     assert costs[2].busy["top-k"] == 0
 
 
+def one_layer(op, hardware, entering, share, method):
+    """One call of SpAtten, whose first tokens stay."""
+    heads = max(round(op.heads * method.head_share), 1)
+    before, now = (cascade.alive(op, part, heads) for part in (entering, share))
+    layer = cascade.Pruning(before, now, np.arange(now.queries), np.arange(now.keys))
+    return spatten.attention_cost(op, layer, hardware, 1, method)
+
+
 def test_spatten_bytes_of_progressive_quantization():
     op = masked(random_mask(0, 2, 100, 100, 0.25))
     shares = {}
     for lsb in (0.0, 0.1, 1.0):
         method = spatten.Spatten(lsb_share=lsb)
-        cost = spatten.attention_cost(op, VITCOD, 1, 0.25, 0.25, method)
+        cost = one_layer(op, VITCOD, 0.25, 0.25, method)
         shares[lsb] = {r.tensor: r.read_bytes for r in cost.traffic if r.level == "dram"}
     half = 2 * 50 * 16 // 2  # 50 of 100 tokens, 16 dimensions, 4 bits
     assert shares[0.0] == {"Q": half, "K": half, "V": 4 * half // 2, "output": 0}
@@ -226,7 +265,7 @@ def test_spatten_loads_k_and_v_again_for_tiles_of_queries():
     op = masked(random_mask(0, 1, 100, 100, 0.25), dim=16)
     # A row of 100 scores takes 400 bytes twice, one of 50 takes 200: 5 and 10 rows a tile.
     small = replace(VITCOD, k_buffer_bytes=256, v_buffer_bytes=256, output_buffer_bytes=2000)
-    cost = spatten.attention_cost(op, small, 1, 1.0, 0.25, spatten.Spatten(lsb_share=0.0))
+    cost = one_layer(op, small, 1.0, 0.25, spatten.Spatten(lsb_share=0.0))
     loads = {r.tensor: r.read_bytes for r in cost.traffic if r.level == "dram"}
     assert cost.details["keys_kept"] == 50
     assert loads["K"] == 100 * 8 * 20 + 50 * 8 * 5
@@ -244,17 +283,23 @@ def test_dense_attention_without_a_mask_runs_on_both():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("lsb_share", 1.5), ("head_share", 0), ("comparators", 0), ("topk_visits", 0)],
+    [
+        ("mac_split", "booth"),
+        ("lsb_share", 1.5),
+        ("head_share", 0),
+        ("comparators", 0),
+        ("topk_visits", 0),
+    ],
 )
 def test_bad_methods_are_named(field, value):
-    with pytest.raises(ValueError, match=f"{field} must be .* got {value}"):
+    with pytest.raises(ValueError, match=f"{field} must be .* got {value!r}"):
         spatten.Spatten(**{field: value})
 
 
 def test_head_pruning_leaves_the_density():
     op = masked(random_mask(0, 4, 100, 100, 0.1))
     method = spatten.Spatten(head_share=0.5)
-    cost = spatten.attention_cost(op, VITCOD, 1, 1.0, op.kept / op.entries, method)
+    cost = one_layer(op, VITCOD, 1.0, op.kept / op.entries, method)
     assert cost.details["heads_kept"] == 2
     assert cost.details["density"] == pytest.approx(op.kept / op.entries, rel=0.05)
 

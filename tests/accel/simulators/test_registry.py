@@ -66,7 +66,10 @@ def test_parameters_are_reached():
     assert eight.phases["predict"] > four.phases["predict"]
     predicted = four.details["predicted_4bit_products"]
     assert eight.details["predicted_8bit_products"] == predicted
-    assert eight.macs - eight.kept_macs == predicted == 2 * (four.macs - four.kept_macs)
+    assert eight.macs - eight.kept_macs == predicted == 4 * (four.macs - four.kept_macs)
+    two = cycles("sanger", Sanger(mac_split="subword_parallel")).attention[0]
+    assert predicted == 2 * (two.macs - two.kept_macs)
+    assert eight.phases["predict"] > two.phases["predict"] > four.phases["predict"]
     method = Spatten(lsb_share=1.0)
     assert cycles("spatten", method).attention[0].details["queries_recomputed"] > 30
     assert cycles("systolic", Systolic("ws")).ops == simulate(workload(), VITCOD, "systolic_ws").ops
@@ -89,6 +92,8 @@ def test_bad_parameters_are_named():
     for bits in (0, True, 3, 16):
         with pytest.raises(ValueError, match=f"prediction_bits must be one of .* got {bits}"):
             Sanger(prediction_bits=bits)
+    with pytest.raises(ValueError, match=r"mac_split must be one of bit_fusion, .* got 'booth'"):
+        Sanger(mac_split="booth")
     with pytest.raises(ValueError, match="dataflow must be one of best, os, ws, is, got 'rs'"):
         Systolic("rs")
 

@@ -143,7 +143,7 @@ def test_the_last_heads_softmax_is_waited_for_where_vector_work_is_apart():
         for schedule in (Schedule(), Schedule(vector_fusion="apart"))
     )
     assert apart.phases["softmax"] == -(-197 * 197 // 8) + VITCOD.softmax_latency_cycles
-    assert fused.phases["softmax"] == 0
+    assert "softmax" not in fused.phases
     assert apart.cycles - fused.cycles == apart.phases["softmax"]
 
 
