@@ -96,16 +96,18 @@ MaskGlobalKeys = Annotated[
     str,
     typer.Option(
         "--global-threshold",
-        help="A key is global when more queries keep it: a count, a share such as 0.25, 'all' for "
-        "keys that every query keeps, or 'none'. A budget of --cycles takes 'all'.",
+        help="A key is global when more queries keep it: a share of them such as 0.5, a count "
+        "(ViTCoD: 50 of 197), 'all' for keys that every query keeps, or 'none'. "
+        "A budget of --cycles takes 'all'.",
     ),
 ]
 GlobalKeys = Annotated[
     str | None,
     typer.Option(
         "--global-threshold",
-        help="A key is global when more queries keep it: a count, a share such as 0.25, 'all' for "
-        "keys that every query keeps, or 'none'. Default: what the mask says.",
+        help="A key is global when more queries keep it: a share of them such as 0.5, a count "
+        "(ViTCoD: 50 of 197), 'all' for keys that every query keeps, or 'none'. "
+        "Default: the mask's own, which is 50 for ViTCoD's .npy.",
     ),
 ]
 MaskFile = Annotated[

@@ -108,12 +108,15 @@ class Attachments:
                 f"expected {FORMAT!r}"
             )
         about = json.loads(metadata["about"])
-        threshold = about.get(
-            "global_threshold", PUBLISHED_GLOBAL_THRESHOLD
-        )  # older files say none
+        threshold = about.get("global_threshold", _earlier_threshold(about["settings"]))
         mask = _mask(about["mask"], threshold, tensors) if "mask" in about else None
         codecs = _codecs(about["codecs"], tensors) if "codecs" in about else None
         return cls(about["image_size"], mask, codecs, about["settings"])
+
+
+def _earlier_threshold(settings: Mapping[str, Any]) -> GlobalThreshold:
+    """Of a file that was written before masks remembered their rule: that of the run."""
+    return settings.get("min_kept", PUBLISHED_GLOBAL_THRESHOLD)
 
 
 def _mask(

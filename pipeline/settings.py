@@ -10,7 +10,7 @@ from ..images import IMAGENET, Normalization
 from ..models.training.recipe import Recipe
 from ..moved import old_arguments
 from ..sparsify.rules import rule_named
-from ..workload import PUBLISHED_GLOBAL_THRESHOLD, GlobalThreshold
+from ..workload import GLOBAL_THRESHOLD, GlobalThreshold
 from ..workload.masks import check_global_threshold
 
 BUDGETS = ("cycles", "tile_entries")
@@ -36,7 +36,8 @@ class MaskSettings:
                        alone take it
     granularity        (queries, keys) of a block that is kept or pruned as one
     grid               token grid of "window"; None is a square
-    global_threshold   a key is global when more queries keep it (ViTCoD: 50)
+    global_threshold   a key is global when more than this share of the queries keeps it; an
+                       int is a count of queries (ViTCoD: 50 of 197), see `GlobalThreshold`
     cycles             a budget: the most attention within so many simulated cycles, whose
                        keys are global when every query keeps them: `global_threshold` is
                        then "all"
@@ -57,7 +58,7 @@ class MaskSettings:
     tile: int = 32
     granularity: tuple[int, int] = (1, 1)
     grid: tuple[int, int] | None = None
-    global_threshold: GlobalThreshold = PUBLISHED_GLOBAL_THRESHOLD
+    global_threshold: GlobalThreshold = GLOBAL_THRESHOLD
 
     def __post_init__(self) -> None:
         rule_named(self.rule)

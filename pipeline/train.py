@@ -26,7 +26,7 @@ from ..models.training.recipe import Recipe
 from ..moved import old_arguments
 from ..progress import Progress, silent
 from ..sparsify import GradualMask, attach, finetune
-from ..workload import AttentionMask
+from ..workload import PUBLISHED_GLOBAL_THRESHOLD, AttentionMask
 from .settings import AMOUNTS, CodecSettings, MaskSettings
 from .sparse_model import SparseModel, class_labels
 from .sparsifier import Sparsifier
@@ -36,7 +36,8 @@ MODES = ("two-step", "joint", "mask")
 
 
 NEWER = tuple(f.name for f in fields(MaskSettings) if f.name != "sparsity") + ("rotation",)
-"""Settings that checkpoints of earlier versions do not name; they had today's defaults."""
+"""Settings that checkpoints of earlier versions do not name; they had today's defaults, but
+for `PUBLISHED_GLOBAL_THRESHOLD`."""
 
 
 @old_arguments("min_kept", "turn")
@@ -266,11 +267,14 @@ class _Training:
     def _checkpointing(self, stage: str) -> Checkpointing | None:
         if self.folder is None:
             return None
-        usual = {f.name: f.default for f in fields(self.settings) if f.name in NEWER}
+        usual = {f.name: (f.default,) for f in fields(self.settings) if f.name in NEWER}
+        # How a mask is polarized changes nothing of the training, so a training that was
+        # begun under the earlier default is resumed under today's.
+        usual["global_threshold"] += (PUBLISHED_GLOBAL_THRESHOLD,)
         settings = {
             name: value
             for name, value in asdict(self.settings).items()
-            if name not in usual or value != usual[name]
+            if name not in usual or value not in usual[name]
         }
         settings["photos"] = len(self.photos)
         if self.settings.cycles is not None:

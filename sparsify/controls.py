@@ -37,7 +37,8 @@ def random_mask(
     if like is not None:
         _check_like(shapes, like)
         pairs = zip(scores, like.keep, strict=True)
-        return AttentionMask(tuple(_smallest(layer, keep.sum(axis=-1)) for layer, keep in pairs))
+        made = tuple(_smallest(layer, keep.sum(axis=-1)) for layer, keep in pairs)
+        return AttentionMask(made, like.global_threshold)
     if sparsity is None:
         raise ValueError("random_mask needs either sparsity or like, got neither")
     flat = np.concatenate([layer.ravel() for layer in scores])
@@ -60,7 +61,8 @@ def window_mask(
         tuple(
             _smallest(np.broadcast_to(distances[keep.shape[1:]], keep.shape), keep.sum(axis=-1))
             for keep in like.keep
-        )
+        ),
+        like.global_threshold,
     )
 
 

@@ -15,9 +15,10 @@ Polarized = tuple[tuple[PolarizedMask, ...], ...]
 def polarize(mask: AttentionMask, global_threshold: GlobalThreshold | None = None) -> Polarized:
     """Polarize each head of ``mask``: [layer][head].
 
-    ``global_threshold``: a key is global when MORE than this many queries keep it (strict, as
-    published: 50 of 197); a float in (0, 1) is a share of the queries, "all": the keys that
-    every query keeps. None is the mask's own.
+    ``global_threshold``: a key is global when MORE than this share of the queries keeps it, a
+    float in (0, 1); an int is a count of queries (ViTCoD: 50 of 197), "all": the keys that
+    every query keeps, "none": no key. None is the mask's own, which is 0.5 unless it says
+    another.
     """
     cut = mask.global_threshold if global_threshold is None else global_threshold
     return tuple(tuple(polarize_head(head, cut) for head in layer) for layer in mask.keep)

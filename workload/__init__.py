@@ -7,6 +7,7 @@ neither a model nor a machine is known here. Read `bits`, `masks`, `ops`, `netwo
 
 from ..moved import old_names
 from .masks import (
+    GLOBAL_THRESHOLD,
     PUBLISHED_GLOBAL_THRESHOLD,
     AttentionMask,
     GlobalThreshold,
@@ -17,6 +18,7 @@ from .network import Workload
 from .ops import Attention, Conv, Deform, Elementwise, Gemm, HeadCodec, Op, Unknown, Unused
 
 __all__ = [
+    "GLOBAL_THRESHOLD",
     "PUBLISHED_GLOBAL_THRESHOLD",
     "Attention",
     "AttentionMask",

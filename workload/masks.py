@@ -21,12 +21,15 @@ from ..files import written_whole
 from ..moved import old_arguments, old_names
 from .bits import packed, unpacked
 
-PUBLISHED_GLOBAL_THRESHOLD = 50
-"""ViTCoD's theta_d: a key is global when MORE than this many of the 197 queries keep it."""
 GlobalThreshold = int | float | str
 """Which keys of a head are global: those that more queries keep than a count (int >= 0) or a
 share of the queries (float in (0, 1)); "all": those that every query keeps; "none": no key."""
 WORDS = ("all", "none")
+GLOBAL_THRESHOLD: GlobalThreshold = 0.5
+"""The default. # choice: a share suits every number of tokens, and a half is near the share at
+which the denser engine is as fast as the sparser one (0.6 with half a bank for each line)."""
+PUBLISHED_GLOBAL_THRESHOLD = 50
+"""ViTCoD's theta_d: a key is global when MORE than this many of the 197 queries keep it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +43,7 @@ class AttentionMask:
     """
 
     keep: tuple[np.ndarray, ...]
-    global_threshold: GlobalThreshold = PUBLISHED_GLOBAL_THRESHOLD
+    global_threshold: GlobalThreshold = GLOBAL_THRESHOLD
 
     def __post_init__(self) -> None:
         check_global_threshold(self.global_threshold)
@@ -104,13 +107,15 @@ class AttentionMask:
     def load(cls, path: str | os.PathLike[str]) -> AttentionMask:
         """Read an ``.npz`` of `save`, or ViTCoD's ``.npy``: bool [layers, heads, n, n],
         stored there inverted (True = pruned). Never unpickles. A file that says nothing of
-        global keys has ViTCoD's threshold, `PUBLISHED_GLOBAL_THRESHOLD`."""
+        global keys was written for a count of 50, `PUBLISHED_GLOBAL_THRESHOLD`: ViTCoD's own,
+        and those of `save` in versions whose masks had no other rule."""
         suffix = Path(path).suffix
         if suffix not in (".npz", ".npy"):
             raise ValueError(f"a mask file ends in .npz or .npy, got {str(path)!r}")
         try:
             with open(path, "rb") as file:
-                return cls(*_read_npz(file)) if suffix == ".npz" else cls(_read_vitcod(file))
+                read = _read_npz if suffix == ".npz" else _read_vitcod
+                return cls(*read(file))
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: not a readable mask ({error})") from None
 
@@ -133,14 +138,14 @@ def _read_npz(file) -> tuple[tuple[np.ndarray, ...], GlobalThreshold]:
         return layers, stored["global_threshold"].item() if said else PUBLISHED_GLOBAL_THRESHOLD
 
 
-def _read_vitcod(file) -> tuple[np.ndarray, ...]:
+def _read_vitcod(file) -> tuple[tuple[np.ndarray, ...], GlobalThreshold]:
     pruned = np.load(file, allow_pickle=False)
     if pruned.dtype != np.bool_ or pruned.ndim != 4:
         raise ValueError(
             "ViTCoD's .npy is bool [layers, heads, n, n], "
             f"this one is {pruned.dtype} {list(pruned.shape)}"
         )
-    return tuple(~pruned)
+    return tuple(~pruned), PUBLISHED_GLOBAL_THRESHOLD
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +159,8 @@ class PolarizedMask:
                             whole block and masks the False entries before softmax
     indptr, indices         CSC of the other keys: column j (key key_order[num_global + j])
                             keeps rows indices[indptr[j]:indptr[j + 1]], ascending, reordered
+    global_threshold        the rule that made it, None where none did; a remark that neither
+                            equality nor `digest` looks at
     """
 
     query_order: np.ndarray
@@ -162,6 +169,7 @@ class PolarizedMask:
     global_keep: np.ndarray
     indptr: np.ndarray
     indices: np.ndarray
+    global_threshold: GlobalThreshold | None = None
 
     def __post_init__(self) -> None:
         for name in ("query_order", "key_order", "indptr", "indices"):
@@ -175,6 +183,7 @@ class PolarizedMask:
         return isinstance(other, PolarizedMask) and all(
             np.array_equal(getattr(self, name), getattr(other, name))
             for name in self.__dataclass_fields__
+            if name != "global_threshold"
         )
 
     @property
@@ -279,7 +288,7 @@ def _check_polarized(mask: PolarizedMask) -> None:
 
 @old_arguments("min_kept")
 def polarize_head(
-    keep: np.ndarray, global_threshold: GlobalThreshold = PUBLISHED_GLOBAL_THRESHOLD
+    keep: np.ndarray, global_threshold: GlobalThreshold = GLOBAL_THRESHOLD
 ) -> PolarizedMask:
     """Polarize one head's mask, bool [queries, keys] (ViTCoD section IV, split and conquer).
 
@@ -309,6 +318,7 @@ def polarize_head(
         global_keep=reordered[:, :num_global],
         indptr=np.concatenate(([0], np.cumsum(counts))),
         indices=rows,
+        global_threshold=global_threshold,
     )
 
 
@@ -325,6 +335,16 @@ def check_global_threshold(threshold: object) -> None:
             "global_threshold is a count of queries (an int >= 0), a share of them (a float in "
             f"(0, 1)), {' or '.join(map(repr, WORDS))}, got {threshold!r}"
         )
+
+
+def kept_by(threshold: GlobalThreshold | None) -> str:
+    """Which keys are global, in a few words; None: those that masks without a rule have."""
+    if threshold is None:
+        return "as the masks have them"
+    if isinstance(threshold, str):
+        return "kept by every query" if threshold == "all" else "none wanted"
+    whose = "of the queries" if isinstance(threshold, float) else "queries"
+    return f"kept by more than {threshold} {whose}"
 
 
 def _cut(threshold: GlobalThreshold, queries: int) -> float:

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from ...pipeline.result import CodecSummary, CodesignResult
 from ...sparsify import Fidelity
-from ...workload import AttentionMask, GlobalThreshold
+from ...workload import AttentionMask
+from ...workload.masks import kept_by
 from .layout import titled
 from .machines import simulation_table
 
@@ -62,7 +63,7 @@ def _facts(result: CodesignResult) -> list[tuple[str, str]]:
         (
             "polarized",
             f"{sum(h.num_global for h in heads) / len(heads):.1f} global keys a head "
-            f"({_kept_by(result.mask.global_threshold)}), "
+            f"({kept_by(result.mask.global_threshold)}), "
             f"{sum(h.kept - h.sparser_kept for h in heads) / sum(h.kept for h in heads):.0%} "
             "of the kept entries in the dense blocks",
         ),
@@ -79,11 +80,6 @@ def _facts(result: CodesignResult) -> list[tuple[str, str]]:
             )
         )
     return facts
-
-
-def _kept_by(threshold: GlobalThreshold) -> str:
-    words = {"all": "kept by every query", "none": "none wanted"}
-    return words.get(str(threshold), f"kept by more than {threshold} queries")
 
 
 def _codec_fact(summary: CodecSummary, rotated: bool) -> str:

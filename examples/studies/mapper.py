@@ -17,7 +17,8 @@ from sievit.accel import Schedule, presets
 from sievit.accel.vitcod.run import run_attention
 from sievit.files import write_json
 from sievit.provenance import versions
-from sievit.workload import Attention, AttentionMask, HeadCodec, polarize_head
+from sievit.sparsify import polarize
+from sievit.workload import Attention, AttentionMask, HeadCodec
 
 STEPPED = (1, 2, 4, 8, 1000)
 VITCOD = presets["vitcod"]
@@ -32,7 +33,7 @@ MACHINES = {
 
 
 def main(mask: str, out: str) -> None:
-    layers = [tuple(polarize_head(h) for h in layer) for layer in AttentionMask.load(mask).keep]
+    layers = polarize(AttentionMask.load(mask))
     rows = []
     for codec in (None, HeadCodec(3, 2)):
         calls = [Attention("layer", 3, 197, 197, 64, 64, masks=m, codec=codec) for m in layers]

@@ -34,7 +34,7 @@ def attention(mask: AttentionMask, codec: HeadCodec | None) -> Workload:
     calls = []
     for layer, keep in enumerate(mask.keep):
         heads, queries, keys = keep.shape
-        masks = tuple(polarize_head(head) for head in keep)
+        masks = tuple(polarize_head(head, mask.global_threshold) for head in keep)
         calls.append(
             Attention(f"layer {layer}", heads, queries, keys, 64, 64, masks=masks, codec=codec)
         )

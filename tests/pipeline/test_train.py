@@ -25,6 +25,7 @@ from sievit.ae import QKCodec
 from sievit.cli import app
 from sievit.images import IMAGENET, NORMALIZATIONS, Photos, batches, center_crops
 from sievit.models import create, trace
+from sievit.models.training.checkpoints import checkpoint_files, load_checkpoint
 from sievit.pipeline import Attachments
 from sievit.pipeline.networks import attention_cycles
 from sievit.pipeline.sparse_model import class_labels
@@ -150,6 +151,18 @@ def test_a_second_run_goes_on_where_the_first_was_stopped(tmp_path):
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2", "3"]
     with pytest.raises(ValueError, match=r"sparsity was 0\.6, is 0\.5"):
         train_sparse(network(), photos(), replace(settings, sparsity=0.5), tmp_path)
+
+
+def test_a_training_begun_under_the_earlier_default_threshold_is_resumed(tmp_path):
+    """Its checkpoints name no global_threshold, since it was the default of 50."""
+    train_sparse(network(), photos(), replace(SMALL, global_threshold=50, steps=2), tmp_path)
+    (file,) = checkpoint_files(tmp_path / "mask")
+    assert "global_threshold" not in load_checkpoint(file)["settings"]
+    again = train_sparse(network(), photos(), replace(SMALL, steps=2), tmp_path)
+    assert again.logs["mask"].steps == 0
+    assert again.attachments.mask.global_threshold == 0.5
+    with pytest.raises(ValueError, match=r"global_threshold was None, is 0\.25"):
+        train_sparse(network(), photos(), replace(SMALL, steps=2, global_threshold=0.25), tmp_path)
 
 
 def test_training_within_cycles_resumes_on_the_same_machine_alone(tmp_path):

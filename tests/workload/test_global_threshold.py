@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from sievit.ae import fit_codecs
 from sievit.pipeline import Attachments, Settings
-from sievit.sparsify import polarize
+from sievit.pipeline.train import TrainSettings
+from sievit.sparsify import polarize, random_mask, window_mask
 from sievit.workload import AttentionMask, polarize_head
 from sievit.workload.bits import packed, unpacked
 
 
-def mask(threshold=50, tokens: int = 60) -> AttentionMask:
+def mask(threshold=0.5, tokens: int = 60) -> AttentionMask:
     keep = np.random.default_rng(0).random((2, tokens, tokens)) < np.linspace(0, 1, tokens)
     keep[:, :, -2:] = True
     return AttentionMask((keep,), threshold)
@@ -35,16 +40,58 @@ def test_files_keep_the_threshold(threshold, tmp_path):
         assert type(found.global_threshold) is type(threshold)
 
 
-def test_older_files_mean_the_published_threshold(tmp_path):
-    layer = mask().keep[0]
+def test_files_that_name_no_threshold_mean_the_published_count(tmp_path):
+    """As `save` wrote them before masks remembered a rule, and as ViTCoD's script writes them."""
+    layer = mask(tokens=120).keep[0]
     bits = np.packbits(layer, axis=None)
     np.savez_compressed(tmp_path / "old.npz", shapes=np.array([layer.shape]), bits0=bits)
-    assert AttentionMask.load(tmp_path / "old.npz").global_threshold == 50
+    np.save(tmp_path / "vitcod.npy", ~layer[None])
+    for name in ("old.npz", "vitcod.npy"):
+        found = AttentionMask.load(tmp_path / name)
+        assert found == mask(tokens=120)
+        assert found.global_threshold == 50
+        assert type(found.global_threshold) is int
+        assert heads(polarize(found)) == heads(polarize(mask(tokens=120), 50))
+        found.save(tmp_path / "again.npz")
+        assert AttentionMask.load(tmp_path / "again.npz").global_threshold == 50
+    assert heads(polarize(mask(tokens=120))) != heads(polarize(mask(tokens=120), 50))
+
+
+@pytest.mark.parametrize(("settings", "meant"), [({}, 50), ({"min_kept": 0.3}, 0.3)])
+def test_older_attachments_mean_the_threshold_of_their_run(settings, meant, tmp_path):
+    Attachments(64, mask(), settings=settings).save(tmp_path / "new.safetensors")
+    with safe_open(tmp_path / "new.safetensors", "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    about = json.loads(metadata["about"])
+    assert about.pop("global_threshold") == 0.5
+    metadata["about"] = json.dumps(about)
+    save_file(tensors, tmp_path / "old.safetensors", metadata)
+    assert Attachments.load(tmp_path / "new.safetensors").mask.global_threshold == 0.5
+    found = Attachments.load(tmp_path / "old.safetensors").mask
+    assert found == mask()
+    assert found.global_threshold == meant
+
+
+def test_the_default_is_half_of_the_queries():
+    kept = np.arange(1, 41)  # queries that keep each of 40 keys
+    keep = np.arange(40)[:, None] < kept
+    for made in (polarize_head(keep), polarize(AttentionMask((keep[None],)))[0][0]):
+        assert made.num_global == 20  # those that 21 to 40 keep, and not the one of 20
+        assert made.global_threshold == 0.5
+    assert Settings().global_threshold == TrainSettings().global_threshold == 0.5
+    assert AttentionMask((keep[None],)).global_threshold == 0.5
 
 
 def test_the_masks_own_threshold_polarizes_it_unless_another_is_given():
     assert heads(polarize(mask(20))) == heads(polarize(mask(), 20)) != heads(polarize(mask()))
     assert heads(polarize(mask(20), 30)) == heads(polarize(mask(), 30))
+
+
+def test_a_control_is_polarized_as_the_mask_that_it_is_like():
+    like = mask(7, tokens=17)
+    for control in (random_mask(like.shapes, like=like), window_mask(like, (4, 4))):
+        assert control.global_threshold == 7
 
 
 def test_all_is_what_every_query_keeps_and_none_is_no_key():
