@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from ..checks import check_fields, one_of
 from ..workload import GlobalThreshold
 from ..workload.masks import check_global_threshold
 from .encodings import ENCODINGS
@@ -66,6 +67,9 @@ the mapper puts first."""
 FILLS = ("back_to_back", "per_tile")
 """Tiles of a dense product follow each other, or each pays the array's skew."""
 
+MOST_PERCENT = 10**6
+"""Of ``sparser_percent``; so much that all lines but one go to the sparser engine."""
+
 
 @dataclass(frozen=True)
 class UserMapping:
@@ -80,7 +84,8 @@ class UserMapping:
     resident_latents latents of a codec block stay on chip, each head is decoded from there
 
     Whether it suits a call and the buffers is checked for each call by
-    `sievit.accel.vitcod.mapper`. Raises ValueError, naming the field, for a size below 1.
+    `sievit.accel.vitcod.mapper`. Raises ValueError, naming the field, for another type and a
+    size below 1.
     """
 
     group: int = 1
@@ -92,14 +97,8 @@ class UserMapping:
     resident_latents: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("group", "query_tile", "key_tile"):
-            value = getattr(self, name)
-            if not (value is None and name != "group"):
-                _at_least_one(name, value)
-        for name in ("whole_queries", "ahead", "resident_latents"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.output_regions not in (1, 2) or isinstance(self.output_regions, bool):
+        check_fields(self)
+        if self.output_regions not in (1, 2):
             raise ValueError(f"output_regions must be one of 1, 2, got {self.output_regions!r}")
 
 
@@ -129,7 +128,7 @@ class Schedule:
     index_encoding    one of `sievit.accel.encodings.ENCODINGS`
     mapping           of attention; None: the mapper chooses
 
-    Raises ValueError, naming the field, for an unknown policy or a count below 1.
+    Raises ValueError, naming the field, for another type, an unknown policy, a count below 1.
     """
 
     assignment: str = "balanced"
@@ -149,17 +148,17 @@ class Schedule:
     vector_fusion: str = "fused"
 
     def __post_init__(self) -> None:
+        check_fields(self, {"sparser_percent": (1, MOST_PERCENT)})
         if self.global_threshold is not None and self.global_threshold != "best":
-            check_global_threshold(self.global_threshold)
+            held = check_global_threshold(self.global_threshold)
+            object.__setattr__(self, "global_threshold", held)
         one_of("objective", self.objective, OBJECTIVES)
         one_of("scratchpad", self.scratchpad, SCRATCHPADS)
         one_of("on_chip", self.on_chip, ON_CHIP)
         one_of("latents", self.latents, LATENTS)
-        if self.index_streams not in (1, 2) or isinstance(self.index_streams, bool):
+        if self.index_streams not in (1, 2):
             raise ValueError(f"index_streams must be one of 1, 2, got {self.index_streams!r}")
         one_of("assignment", self.assignment, ASSIGNMENTS)
-        _at_least_one("sparser_percent", self.sparser_percent)
-        _at_least_one("mappings_stepped", self.mappings_stepped)
         one_of("dense_dataflow", self.dense_dataflow, DATAFLOWS)
         one_of("dense_orientation", self.dense_orientation, ORIENTATIONS)
         one_of("dense_fill", self.dense_fill, FILLS)
@@ -170,17 +169,6 @@ class Schedule:
             raise ValueError(
                 f"mapping must be None or a UserMapping of {names}, got {self.mapping!r}"
             )
-
-
-def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises ValueError, naming ``field``, for a value that is not among ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def _at_least_one(field: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{field} must be an integer >= 1, got {value!r}")
 
 
 DEFAULT = Schedule()
