@@ -119,8 +119,8 @@ class Schedule:
     assignment        one of `ASSIGNMENTS`
     sparser_percent   what an entry of the sparser engine takes of a line's time, of what an
                       operand of the denser one takes: lines are split accordingly
-    mappings_stepped  how many of the mapper's best candidates the engine steps; the fastest
-                      is taken
+    mappings_stepped  how many of the mapper's best candidates the engine steps; the best by
+                      the objective is taken
     dense_dataflow    one of `DATAFLOWS`
     dense_orientation one of `ORIENTATIONS`
     dense_fill        one of `FILLS`

@@ -28,8 +28,8 @@ from ..simulators.simulator import without_parts
 from ..vitcod.assign import DENSE_ROUND
 from ..vitcod.cost import CHANNELS
 from ..vitcod.program import INDEX, SDDMM, STORE, K, Q
-from ..vitcod.run import AttentionRun, named_stalls
 from ..vitcod.simulate import operations
+from ..vitcod.stepped import AttentionRun, named_stalls
 
 DENSER, SPARSER, OPERATIONS = "denser lines", "sparser lines", "operations"
 

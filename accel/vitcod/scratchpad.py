@@ -64,7 +64,7 @@ def cut_for(mapping: Mapping) -> Cut | None:
     if all_bias <= spare:
         need[3], spare = need[3] + all_bias, spare - all_bias
     counts = list(_least_chunks(mapping))
-    useful = chunk_counts(mapping)
+    useful = [count * (1 + mapping.repeated) for count in chunk_counts(mapping)]
     grown = True
     while grown:
         grown = False

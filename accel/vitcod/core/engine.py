@@ -357,6 +357,8 @@ def run(program: Program, mapping: Mapping) -> Trace:
             f"{state.run['stage']} of {len(program.stages)}: a fault of the engine or of its "
             f"program (mapping {mapping.group} heads x {mapping.query_tile} queries)"
         )
+    others = trace.stage_stalls.sum(axis=1) // mapping.hardware.lines * mapping.idle_lines
+    trace.stage_stalls[:, IMBALANCE] += others
     for name, of_memory in MEMORY_COUNTS.items():
         counts[name] = state.dram.controllers[of_memory].sum()
     return trace

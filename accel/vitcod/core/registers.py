@@ -88,7 +88,7 @@ COUNT = _record(*COUNTS)
 class Machine(NamedTuple):
     """A `Mapping` and its hardware as the integers that the core needs: fields of MACHINE."""
 
-    lines: int
+    lines: int  # that get work
     index_entries: int  # read from IdxBuf in a cycle
     lists: int  # SpMM reads keys from lists of rows: as SDDMM wrote them (1), sorted (2)
     pipeline: int
