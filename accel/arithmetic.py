@@ -9,11 +9,12 @@ is an integer multiplier and a shift (`FixedPoint`), rounded half to even, satur
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
 
+from ..checks import check_fields
 from ..workload import HeadCodec
 
 __all__ = [
@@ -46,11 +47,8 @@ class Arithmetic:
     multiplier_bits: int = 16  # choice: of the multiplier of a change of scale
 
     def __post_init__(self) -> None:
-        most = {"accumulator_bits": 32, "fraction_bits": 12}
-        for name, value in asdict(self).items():
-            least, limit = (0 if name == "fraction_bits" else 2), most.get(name, 16)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= limit:
-                raise ValueError(f"{name} must be an integer in {least}..{limit}, got {value!r}")
+        limits = {item.name: (2, 16) for item in fields(self)}
+        check_fields(self, limits | {"accumulator_bits": (2, 32), "fraction_bits": (0, 12)})
         if self.fraction_bits >= self.score_bits:
             raise ValueError(
                 f"fraction_bits must be below score_bits = {self.score_bits}, "

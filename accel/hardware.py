@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
+from ..checks import check_fields, one_of
 from ..moved import old_names
-from .dram.bandwidth import stream_efficiency
+from .dram.bandwidth import MOST_CHANNELS, stream_efficiency
 from .dram.ddr4 import DRAM_TIMINGS, checked_map
-from .schedule import DEFAULT, Schedule, one_of
+from .schedule import DEFAULT, Schedule
 
 __all__ = ["DRAM_MODELS", "Hardware", "presets", "schedule_of"]
 
@@ -24,13 +25,52 @@ DRAM_MODELS = ("flat", "ddr4")
 """The full bandwidth at any address after a fixed latency; or banks, rows, queues and refresh
 (`sievit.accel.dram.controller`), where the bandwidth is that of a whole number of channels."""
 
+MOST_LINES = 2**16
+MOST_PORTS = 2**20
+MOST_WIDTH = 64
+MOST_CLOCK_HZ = 10**11
+MOST_BYTES_PER_S = 10**15
+MOST_LATENCY_CYCLES = 10**9
+MOST_STEPPED_LATENCY_CYCLES = 10**7
+LEAST_STEPPED_CLOCK_HZ = 10**6
+"""Choices, all far from what can be built: with them each number of the compiled core but
+amounts of a whole run, which `sievit.accel.vitcod.core.limits` looks at, is one of 64 bits, and
+a machine has so few lines and banks that their registers can be held. "stepped": of the memory
+model "ddr4", whose refreshes are stepped through the longest wait, and whose clock runs
+`DRAM_TIMINGS` cycles beside each of the machine's."""
+
+RANGES: dict[str, tuple[int, int]] = {
+    "clock_hz": (1, MOST_CLOCK_HZ),
+    "lines": (1, MOST_LINES),
+    "macs_per_line": (1, MOST_LINES),
+    "pipeline_cycles": (0, MOST_LATENCY_CYCLES),
+    "reconfigure_cycles": (0, MOST_LATENCY_CYCLES),
+    "softmax_latency_cycles": (0, MOST_LATENCY_CYCLES),
+    "dram_latency_cycles": (0, MOST_LATENCY_CYCLES),
+    "q_banks": (1, MOST_PORTS),
+    "k_banks": (1, MOST_PORTS),
+    "v_banks": (1, MOST_PORTS),
+    "output_banks": (1, MOST_PORTS),
+    "latent_banks": (1, MOST_PORTS),
+    "index_entries_per_cycle": (1, MOST_PORTS),
+    "softmax_lanes": (1, MOST_PORTS),
+    "vector_lanes": (1, MOST_PORTS),
+    "encoder_macs": (0, MOST_PORTS),
+    "decoder_macs": (0, MOST_PORTS),
+    "dram_bytes_per_s": (1, MOST_BYTES_PER_S),
+    "operand_bytes": (1, MOST_WIDTH),
+    "score_bytes": (1, MOST_WIDTH),
+    "accumulator_bytes": (1, MOST_WIDTH),
+}
+"""Least and most of the fields of `Hardware`; buffers have 1 byte to 1 TiB."""
+
 
 @dataclass(frozen=True)
 class Hardware:
     """A ViTCoD-style accelerator; the defaults are the published machine.
 
-    How it is used is a `Schedule`. Raises ValueError, naming the field, for a size that is
-    not positive or an unknown name.
+    How it is used is a `Schedule`. Raises ValueError, naming the field, for a value of
+    another type, a size out of its range (`RANGES`) and an unknown name.
     """
 
     name: str = "vitcod"
@@ -89,33 +129,30 @@ class Hardware:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        may_be_zero = {
-            "pipeline_cycles",
-            "reconfigure_cycles",
-            "softmax_latency_cycles",
-            "dram_latency_cycles",
-            "encoder_macs",
-            "decoder_macs",
-        }
-        for name, value in asdict(self).items():
-            if isinstance(value, str):
-                continue
-            if name == "sorted_lists":
-                if not isinstance(value, bool):
-                    raise ValueError(f"{name} must be True or False, got {value!r}")
-                continue
-            least = 0 if name in may_be_zero else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        check_fields(self, RANGES)
         one_of("dram_model", self.dram_model, DRAM_MODELS)
         one_of("dram_timing", self.dram_timing, tuple(DRAM_TIMINGS))
         checked_map(self.dram_map)
-        peak = DRAM_TIMINGS[self.dram_timing].peak_bytes_per_s
-        if self.dram_model == "ddr4" and self.dram_bytes_per_s % peak:
+        if self.dram_model == "ddr4":
+            self._check_stepped_memory()
+
+    def _check_stepped_memory(self) -> None:
+        peak, most = DRAM_TIMINGS[self.dram_timing].peak_bytes_per_s, MOST_CHANNELS
+        if self.dram_bytes_per_s % peak or self.dram_bytes_per_s > most * peak:
             raise ValueError(
                 f"dram_bytes_per_s must be a multiple of {peak}, the peak of a channel of "
-                f"{self.dram_timing}, with the model 'ddr4', got {self.dram_bytes_per_s}"
+                f"{self.dram_timing}, with the model 'ddr4', and at most {most} channels, got "
+                f"{self.dram_bytes_per_s}"
             )
+        limits = {name: RANGES[name] for name in RANGES if name.endswith("_cycles")}
+        limits = {name: (least, MOST_STEPPED_LATENCY_CYCLES) for name, (least, _) in limits.items()}
+        limits["clock_hz"] = (LEAST_STEPPED_CLOCK_HZ, MOST_CLOCK_HZ)
+        for name, (least, limit) in limits.items():
+            value = getattr(self, name)
+            if not least <= value <= limit:
+                raise ValueError(
+                    f"{name} must be in {least}..{limit} with the model 'ddr4', got {value}"
+                )
 
     @property
     def macs(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from ..checks import check_fields, integer, one_of
 from ..workload import GlobalThreshold
 from ..workload.masks import PUBLISHED_GLOBAL_THRESHOLD, check_global_threshold
 from .encodings import ENCODINGS
@@ -87,6 +88,9 @@ often, by a few percent to a sixth of their time on the masks at hand."""
 FILLS = ("back_to_back", "per_tile")
 """Tiles of a dense product follow each other, or each pays the array's skew."""
 
+MOST_PERCENT = 10**6
+"""Of ``sparser_percent``; so much that all lines but one go to the sparser engine."""
+
 
 @dataclass(frozen=True)
 class UserMapping:
@@ -101,7 +105,8 @@ class UserMapping:
     resident_latents latents of a codec block stay on chip, each head is decoded from there
 
     Whether it suits a call and the buffers is checked for each call by
-    `sievit.accel.vitcod.mapper`. Raises ValueError, naming the field, for a size below 1.
+    `sievit.accel.vitcod.mapper`. Raises ValueError, naming the field, for another type and a
+    size below 1.
     """
 
     group: int = 1
@@ -113,14 +118,8 @@ class UserMapping:
     resident_latents: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("group", "query_tile", "key_tile"):
-            value = getattr(self, name)
-            if not (value is None and name != "group"):
-                _at_least_one(name, value)
-        for name in ("whole_queries", "ahead", "resident_latents"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.output_regions not in (1, 2) or isinstance(self.output_regions, bool):
+        check_fields(self)
+        if self.output_regions not in (1, 2):
             raise ValueError(f"output_regions must be one of 1, 2, got {self.output_regions!r}")
 
 
@@ -145,8 +144,8 @@ class Schedule:
     sparser_percent   what an entry of the sparser engine takes of a line's time, of what an
                       operand of the denser one takes: lines are split accordingly; "best":
                       each call that of `SPLITS` with which the engine is faster
-    mappings_stepped  how many of the mapper's best candidates the engine steps; the fastest
-                      is taken
+    mappings_stepped  how many of the mapper's best candidates the engine steps; the best by
+                      the objective is taken
     dense_dataflow    one of `DATAFLOWS`
     dense_orientation one of `ORIENTATIONS`
     dense_fill        one of `FILLS`
@@ -154,7 +153,7 @@ class Schedule:
     index_encoding    one of `sievit.accel.encodings.ENCODINGS`
     mapping           of attention; None: the mapper chooses
 
-    Raises ValueError, naming the field, for an unknown policy or a count below 1.
+    Raises ValueError, naming the field, for another type, an unknown policy, a count below 1.
     """
 
     assignment: str = "balanced"
@@ -177,8 +176,10 @@ class Schedule:
     index_loads: str = "once"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.global_threshold is not None and self.global_threshold != "best":
-            check_global_threshold(self.global_threshold)
+            held = check_global_threshold(self.global_threshold)
+            object.__setattr__(self, "global_threshold", held)
         one_of("objective", self.objective, OBJECTIVES)
         one_of("scratchpad", self.scratchpad, SCRATCHPADS)
         one_of("on_chip", self.on_chip, ON_CHIP)
@@ -186,12 +187,12 @@ class Schedule:
         one_of("query_loads", self.query_loads, QUERY_LOADS)
         one_of("key_loads", self.key_loads, KEY_LOADS)
         one_of("index_loads", self.index_loads, INDEX_LOADS)
-        if self.index_streams not in (1, 2) or isinstance(self.index_streams, bool):
+        if self.index_streams not in (1, 2):
             raise ValueError(f"index_streams must be one of 1, 2, got {self.index_streams!r}")
         one_of("assignment", self.assignment, ASSIGNMENTS)
         if self.sparser_percent != "best":
-            _at_least_one("sparser_percent", self.sparser_percent)
-        _at_least_one("mappings_stepped", self.mappings_stepped)
+            held = integer("sparser_percent", self.sparser_percent, 1, MOST_PERCENT)
+            object.__setattr__(self, "sparser_percent", held)
         one_of("dense_dataflow", self.dense_dataflow, DATAFLOWS)
         one_of("dense_orientation", self.dense_orientation, ORIENTATIONS)
         one_of("dense_fill", self.dense_fill, FILLS)
@@ -235,17 +236,6 @@ class Schedule:
             dense_orientation="tokens_on_lines",
             vector_fusion="apart",
         )
-
-
-def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises ValueError, naming ``field``, for a value that is not among ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def _at_least_one(field: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{field} must be an integer >= 1, got {value!r}")
 
 
 DEFAULT = Schedule()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..checks import integer
 from ..workload import Workload
 from .equal_macs import with_equal_macs
 from .hardware import Hardware, presets
@@ -34,15 +35,21 @@ def simulate(
     and a workload that the machine cannot run (a buffer too small for one pass), naming what
     is short.
     """
-    entry = simulator_named(simulator)
-    check_batch(batch)
+    entry, batch = simulator_named(simulator), check_batch(batch)
+    if not isinstance(workload, Workload):
+        raise ValueError(f"workload must be a Workload, got {workload!r}")
+    if not isinstance(hardware, Hardware):
+        raise ValueError(f"hardware must be a Hardware, got {hardware!r}")
     return entry(workload, hardware, batch, schedule, parameters)
 
 
-def check_batch(batch: int) -> None:
-    """Raises ValueError for anything but an integer >= 1."""
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch must be an integer >= 1, got {batch!r}")
+MOST_IMAGES = 2**20
+"""Of a batch, a choice."""
+
+
+def check_batch(batch: object) -> int:
+    """``batch`` as an int in 1..`MOST_IMAGES`; raises ValueError for anything else."""
+    return integer("batch", batch, 1, MOST_IMAGES)
 
 
 EQUAL = ("lines", "macs")

@@ -9,14 +9,17 @@ compressed sparse columns (CSC). One polarity throughout: True = kept.
 from __future__ import annotations
 
 import hashlib
+import numbers
 import os
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from ..checks import integer
 from ..files import written_whole
 from ..moved import old_arguments, old_names
 from .bits import packed, unpacked
@@ -30,6 +33,9 @@ GLOBAL_THRESHOLD: GlobalThreshold = 0.5
 which the denser engine is as fast as the sparser one (0.6 with half a bank for each line)."""
 PUBLISHED_GLOBAL_THRESHOLD = 50
 """ViTCoD's theta_d: a key is global when MORE than this many of the 197 queries keep it."""
+
+MOST_TOKENS = 2**24
+"""Queries or keys of an attention call; their number of pairs is one of 64 bits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +52,10 @@ class AttentionMask:
     global_threshold: GlobalThreshold = GLOBAL_THRESHOLD
 
     def __post_init__(self) -> None:
-        check_global_threshold(self.global_threshold)
+        held = check_global_threshold(self.global_threshold)
+        object.__setattr__(self, "global_threshold", held)
+        if not isinstance(self.keep, Iterable):
+            raise ValueError(f"keep must be a bool array for each layer, got {self.keep!r}")
         layers = tuple(_frozen_bool(layer, index) for index, layer in enumerate(self.keep))
         if not layers:
             raise ValueError("a mask needs at least one layer, got none")
@@ -173,8 +182,12 @@ class PolarizedMask:
 
     def __post_init__(self) -> None:
         for name in ("query_order", "key_order", "indptr", "indices"):
-            object.__setattr__(self, name, _frozen_int(getattr(self, name)))
-        keep = np.array(self.global_keep, dtype=bool)
+            object.__setattr__(self, name, _frozen_int(name, getattr(self, name)))
+        held = integer("num_global", self.num_global, 0, len(self.key_order))
+        object.__setattr__(self, "num_global", held)
+        keep = np.array(self.global_keep)
+        if keep.dtype != np.bool_:
+            raise ValueError(f"global_keep must be bool, got {keep.dtype} {list(keep.shape)}")
         keep.setflags(write=False)
         object.__setattr__(self, "global_keep", keep)
         _check_polarized(self)
@@ -257,8 +270,15 @@ class PolarizedMask:
         return keep
 
 
-def _frozen_int(values: np.ndarray) -> np.ndarray:
-    array = np.array(values, dtype=np.int64)
+def _frozen_int(field: str, values: object) -> np.ndarray:
+    array = np.array(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{field} must be integers in one row, got {array.dtype} {list(array.shape)}"
+        )
+    if array.dtype.kind == "u" and array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{field} must be integers of 63 bits, got {array.max()}")
+    array = array.astype(np.int64)
     array.setflags(write=False)
     return array
 
@@ -322,19 +342,19 @@ def polarize_head(
     )
 
 
-def check_global_threshold(threshold: object) -> None:
-    """ValueError for what is no `GlobalThreshold`."""
-    if isinstance(threshold, str):
-        right = threshold in WORDS
-    elif isinstance(threshold, float):
-        right = 0.0 < threshold < 1.0
-    else:
-        right = isinstance(threshold, int) and not isinstance(threshold, bool) and threshold >= 0
-    if not right:
-        raise ValueError(
-            "global_threshold is a count of queries (an int >= 0), a share of them (a float in "
-            f"(0, 1)), {' or '.join(map(repr, WORDS))}, got {threshold!r}"
-        )
+def check_global_threshold(threshold: object) -> GlobalThreshold:
+    """``threshold`` as a `GlobalThreshold`; ValueError for what is none."""
+    if isinstance(threshold, str) and threshold in WORDS:
+        return threshold
+    if isinstance(threshold, numbers.Integral) and not isinstance(threshold, bool):
+        if 0 <= (count := int(threshold)) <= MOST_TOKENS:
+            return count
+    elif isinstance(threshold, float) and 0.0 < threshold < 1.0:
+        return float(threshold)
+    raise ValueError(
+        "global_threshold is a count of queries (an int >= 0), a share of them (a float in "
+        f"(0, 1)), {' or '.join(map(repr, WORDS))}, got {threshold!r}"
+    )
 
 
 def kept_by(threshold: GlobalThreshold | None) -> str:
@@ -349,7 +369,7 @@ def kept_by(threshold: GlobalThreshold | None) -> str:
 
 def _cut(threshold: GlobalThreshold, queries: int) -> float:
     """``threshold`` as a count of queries that a global key must exceed."""
-    check_global_threshold(threshold)
+    threshold = check_global_threshold(threshold)
     if isinstance(threshold, str):
         return queries - 1 if threshold == "all" else queries
     return threshold * queries if isinstance(threshold, float) else threshold

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
+from ..checks import check_fields
 from ..moved import old_arguments
 from .masks import AttentionMask, GlobalThreshold, PolarizedMask, polarize_head
 from .ops import Attention, HeadCodec, Op, Unknown
@@ -20,6 +22,16 @@ class Workload:
 
     name: str
     ops: tuple[Op, ...]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not isinstance(self.ops, list | tuple):
+            raise ValueError(f"ops must be operations in order, got {self.ops!r}")
+        object.__setattr__(self, "ops", tuple(self.ops))
+        for place, op in enumerate(self.ops):
+            if not isinstance(op, Op):
+                kinds = ", ".join(kind.__name__ for kind in get_args(Op))
+                raise ValueError(f"ops[{place}] must be one of {kinds}, got {op!r}")
 
     @property
     def attention(self) -> tuple[Attention, ...]:

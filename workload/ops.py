@@ -2,6 +2,7 @@
 
 Plain frozen data for one image, numpy only. All sizes are elements; bytes = elements x
 the width that a machine gives them. What every operation answers stands at `Op`, below.
+An operation checks itself: ValueError names a field of another type or out of its range.
 """
 
 from __future__ import annotations
@@ -9,7 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
-from .masks import PolarizedMask
+from ..checks import MOST, check_fields, integer
+from .masks import MOST_TOKENS, PolarizedMask
+
+MOST_HEADS = 2**16
+MOST_DIM = 2**20
+"""Of an attention call, a choice: far more than any network has, and few enough for 64 bits."""
+
+ATTENTION_RANGES = {
+    "heads": (1, MOST_HEADS),
+    "queries": (1, MOST_TOKENS),
+    "keys": (1, MOST_TOKENS),
+    "key_dim": (1, MOST_DIM),
+    "value_dim": (1, MOST_DIM),
+    "bias_params": (0, MOST),
+}
+"""Least and most of the fields of `Attention`; other sizes have 1 to `checks.MOST`."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +41,9 @@ class HeadCodec:
     groups: int = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.latent_heads <= self.heads:
-            raise ValueError(
-                f"latent_heads must be in 1..heads = 1..{self.heads}, got {self.latent_heads}"
-            )
-        if self.groups < 1 or self.heads % self.groups or self.latent_heads % self.groups:
+        heads = integer("heads", self.heads, 1, MOST_HEADS)
+        check_fields(self, {"heads": (1, MOST_HEADS), "latent_heads": (1, heads)})
+        if self.heads % self.groups or self.latent_heads % self.groups:
             raise ValueError(
                 f"groups must divide heads {self.heads} and latent_heads "
                 f"{self.latent_heads}, got {self.groups}"
@@ -66,6 +80,9 @@ class Gemm:
     bias: bool = False
     batch: int = 1
     weight: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def macs(self) -> int:
@@ -110,6 +127,9 @@ class Conv:
     bias: bool = False
     transposed: bool = False
     weight: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def macs(self) -> int:
@@ -169,6 +189,9 @@ class Deform:
     params: ClassVar[int] = 0
     activations: ClassVar[int] = 0
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @property
     def macs(self) -> int:
         return 5 * self.points * self.samples * self.channels
@@ -200,6 +223,9 @@ class Elementwise:
     macs: ClassVar[int] = 0
     activations: ClassVar[int] = 0
 
+    def __post_init__(self) -> None:
+        check_fields(self, least=0)
+
     @property
     def elements_read(self) -> int:
         return self.inputs + self.params
@@ -224,6 +250,9 @@ class Unknown:
     params: ClassVar[int] = 0
     activations: ClassVar[int] = 0
 
+    def __post_init__(self) -> None:
+        check_fields(self, least=0)
+
     @property
     def elements_read(self) -> int:
         return self.inputs
@@ -243,6 +272,9 @@ class Unused:
     activations: ClassVar[int] = 0
     elements_read: ClassVar[int] = 0
     elements_written: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self, least=0)
 
 
 @dataclass(frozen=True)
@@ -266,6 +298,8 @@ class Attention:
     bias_params: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self, ATTENTION_RANGES)
+        self._check_parts()
         if self.masks is not None:
             got = [(mask.queries, mask.keys) for mask in self.masks]
             if got != [(self.queries, self.keys)] * self.heads:
@@ -277,6 +311,20 @@ class Attention:
             raise ValueError(
                 f"{self.name} has {self.heads} heads, the codec is for {self.codec.heads}"
             )
+
+    def _check_parts(self) -> None:
+        """Types of masks and codec; a list of masks becomes a tuple."""
+        masks = self.masks
+        if masks is not None:
+            right = isinstance(masks, list | tuple)
+            if not right or any(not isinstance(mask, PolarizedMask) for mask in masks):
+                raise ValueError(
+                    f"masks must be None or a PolarizedMask for each head of {self.name}, got "
+                    f"{masks!r}"
+                )
+            object.__setattr__(self, "masks", tuple(masks))
+        if self.codec is not None and not isinstance(self.codec, HeadCodec):
+            raise ValueError(f"codec must be None or a HeadCodec, got {self.codec!r}")
 
     @property
     def entries(self) -> int:

@@ -8,11 +8,18 @@ configuration of DRAMsim3 (Li et al., CAL 2020) has them.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from itertools import permutations
+
+from ...checks import check_fields
 
 LINE_BYTES = 64
 """One burst: 8 beats of 8 bytes."""
+
+MOST_TIME = 2**16
+"""Of a time or a size of a `DramTiming`, a choice: ten times the longest of a DDR4 memory."""
+
+MOST_CLOCK_HZ = 10**11
 
 FIELDS = ("ro", "ra", "ba", "bg", "co", "ch")
 """Of an address: row, rank, bank, bank group, column (a line of a row), channel."""
@@ -31,7 +38,7 @@ turn in both."""
 class DramTiming:
     """One channel of a DDR4 memory; times in its clock cycles.
 
-    Raises ValueError, naming the field, for a value that is not a positive integer.
+    Raises ValueError, naming the field, for a value that is not an integer in its range.
     """
 
     clock_hz: int  # of commands: half the data rate
@@ -66,9 +73,8 @@ class DramTiming:
     row_hits: int = 4  # after so many, a request for another row may close the row
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        limits = {item.name: (1, MOST_TIME) for item in fields(self)}
+        check_fields(self, limits | {"clock_hz": (1, MOST_CLOCK_HZ)})
 
     @property
     def banks(self) -> int:

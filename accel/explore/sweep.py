@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...checks import integer
 from ...workload import Attention, Workload, polarize_head
 from ..hardware import Hardware, apart, as_dict, presets
 from ..report.energy import PROFILES, EnergyProfile, area, energy
@@ -73,8 +74,7 @@ def explore(
     settings = _settings(simulator, batch, profile)
     own = simulator_named(simulator).checked(parameters)
     start = Configuration(*apart(base, schedule), {simulator: own})
-    if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
-        raise ValueError(f"jobs must be an integer >= 1, got {jobs!r}")
+    jobs = None if jobs is None else integer("jobs", jobs)
     plan = _Plan(workloads, hardware, start, settings, labels or {})
     with nullcontext() if results is None else Journal(results) as journal:
         known = {} if journal is None else journal.known
@@ -143,7 +143,7 @@ class _Chunk(NamedTuple):
 
 def _settings(simulator: str, batch: int, profile: EnergyProfile | str) -> _Settings:
     simulator_named(simulator)
-    check_batch(batch)
+    batch = check_batch(batch)
     if isinstance(profile, str):
         if profile not in PROFILES:
             raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")

@@ -123,6 +123,13 @@ def energy(report: Report, profile: EnergyProfile = PROFILES["aladdin-28nm"]) ->
     )
 
 
+def energy_pj(
+    op: OpCost, hardware: Hardware, profile: EnergyProfile = PROFILES["aladdin-28nm"]
+) -> float:
+    """Picojoules of one operation, as `energy` counts them."""
+    return _op_energy(op, _Rates(hardware, profile)).total_pj
+
+
 class _Rates:
     """A profile's figures for the buffers of one machine, each interpolated once."""
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ...checks import integer
 from ...workload import Attention, Conv, Gemm, Op, Unknown, Unused, Workload
 from .report import Report
 
@@ -194,8 +195,7 @@ def roofline(
         raise ValueError(
             f"attention_style must be one of {', '.join(ATTENTION_STYLES)}, got {attention_style!r}"
         )
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch must be an integer >= 1, got {batch!r}")
+    batch = integer("batch", batch)
     kernels = tuple(
         _timed(op.name, "attention" if isinstance(op, Attention) else "rest", work, device)
         for op in workload.ops

@@ -38,6 +38,7 @@ from functools import cached_property
 
 import numpy as np
 
+from ...checks import check_fields
 from ...moved import old_names
 from ...workload import Attention, Workload
 from ..hardware import Hardware, schedule_of
@@ -88,10 +89,7 @@ class Sanger:
                 f"prediction_bits must be one of 1, 2, 4, 8, got {self.prediction_bits!r}"
             )
         one_of("mac_split", self.mac_split, tuple(PRODUCTS_PER_MAC))
-        for name in ("mask_bits_per_cycle", "units_held"):
-            count = getattr(self, name)
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
+        check_fields(self)
 
     @property
     def products_per_mac(self) -> int:

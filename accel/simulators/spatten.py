@@ -32,6 +32,7 @@ from functools import cached_property
 
 import numpy as np
 
+from ...checks import check_fields
 from ...moved import old_names
 from ...workload import Attention, Workload
 from ..hardware import Hardware
@@ -86,14 +87,10 @@ class Spatten:
     topk_visits: int = 3  # quick-select: 2 for an extreme, 3.4 for the median, 3.2 for a third
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lsb_share <= 1:
-            raise ValueError(f"lsb_share must be in [0, 1], got {self.lsb_share!r}")
-        if not 0 < self.head_share <= 1:
+        check_fields(self)
+        if self.head_share == 0:
             raise ValueError(f"head_share must be in (0, 1], got {self.head_share!r}")
         one_of("mac_split", self.mac_split, tuple(PRODUCTS_PER_MAC))
-        for name in ("comparators", "topk_visits"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)!r}")
 
 
 def costs(

@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ...checks import one_of
 from ...moved import old_names
 from ...workload import Attention, Workload
 from ..hardware import Hardware, schedule_of
 from ..products import Layout
 from ..report.report import OpCost, Traffic
-from ..schedule import DATAFLOWS, Schedule, one_of
+from ..schedule import DATAFLOWS, Schedule
 from .overlap import (
     Sizes,
     attention_pair,

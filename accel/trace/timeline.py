@@ -29,8 +29,8 @@ from ..vitcod.assign import DENSE_ROUND
 from ..vitcod.cost import CHANNELS
 from ..vitcod.pattern import SDDMM
 from ..vitcod.program import INDEX, STORE, K, Q
-from ..vitcod.run import AttentionRun, named_stalls
 from ..vitcod.simulate import operations
+from ..vitcod.stepped import AttentionRun, named_stalls
 
 DENSER, SPARSER, OPERATIONS = "denser lines", "sparser lines", "operations"
 

@@ -66,14 +66,14 @@ def with_index_held(mapping: Mapping, instances: int) -> Mapping:
     images), where the schedule lets it and IdxBuf holds that of the heads which are in work:
     of two passes where the scores of the next come before the values of this one."""
     if instances == 1 or mapping.schedule.index_loads != "once":
-        return mapping
+        return replace(mapping, index_held=False) if mapping.index_held else mapping
     heads = [_index_bytes(mapping, head) for head in range(mapping.op.heads)]
     outer = mapping.outer_heads
     sizes = [sum(heads[first : first + outer]) for first in range(0, len(heads), outer)]
     if mapping.ahead and len(sizes) > 1:
         sizes = [a + b for a, b in pairwise(sizes)]
     fits = max(sizes) <= mapping.hardware.index_buffer_bytes
-    return replace(mapping, index_held=True) if fits else mapping
+    return mapping if fits == mapping.index_held else replace(mapping, index_held=fits)
 
 
 def _index_bytes(mapping: Mapping, head: int) -> int:

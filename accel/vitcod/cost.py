@@ -8,7 +8,7 @@ from ..hardware import Hardware
 from ..report.report import OpCost, Traffic
 from .core.registers import COUNTS
 from .program import CODEC, INDEX, LATENT, STORE, K, Program, Q, V
-from .run import AttentionRun, head_costs
+from .stepped import AttentionRun, head_costs
 
 CHANNELS = {Q: "Q", K: "K", V: "V", INDEX: "index", CODEC: "codec weights", STORE: "output",
             LATENT: "latent Q and K"}  # fmt: skip
@@ -19,7 +19,7 @@ def cost_of(run: AttentionRun, batch: int) -> OpCost:
     op, hardware, mapping, counts = run.op, run.hardware, run.mapping, run.counts
     got = dict(zip(COUNTS, (int(x) for x in run.trace.counts), strict=True))
     stalls = run.stalls()
-    rate = hardware.dram_bytes_per_cycle
+    rate = mapping.hardware.dram_bytes_per_cycle
     computed = counts.scores * (op.key_dim + op.value_dim)
     decoded = got["decoder_macs"]
     kept = op.kept * batch * (op.key_dim + op.value_dim)

@@ -33,7 +33,11 @@ from .pattern import Pattern
 from .scratchpad import chunk_bytes, loaded_again
 
 BANK_WAITS = 1.3
-"""Cycles of a line over the words it takes, about."""
+"""Cycles of a line over the words it takes, about, where there are banks enough."""
+
+SHARED_READS = 0.7
+"""Of the operands of the sparser engine, about so many are reads of their own: the others are
+shared with a line that asks for the same word in that cycle."""
 
 STAGE_OVERHEAD_CYCLES = 48
 """What starting and draining one more stage costs, about."""
@@ -53,6 +57,7 @@ class WorkOfTiles:
         self._used: dict[int, np.ndarray] = {}
         self._most: dict[int, tuple[int, int, int]] = {}
         self._cycles: dict[int, tuple[int, int]] = {}
+        self._ports: dict[int, Ports] = {}
 
     @cached_property
     def scores(self) -> int:
@@ -97,6 +102,32 @@ class WorkOfTiles:
             lines = busiest_line(shapes[1], shapes[0], shapes[2], self.lines)
             self._cycles[tile] = int(columns.sum()), int(lines.sum())
         return self._cycles[tile]
+
+    def ports(self, tile: int) -> Ports:
+        """What the banks are asked for, summed over the units."""
+        if tile not in self._ports:
+            rows, scores = self._units(tile)
+            dense, rows, entries = np.broadcast_arrays(self.dense, rows, scores - rows * self.dense)
+            columns = np.minimum(self.op.keys - dense, entries)
+            shared = SHARED_READS * int(entries.sum())
+            self._ports[tile] = Ports(
+                shared + block_reads(dense, rows, entries, self.lines),
+                int((dense + columns).sum()),
+                shared + block_reads(rows, dense, entries, self.lines),
+                int(np.maximum(rows, np.minimum(self.lines, rows * dense + entries)).sum()),
+                int(entries.sum()),
+            )
+        return self._ports[tile]
+
+
+class Ports(NamedTuple):
+    """Reads of queries, keys and values (vectors), rows that drain, and entries of an index."""
+
+    queries: float
+    keys: int
+    values: float
+    drains: int
+    entries: int
 
 
 def _used(pattern: Pattern, tile: int) -> np.ndarray:
@@ -175,9 +206,7 @@ def estimate_cycles(mapping: Mapping, work: WorkOfTiles) -> float:
     """
     op, hardware = mapping.op, mapping.hardware
     units = op.heads * len(mapping.query_tiles)
-    columns, rows = work.cycles(mapping.query_tile)
-    scores = BANK_WAITS * columns * mapping.key_words
-    values = BANK_WAITS * rows * mapping.value_words
+    scores, values = _line_cycles(mapping, work)
     softmax = work.scores / hardware.softmax_lanes
     rate = float(hardware.dram_stream_bytes_per_cycle)
     store = op.heads * op.queries * op.value_dim * hardware.operand_bytes / rate
@@ -194,22 +223,58 @@ def estimate_cycles(mapping: Mapping, work: WorkOfTiles) -> float:
     stages = STAGE_OVERHEAD_CYCLES * 2 * _tiles(mapping, work)
     decode = _decode_cycles(mapping, _tokens(mapping, work))
     body = units * unit + fills * fill + stages
-    return max(body, load_bytes(mapping, work) / rate + store * units, decode) + tail + store
+    index = work.ports(mapping.query_tile).entries * mapping.widths.entry_bits // 8
+    loads = (load_bytes(mapping, work) + index * mapping.schedule.index_streams) / rate
+    return max(body, loads + store * units, decode) + tail + store
+
+
+def _line_cycles(mapping: Mapping, work: WorkOfTiles) -> tuple[float, float]:
+    """About what the lines take for all scores and for all values: the busiest line's operands,
+    and no less than what the banks and the port of the index can serve."""
+    hardware, ports = mapping.hardware, work.ports(mapping.query_tile)
+    columns, rows = work.cycles(mapping.query_tile)
+    scores = max(
+        BANK_WAITS * columns * mapping.key_words,
+        ports.queries * mapping.key_words / hardware.q_banks,
+        ports.keys * mapping.key_words / hardware.k_banks,
+        ports.entries / hardware.index_entries_per_cycle,
+    )
+    listed = 0 if mapping.one_stream else ports.entries
+    values = max(
+        BANK_WAITS * rows * mapping.value_words,
+        ports.values * mapping.value_words / hardware.v_banks,
+        ports.drains * mapping.value_words / hardware.output_banks,
+        listed / hardware.index_entries_per_cycle,
+    )
+    return scores, values
+
+
+def denser_lines(work: np.ndarray, entries: np.ndarray, lines: int) -> np.ndarray:
+    """Lines of the denser engine, in proportion to the work; see `assign`."""
+    if lines == 1:
+        return np.ones_like(work)
+    share = np.rint(lines * work / np.maximum(work + entries, 1)).astype(np.int64)
+    return np.clip(share, (work > 0).astype(np.int64), lines - (entries > 0))
 
 
 def busiest_line(
     vectors: np.ndarray, operands: np.ndarray, entries: np.ndarray, lines: int
 ) -> np.ndarray:
-    """Operands of the busiest line, the split in proportion to the work; see `assign`."""
+    """Operands of the busiest line."""
     work = vectors * operands
     if lines == 1:
         return work + entries
-    share = np.rint(lines * work / np.maximum(work + entries, 1)).astype(np.int64)
-    denser = np.clip(share, (work > 0).astype(np.int64), lines - (entries > 0))
+    denser = denser_lines(work, entries, lines)
     full, rest = np.divmod(vectors, np.maximum(denser, 1))
     sharing = np.where(rest > 0, np.maximum(denser, 1) // np.maximum(rest, 1), 1)
     block = full * operands + np.where(rest > 0, -(-operands // sharing), 0)
     return np.maximum(np.where(work > 0, block, 0), -(-entries // np.maximum(lines - denser, 1)))
+
+
+def block_reads(vectors: np.ndarray, operands: np.ndarray, entries: np.ndarray, lines: int) -> int:
+    """Operands of the dense block that are read: once for all lines in each of its rounds."""
+    denser = np.maximum(denser_lines(vectors * operands, entries, lines), 1)
+    return int((-(-vectors // denser) * operands).sum())
 
 
 def _fill_cycles(mapping: Mapping) -> float:

@@ -20,7 +20,7 @@ from .pattern import Pattern, patterns_of
 from .regions import Cut
 from .scratchpad import cut_for, kept_chunks
 
-TILE_PARTS = (1, 2, 3)
+TILE_PARTS = (1, 2, 3, 4, 6)
 """Tiles of queries that are tried for each one that the buffers ask for."""
 
 
@@ -59,7 +59,7 @@ def fitting(
             "codec from the workload, or give the machine a decoder"
         )
     if schedule.mapping is not None:
-        made = _given(op, hardware, schedule, schedule.mapping)
+        made = _given(op, hardware, schedule, schedule.mapping, instances > 1)
         return [with_kept(made, instances, on_chip_bytes)]
     found = candidates(op, hardware, schedule, instances, on_chip_bytes)
     if not found:
@@ -83,18 +83,35 @@ def candidates(
     on_chip_bytes  of Q, K and V that the projection before may leave in the scratchpad
     """
     schedule, patterns = schedule_of(hardware, schedule), patterns_of(op)
-    work = _work(op, patterns, hardware.lines)
-    cut, made = Cut.fixed(hardware), []
-    given = Mapping(op, hardware, schedule, patterns, 1, 1, 1, True, True, 2, cut)
+    lines, cut = hardware.lines, Cut.fixed(hardware)
+    found: list[Mapping] = []
+    while lines and not found:  # IdxBuf may be too small for what all lines ask of it
+        work = _work(op, patterns, lines)
+        given = Mapping(
+            op, hardware, schedule, patterns, 1, 1, 1, True, True, 2, cut, repeated=instances > 1
+        )
+        if lines < hardware.lines:
+            given = given.using(lines=lines)
+        made = [with_kept(one, instances, on_chip_bytes) for one in _all_tilings(given, work)]
+        found, lines = ranked(made, work), lines // 2
+    return found
+
+
+def _all_tilings(given: Mapping, work: WorkOfTiles) -> list[Mapping]:
+    """Mappings on the lines of ``given``, in each order of stages, group and place of latents."""
+    op, schedule = given.op, given.schedule
+    made: list[Mapping] = []
     for ahead in (True, False):
         for group in _groups(op) if schedule.latents != "resident" or not op.codec else ():
             made += _tilings(replace(given, group=group, ahead=ahead), work)
         if op.codec and schedule.latents != "fill":
             made += _tilings(replace(given, ahead=ahead, resident_latents=True), work)
-    return ranked([with_kept(mapping, instances, on_chip_bytes) for mapping in made], work)
+    return made
 
 
-def _given(op: Attention, hardware: Hardware, schedule: Schedule, asked: UserMapping) -> Mapping:
+def _given(
+    op: Attention, hardware: Hardware, schedule: Schedule, asked: UserMapping, repeated: bool
+) -> Mapping:
     """The user's own mapping of ``op``; raises ValueError where it does not suit the call or
     does not fit the buffers."""
     patterns = patterns_of(op)
@@ -105,7 +122,7 @@ def _given(op: Attention, hardware: Hardware, schedule: Schedule, asked: UserMap
     made = Mapping(
         op, hardware, schedule, patterns, asked.group, sizes["query_tile"], sizes["key_tile"],
         asked.whole_queries, asked.ahead, asked.output_regions, Cut.fixed(hardware),
-        resident_latents=asked.resident_latents,
+        resident_latents=asked.resident_latents, repeated=repeated,
     )  # fmt: skip
     short = [f"{name} is {size}, it needs {need}" for name, size, need in shortages(made, work)]
     if short:
@@ -250,10 +267,11 @@ def _refusal(op: Attention, hardware: Hardware, schedule: Schedule) -> str:
     patterns = patterns_of(op)
     cut = Cut.fixed(hardware)
     least = Mapping(op, hardware, schedule, patterns, 1, 1, 1, False, False, 1, cut)
+    least = least.using(lines=1)
     if op.codec and schedule.latents == "resident":
         least = replace(least, resident_latents=True, key_tile=op.keys)
     short = "; ".join(
         f"{name} is {size}, one pass needs at least {need}"
-        for name, size, need in shortages(least, WorkOfTiles(op, patterns, hardware.lines))
+        for name, size, need in shortages(least, WorkOfTiles(op, patterns, 1))
     )
     return f"{op.name} does not fit the machine {hardware.name!r}: {short}"

@@ -11,7 +11,7 @@ loaded again for each further group of the block.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ...workload import Attention
@@ -37,6 +37,10 @@ class Mapping:
     resident_latents all latents of a codec block stay on chip, heads are decoded from there
     index_held       IdxBuf keeps the index of a head for all windows and images, which then
                      come one after the other for each head (or codec block)
+    hardware         what of the machine is used: fewer lines or banks than it has, or less of
+                     its bandwidth, where that is faster
+    machine          all of it; None: ``hardware``
+    repeated         more than one instance (window of an image) runs, one behind the other
     token_bytes      of one token of a group of Q or K in DRAM (latents, with a codec)
     """
 
@@ -54,6 +58,22 @@ class Mapping:
     kept: Kept = NOTHING
     resident_latents: bool = False
     index_held: bool = False
+    machine: Hardware | None = None
+    repeated: bool = False
+
+    @property
+    def whole(self) -> Hardware:
+        """The machine, what of it is not used included."""
+        return self.machine or self.hardware
+
+    @property
+    def idle_lines(self) -> int:
+        """MAC lines that get no work."""
+        return self.whole.lines - self.hardware.lines
+
+    def using(self, **part: int) -> Mapping:
+        """The mapping with so much of its machine used."""
+        return replace(self, hardware=replace(self.hardware, **part), machine=self.whole)
 
     @property
     def key_words(self) -> int:
@@ -107,6 +127,12 @@ class Mapping:
     def address_bytes(self) -> int:
         """Of a score's place in the score buffer, where an index entry says it."""
         return 0 if self.one_stream else (2 if self.most_entries <= 256**2 else 4)
+
+    @property
+    def units_in_flight(self) -> int:
+        """Units, 2 at most, that follow each other: of one instance, or of two."""
+        units = self.op.heads * len(self.query_tiles)
+        return 2 if units > 1 or self.repeated else 1
 
     @property
     def latent_heads(self) -> int:

@@ -31,10 +31,8 @@ def shortages(mapping: Mapping, work: WorkOfTiles) -> list[tuple[str, int, int]]
 
 def _ports_needs(mapping: Mapping, work: WorkOfTiles) -> dict[str, int]:
     """Of the index and of the output buffer."""
-    op, hardware = mapping.op, mapping.hardware
-    units = op.heads * -(-op.queries // mapping.query_tile)
-    alive = 2 if mapping.ahead and units > 1 else 1
-    regions = min(mapping.output_regions, units)
+    hardware, units = mapping.hardware, mapping.units_in_flight
+    alive, regions = (units if mapping.ahead else 1), min(mapping.output_regions, units)
     accumulators = mapping.query_tile * mapping.value_words * hardware.macs_per_line
     scores, bitmap, entries = work.most(mapping.query_tile)
     starts, widths = max(mapping.query_tile, mapping.key_tile) + hardware.lines, mapping.widths

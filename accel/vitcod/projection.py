@@ -8,7 +8,7 @@ from ...workload import Conv, Gemm
 from ..products import Results
 from .estimate import kept_bytes
 from .mapping import Mapping, codec_side_bytes
-from .run import AttentionRun
+from .stepped import AttentionRun
 
 
 def kept_of(mapping: Mapping, sides: str) -> int:

@@ -1,106 +1,53 @@
-"""One attention call stepped by the compiled engine, and what each head took of it.
+"""The best run of an attention call: mappings are stepped, and the schedule's objective decides.
 
-A stage belongs to one head, so the heads' cycles, with those after the last stage, sum to
-the call's. `simulate` makes costs of an `AttentionRun`, `timeline` slices.
+The closed forms of `estimate` say which mappings are worth stepping; what they cost is counted.
+Where many lines meet at few banks more of a resource may be worse: rows cut into more pieces
+drain more often, and lines that all have their data lose the step in which one read serves many.
+There more mappings are stepped, and the best also with less of the machine used, so that the
+larger machine is not the slower one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-
-import numpy as np
+from dataclasses import replace
 
 from ...workload import Attention
 from ..hardware import Hardware, schedule_of
-from ..report.report import HeadCost
+from ..report.energy import energy_pj
 from ..schedule import DEFAULT, SPLITS, Schedule
-from .builder import build
 from .coded import with_index_held
-from .core import engine
-from .core.registers import PHASES, STALLS, Trace
+from .core.registers import BANK, BUSY, DRAIN, INDEX_PORT, KEY_REGISTER
+from .cost import cost_of
 from .mapper import fitting
 from .mapping import Mapping
-from .pattern import SDDMM, SPMM
-from .program import CODEC, LATENT, STORE, Counts, K, Program, Q
+from .stepped import (
+    WAITS,
+    AttentionRun,
+    head_costs,
+    named_phases,
+    named_stalls,
+    run_mapping,
+)
 
-WAITS: dict[str, tuple[str, str]] = {
-    "bank": ("Q bank", "V bank"),
-    "key_register": ("K bank", "K bank"),
-    "index_port": ("index port", "index port"),
-    "index_refill": ("index from DRAM", "index from DRAM"),
-    "dram": ("Q or K from DRAM", "V from DRAM"),
-    "decoder": ("decoder", "decoder"),
-    "softmax": ("softmax", "softmax"),
-    "drain": ("output bank", "output bank"),
-    "barrier": ("other lines (lockstep)", "other lines (lockstep)"),
-    "imbalance": ("no work left in the stage", "no work left in the stage"),
-    "store": ("room for output rows", "room for output rows"),
-    "reconfigure": ("new split of the lines", "new split of the lines"),
-    "pipeline": ("last results", "last results"),
-}
-"""What a line waits for in SDDMM and in SpMM, in words, by the engine's `registers.STALLS`."""
-_WORDS = tuple(zip(*(WAITS.get(name, (name, name)) for name in STALLS), strict=True))
+__all__ = [
+    "WAITS",
+    "AttentionRun",
+    "head_costs",
+    "named_phases",
+    "named_stalls",
+    "run_attention",
+    "run_mapping",
+    "value_of",
+]
 
+CROWDED = 0.3
+"""Share of the line-cycles. On the networks and machines of the documentation it is less."""
 
-@dataclass(frozen=True, eq=False)
-class AttentionRun:
-    """A run of the engine: what was run, and what it left. ``instances``: windows x images."""
+MORE_MAPPINGS = 6
 
-    mapping: Mapping
-    instances: int
-    program: Program
-    counts: Counts
-    trace: Trace
-
-    @property
-    def op(self) -> Attention:
-        return self.mapping.op
-
-    @property
-    def hardware(self) -> Hardware:
-        return self.mapping.hardware
-
-    @cached_property
-    def units(self) -> tuple[tuple[int, int, slice], ...]:
-        """(instance, head, rows) of each unit, in the order of execution."""
-        return tuple(self.mapping.units(self.instances))
-
-    @cached_property
-    def stage_heads(self) -> np.ndarray:
-        """The head of each stage, int64 [stages]."""
-        heads = np.array([head for _, head, _ in self.units], dtype=np.int64)
-        return heads[self.program.stages["unit"]]
-
-    @property
-    def cycles(self) -> int:
-        return self.trace.count("cycles")
-
-    def stalls(self) -> dict[str, int]:
-        """MAC-line cycles by what the lines did ("busy") or waited for."""
-        kinds = self.program.stages["kind"]
-        table = self.trace.stage_stalls
-        return named_stalls(np.stack([table[kinds == kind].sum(axis=0) for kind in (SDDMM, SPMM)]))
-
-    def phases(self) -> dict[str, int]:
-        """All cycles, those after the last stage included, by phase."""
-        return named_phases(self.trace.stage_phases.sum(axis=0))
-
-
-def named_stalls(table: np.ndarray) -> dict[str, int]:
-    """Line-cycles in words, from an array [2 (SDDMM, SpMM), stalls]."""
-    total: dict[str, int] = {}
-    for words, row in zip(_WORDS, table.tolist(), strict=True):
-        for name, cycles in zip(words, row, strict=True):
-            if cycles:
-                total[name] = total.get(name, 0) + cycles
-    return total
-
-
-def named_phases(row: np.ndarray) -> dict[str, int]:
-    """Cycles by phase, from an array [phases]."""
-    return {name: cycles for name, cycles in zip(PHASES, row.tolist(), strict=True) if cycles}
+PARTS = ("lines", "q_banks", "k_banks", "v_banks", "dram_bytes_per_s")
+"""Of the machine, what may be left unused in part."""
 
 
 def run_attention(
@@ -112,85 +59,89 @@ def run_attention(
 ) -> AttentionRun:
     """Map, build and run one attention call, all its windows and images.
 
-    Of ``schedule.mappings_stepped`` mappings, the first by the closed forms, the fastest, and
-    of the splits of its lines that ``schedule`` allows.
-    ``on_chip_bytes`` of Q, K and V may be on chip from the projection on. Raises ValueError
-    where no mapping fits the machine's buffers.
+    Of ``schedule.mappings_stepped`` mappings, the first by the closed forms, and of some more
+    where ports are crowded, the one with the least `value_of`; of the splits of its lines that
+    ``schedule`` allows likewise. ``on_chip_bytes`` of Q, K and V may be on chip from the
+    projection on. Raises ValueError where no mapping fits the machine's buffers.
     """
     instances = op.windows * batch
     schedule = schedule_of(hardware, schedule)
     found = fitting(op, hardware, schedule, instances, on_chip_bytes)
-    tried = [with_index_held(m, instances) for m in found[: schedule.mappings_stepped]]
-    best = _best(tried, min(instances, 2))
+    best = _best(_apart(found), schedule.mappings_stepped, min(instances, 2))
     if schedule.sparser_percent == "best":
-        best = min(best, *_other_splits(best), key=lambda run: run.cycles)
+        best = min([best, *_other_splits(best)], key=value_of)
     return best if best.instances == instances else run_mapping(best.mapping, instances)
 
 
-def _best(tried: Sequence[Mapping], instances: int) -> AttentionRun:
-    return min((run_mapping(m, instances) for m in tried), key=lambda run: run.cycles)
+def _run(mapping: Mapping, instances: int) -> AttentionRun:
+    return run_mapping(with_index_held(mapping, instances), instances)
 
 
 def _other_splits(run: AttentionRun) -> Iterator[AttentionRun]:
     """The same mapping with the lines split otherwise, where both engines have work."""
-    patterns = run.mapping.patterns
-    if any(p.num_global and len(p.columns[1]) for p in patterns):
+    if any(p.num_global and len(p.columns[1]) for p in run.mapping.patterns):
         for percent in SPLITS[1:]:
             schedule = replace(run.mapping.schedule, sparser_percent=percent)
-            yield run_mapping(replace(run.mapping, schedule=schedule), run.instances)
+            yield _run(replace(run.mapping, schedule=schedule), run.instances)
 
 
-def run_mapping(mapping: Mapping, instances: int) -> AttentionRun:
-    """Build and run ``instances`` windows of the mapping's call."""
-    program, counts = build(mapping, instances)
-    return AttentionRun(mapping, instances, program, counts, engine.run(program, mapping))
+def _apart(mappings: Sequence[Mapping]) -> list[Mapping]:
+    """Those of which none is cut as one before it is."""
+    made: dict[tuple[int, int, int, bool], Mapping] = {}
+    for one in mappings:
+        cut = (one.group, one.query_tile, one.key_tile, one.resident_latents)
+        made.setdefault(cut, one)
+    return list(made.values())
 
 
-def head_costs(run: AttentionRun) -> tuple[HeadCost, ...]:
-    """Each head's share of the call, all windows and images."""
-    op, trace, heads = run.op, run.trace, run.stage_heads
-    stalls = np.zeros((op.heads, 2, len(STALLS)), dtype=np.int64)
-    np.add.at(stalls, (heads, run.program.stages["kind"]), trace.stage_stalls)
-    phases = np.zeros((op.heads, len(PHASES)), dtype=np.int64)
-    np.add.at(phases, heads, trace.stage_phases[:-1])
-    moved = _head_dram_bytes(run)
-    whole = op.queries * op.keys
-    return tuple(
-        HeadCost(
-            head,
-            cycles=int(phases[head].sum()),
-            phases=named_phases(phases[head]),
-            stalls=named_stalls(stalls[head]),
-            global_keys=pattern.num_global,
-            scores=int(pattern.row_scores.sum()) * run.instances,
-            kept_scores=(op.masks[head].kept if op.masks else whole) * run.instances,
-            dram_bytes=int(moved[head]),
-        )
-        for head, pattern in enumerate(run.mapping.patterns)
-    )
+def _best(mappings: Sequence[Mapping], count: int, instances: int) -> AttentionRun:
+    """The best run of the first ``count`` mappings; where lines wait for ports much in the first
+    or in the best of them, of `MORE_MAPPINGS` more, and of these two with less of the machine
+    used."""
+    runs = [_run(made, instances) for made in mappings[:count]]
+    best = min(runs, key=value_of)
+    if _crowded(runs[0]) or _crowded(best):
+        more = mappings[count : count + MORE_MAPPINGS]
+        best = min([best, *(_run(made, instances) for made in more)], key=value_of)
+        starts = [best] if best is runs[0] else [best, runs[0]]
+        best = min((_less_used(run, instances) for run in starts), key=value_of)
+    return best
 
 
-def _head_dram_bytes(run: AttentionRun) -> np.ndarray:
-    """Bytes by head; what a group of heads shares is split evenly, resident latents over the
-    heads of their codec block, the codec's weights over all heads (first heads take what does
-    not divide)."""
-    program, heads = run.program, run.op.heads
-    unit_heads = np.array([head for _, head, _ in run.units], dtype=np.int64)
-    owners = run.stage_heads[program.transfers["need"] % len(program.stages)]
-    first = program.channel_first
-    owners[first[STORE] : first[STORE + 1]] = unit_heads  # one a unit, in their order
-    owners[first[CODEC] : first[CODEC + 1]] = 0
-    sizes = np.zeros((len(first) - 1, heads), dtype=np.int64)
-    channels = np.repeat(np.arange(len(first) - 1), np.diff(first))
-    np.add.at(sizes, (channels, owners), program.transfers["bytes"])
-    block = heads // run.op.codec.groups if run.op.codec else 1
-    group = run.mapping.group
-    for channel, shared in ((Q, group), (K, group), (LATENT, block), (CODEC, heads)):
-        if shared > 1:
-            sizes[channel] = _shared_evenly(sizes[channel], shared)
-    return sizes.sum(axis=0)
+def _crowded(run: AttentionRun) -> bool:
+    """Whether lines wait for banks and for the port of the index more than `CROWDED` of the
+    time: the closed forms know little of that."""
+    stalls = run.trace.stage_stalls.sum(axis=0)
+    return int(stalls[[BANK, KEY_REGISTER, INDEX_PORT, DRAIN]].sum()) > CROWDED * stalls.sum()
 
 
-def _shared_evenly(sizes: np.ndarray, group: int) -> np.ndarray:
-    groups = sizes.reshape(-1, group).sum(axis=1, keepdims=True)
-    return (groups // group + (np.arange(group) < groups % group)).ravel()
+def _less_used(best: AttentionRun, instances: int) -> AttentionRun:
+    """``best``, or what is better: its mapping with half of the lines, of the banks of a buffer
+    or of the bandwidth left unused, again and again."""
+    for field in PARTS:
+        used = getattr(best.mapping.hardware, field) // 2
+        while used and not (field == "lines" and _busy_cycles(best, used) >= best.cycles):
+            if field == "dram_bytes_per_s" and best.hardware.dram_model != "flat":
+                break  # its channels are there or not
+            less = _run(best.mapping.using(**{field: used}), instances)
+            if value_of(less) >= value_of(best):
+                break
+            best, used = less, used // 2
+    return best
+
+
+def _busy_cycles(run: AttentionRun, lines: int) -> int:
+    """What so many lines take at least for the operands that the lines of ``run`` took."""
+    return int(run.trace.stage_stalls[:, BUSY].sum()) // lines
+
+
+def value_of(run: AttentionRun) -> tuple[float, int]:
+    """What the schedule's objective counts of ``run``, less is better; of equals, cycles."""
+    objective, cycles = run.mapping.schedule.objective, run.cycles
+    if objective == "cycles":
+        return cycles, cycles
+    cost = cost_of(run, run.instances)
+    if objective == "bytes":
+        return cost.dram_bytes, cycles
+    energy = energy_pj(cost, run.hardware)
+    return (energy if objective == "energy" else energy * cycles), cycles

@@ -69,7 +69,8 @@ def cut_for(mapping: Mapping) -> Cut | None:
     if all_bias <= spare:
         need[3], spare = need[3] + all_bias, spare - all_bias
     chunks, counts = [*chunks, block_bytes(mapping)], [*_least_chunks(mapping), 1]
-    useful = *chunk_counts(mapping), mapping.op.codec.groups if mapping.resident_latents else 1
+    blocks = mapping.op.codec.groups if mapping.resident_latents and mapping.op.codec else 1
+    useful = [count * (1 + mapping.repeated) for count in (*chunk_counts(mapping), blocks)]
     grown = True
     while grown:
         grown = False

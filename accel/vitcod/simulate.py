@@ -17,7 +17,8 @@ from ..report.report import OpCost
 from ..schedule import DEFAULT, Schedule
 from .cost import cost_of
 from .projection import projected
-from .run import AttentionRun, run_attention
+from .run import run_attention
+from .stepped import AttentionRun
 from .threshold import with_thresholds
 
 

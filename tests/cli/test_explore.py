@@ -48,8 +48,8 @@ def test_axes_of_model_and_machine_are_told_in_lines_of_80(axes):
     assert max(map(len, output.splitlines())) <= 80
     assert "synthetic masks (seed 0)" in output
     assert "48 points: 32 simulated, 16 failed." in output
-    assert "lines must be an integer >= 1, got 0" in " ".join(output.split())
-    assert "latent_heads must be in 1..heads" in " ".join(output.split())
+    assert "lines must be an integer in 1..65536, got 0" in " ".join(output.split())
+    assert "latent_heads must be an integer in 1.." in " ".join(output.split())
     assert "each machine has 320 of the codec" in " ".join(output.split())
 
 

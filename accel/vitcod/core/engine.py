@@ -29,6 +29,7 @@ from ..program import INDEX, Program
 from .dma_ddr4 import all_landed, serve_lines
 from .dma_flat import arrive, serve_dram
 from .idle import let_drip, mark, next_event, rounds_of_drips
+from .limits import check_limits
 from .mac_lines import open_piece, step_scores, step_values
 from .registers import (
     BUSY,
@@ -274,6 +275,12 @@ def _left(channels):
     return left
 
 
+@core
+def _finished(machine, state):
+    """After the last stage: is everything moved, decoded and written?"""
+    return _left(state.channels) == 0 and (not machine.ddr4 or all_landed(machine, state))
+
+
 def _compiled(sources: str):
     """The main loop, compiled when first called and cached on disk.
 
@@ -288,7 +295,7 @@ def _compiled(sources: str):
         run, channels, transfers = state.run, state.channels, program.transfers
         while True:
             ended = run.stage == program.stages.size
-            if ended and _left(channels) == 0 and (not machine.ddr4 or all_landed(machine, state)):
+            if ended and _finished(machine, state):
                 counts.cycles = run.cycle
                 return True
             run.still = 1
@@ -309,7 +316,9 @@ def _compiled(sources: str):
             run.cycle += 1
             if run.still == 0:
                 run.quiet = 0
-            elif not _pass_idle(machine, program, state, trace, counts, ended):
+            elif not _pass_idle(machine, program, state, trace, counts, ended) and not (
+                ended and _finished(machine, state)  # with the cycle just stepped
+            ):
                 return False
 
     return step
@@ -336,9 +345,11 @@ MEMORY_COUNTS = {
 def run(program: Program, mapping: Mapping) -> Trace:
     """Step ``program`` on the mapping's hardware to its end.
 
-    The first call on a computer compiles the core; see `jit`. Raises RuntimeError where
-    the machine comes to a stand: a fault of the program or of the engine.
+    The first call on a computer compiles the core; see `jit`. Raises ValueError, naming the
+    fields, for a run whose counts are too large (`limits`), and RuntimeError where the machine
+    comes to a stand: a fault of the program or of the engine.
     """
+    check_limits(program, mapping)
     machine, state = machine_of(mapping), initial_state(program, mapping)
     trace = empty_trace(program, mapping)
     counts = trace.counts.view(COUNT)[0]
@@ -348,6 +359,8 @@ def run(program: Program, mapping: Mapping) -> Trace:
             f"{state.run['stage']} of {len(program.stages)}: a fault of the engine or of its "
             f"program (mapping {mapping.group} heads x {mapping.query_tile} queries)"
         )
+    others = trace.stage_stalls.sum(axis=1) // mapping.hardware.lines * mapping.idle_lines
+    trace.stage_stalls[:, IMBALANCE] += others
     for name, of_memory in MEMORY_COUNTS.items():
         counts[name] = state.dram.controllers[of_memory].sum()
     return trace

@@ -17,6 +17,7 @@ from ...dram.state import Dram, new_dram
 from ...hardware import Hardware
 from ..mapping import Mapping
 from ..program import CHANNELS, INDEX, LATENT, K, Program, Q, V
+from .limits import held
 
 STALLS = (
     "busy",
@@ -87,7 +88,7 @@ COUNT = _record(*COUNTS)
 class Machine(NamedTuple):
     """A `Mapping` and its hardware as the integers that the core needs: fields of MACHINE."""
 
-    lines: int
+    lines: int  # that get work
     index_entries: int  # read from IdxBuf in a cycle
     lists: int  # SpMM reads keys from lists of rows: as SDDMM wrote them (1), sorted (2)
     pipeline: int
@@ -329,9 +330,9 @@ def _channels(program: Program, mapping: Mapping) -> np.ndarray:
     channels["capacity"] = channels["port"] = NEVER
     for number, (size, banks, kept) in sizes.items():
         channel = channels[number : number + 1]
-        channel["capacity"], channel["port"] = size * unit, banks * word * unit
+        channel["capacity"], channel["port"] = held(size * unit), held(banks * word * unit)
         _keep(channel, program, kept, unit)
-    channels[INDEX]["capacity"] = hardware.index_buffer_bytes * unit
+    channels[INDEX]["capacity"] = held(hardware.index_buffer_bytes * unit)
     channels["staging"] = -1
     if mapping.resident_latents:
         channels["decoded"][[Q, K]] = 1

@@ -87,7 +87,7 @@ def test_a_bad_configuration_is_reported_and_the_rest_goes_on(tmp_path):
         found = explore({"a": tiny_workload()}, machines, results=path, base=SMALL, jobs=1)
         errors = [point.error for point in found.points]
         assert errors[0] is errors[6] is None
-        assert "lines must be an integer >= 1, got 0" in errors[1]
+        assert "lines must be an integer in 1..65536, got 0" in errors[1]
         assert "no such field: linez" in errors[2]
         assert "balanced, round_robin, lockstep, got 'best'" in errors[3]
         assert "output_buffer_bytes is 1, one pass needs at least" in errors[4]

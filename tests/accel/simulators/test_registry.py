@@ -84,7 +84,7 @@ def test_parameters_are_reached():
 @pytest.mark.parametrize("count", [0, True, 1.5])
 @pytest.mark.parametrize("name", ["mask_bits_per_cycle", "units_held"])
 def test_bad_counts_are_named(name, count):
-    with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got {count}"):
+    with pytest.raises(ValueError, match=f"{name} must be an integer in 1.* got {count}"):
         Sanger(**{name: count})
 
 

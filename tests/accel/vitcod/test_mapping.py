@@ -236,7 +236,7 @@ SHORT = {
     "q_buffer_bytes": 63,
     "k_buffer_bytes": 63,
     "v_buffer_bytes": 63,
-    "index_buffer_bytes": 100,
+    "index_buffer_bytes": 2,
     "output_buffer_bytes": 200,
     "other_buffer_bytes": 200,
 }

@@ -12,8 +12,9 @@ from sievit.accel import presets, simulate
 from sievit.accel.report.report import HeadCost, OpCost
 from sievit.accel.schedule import LATENTS, Schedule
 from sievit.accel.vitcod.core.registers import STALLS
-from sievit.accel.vitcod.run import WAITS, head_costs, run_attention
+from sievit.accel.vitcod.run import run_attention
 from sievit.accel.vitcod.simulate import cost_of
+from sievit.accel.vitcod.stepped import WAITS, head_costs
 from sievit.workload import Attention, Gemm, HeadCodec, Workload, polarize_head
 
 SMALL = replace(
