@@ -32,11 +32,10 @@ def conflict_cycles(
     """Cycles that each group of ``group`` of the ``tokens``, int64 [tokens] in order, waits for
     its banks, int64 [groups]: what the fullest bank takes for ``words`` of each token beyond the
     ``cycles`` that the array works on a group."""
-    waited = []
-    for start in range(0, len(tokens), group):
-        most = int(np.bincount(tokens[start : start + group] % banks).max())
-        waited.append(max(words * most - cycles, 0))
-    return np.array(waited, dtype=np.int64)
+    groups = -(-len(tokens) // group)
+    places = np.arange(len(tokens)) // group * banks + tokens % banks
+    held = np.bincount(places, minlength=groups * banks).reshape(groups, banks)
+    return np.maximum(words * held.max(axis=1) - cycles, 0)
 
 
 def tiles_wait(

@@ -68,18 +68,19 @@ def made(generator):
 @pytest.mark.parametrize("part", range(4))
 @pytest.mark.parametrize("simulator", ["systolic", "sanger", "spatten"])
 def test_doubling_a_resource_never_slows_a_machine(simulator, part):
-    """The whole network always; attention where what stays on chip of it is nobody else's."""
-    loaded, seen = Schedule(on_chip="nothing"), set()
+    """The whole network; of every other one attention alone, loaded from DRAM: what stays on chip
+    of it is what the products before leave room for."""
+    seen = set()
     for seed in range(100 * part, 100 * part + 60):
         generator = np.random.default_rng(seed)
         network, few = made(generator)
         field = str(generator.choice(FIELDS))
         more = replace(few, **{field: 2 * getattr(few, field)})
-        before, after = (simulate(network, hardware, simulator) for hardware in (few, more))
-        assert after.cycles <= NEAR * before.cycles, (seed, field)
-        before, after = (simulate(network, h, simulator, schedule=loaded) for h in (few, more))
-        assert after.attention_cycles <= NEAR * before.attention_cycles, (seed, field)
-        if after.attention_cycles < 0.97 * before.attention_cycles:
+        how = Schedule(on_chip="nothing" if seed % 2 else "fitting")
+        reports = [simulate(network, h, simulator, schedule=how) for h in (few, more)]
+        before, after = (r.attention_cycles if seed % 2 else r.cycles for r in reports)
+        assert after <= NEAR * before, (seed, field)
+        if after < 0.97 * before:
             seen.add(field)
     assert {"lines", "macs_per_line", "softmax_lanes"} & seen
 
