@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from ..accel import Hardware, Report, simulate
+from ..accel import Hardware, Report
 from ..accel.report.energy import PROFILES, area, energy
 from ..accel.report.roofline import DEVICES, MEASURED, Device, Measured, Modelled, roofline, speedup
+from ..accel.simulate import simulate_silently
 from ..workload import Attention, HeadCodec, Workload
 from .published import HEADLINES, Published
 
@@ -161,7 +162,7 @@ def _copies_row(
     alone = [replace(run.case.workload, ops=run.case.workload.attention) for run in runs]
     others = [roofline(attention, device, batch=copies) for attention in alone]
     factors = [
-        speedup(simulate(attention, share), other).factor * copies
+        speedup(simulate_silently(attention, share), other).factor * copies
         for attention, other in zip(alone, others, strict=True)
     ]
     text = (
@@ -247,7 +248,7 @@ def _movement_rows(runs: Sequence[Run], hardware: Hardware) -> Iterator[Row]:
     ]
     cut = [_in_blocks(run.case.workload) for run in runs]
     if any(op.codec and op.codec.groups > 1 for workload in cut for op in workload.attention):
-        blocks = [simulate(workload, hardware) for workload in cut]
+        blocks = [simulate_silently(workload, hardware) for workload in cut]
         sides.append(("movement_codec", "codec in small blocks", blocks, "blocks"))
     for key, name, reports, why in sides:
         script = _script_shares(runs, hardware, codec=key == "movement_codec")
@@ -279,7 +280,7 @@ def _script_shares(runs: Sequence[Run], hardware: Hardware, codec: bool) -> floa
         if run.released is None:
             continue
         workload = run.case.workload if codec else _with_codecs(run.case.workload, lambda op: None)
-        details = simulate(workload, hardware, "released").attention[0].details
+        details = simulate_silently(workload, hardware, "released").attention[0].details
         loading, decoding, computing = (
             float(details[name]) for name in ("preloading", "processing", "computation")
         )
