@@ -13,7 +13,7 @@ from .report.report import Report
 from .schedule import DEFAULT, Schedule
 from .simulators.registry import simulator_named
 from .simulators.simulator import without_parts
-from .vitcod.split import cycles_unsplit
+from .simulators.split import cycles_unsplit
 
 
 def simulate(

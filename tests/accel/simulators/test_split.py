@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from sievit.accel import Schedule, UserMapping, compare, explore, presets, record, simulate
 from sievit.accel.simulate import simulate_silently
+from sievit.accel.simulators import split
 from sievit.accel.simulators.registry import SIMULATORS
-from sievit.accel.vitcod import split
-from sievit.accel.vitcod.split import SAMPLED, TOLERANCE, cycles_unsplit
+from sievit.accel.simulators.split import SAMPLED, TOLERANCE, cycles_unsplit
 from sievit.pipeline.networks import attention_cycles
 from sievit.workload import Attention, AttentionMask, Gemm, HeadCodec, Workload
 

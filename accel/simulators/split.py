@@ -17,7 +17,7 @@ from ...workload import Attention, Op, Workload
 from ..cache import LruCache
 from ..hardware import Hardware
 from ..schedule import Schedule
-from .simulate import Calls
+from ..vitcod.simulate import Calls
 
 TOLERANCE = 1.01
 """A split that takes at most so many times the cycles is not worth a word."""
