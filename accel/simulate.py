@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..checks import integer
 from ..workload import Workload
+from ..workload.masks import kept_by
 from .equal_macs import with_equal_macs
 from .hardware import Hardware, presets
 from .report.report import Report
 from .schedule import DEFAULT, Schedule, one_of
 from .simulators.registry import simulator_named
+from .simulators.simulator import without_parts
+from .simulators.split import cycles_unsplit
 
 
 def simulate(
@@ -31,16 +35,59 @@ def simulate(
     parameters  the simulator's own, as `sievit.accel.simulators.spatten.Spatten`; None: its
                 defaults
 
+    Warns (UserWarning) where the machine would be more than 1 % faster without global keys, which
+    takes up to as long again to find; see `warn_of_split`.
+
     Raises ValueError for an unknown name, a batch below 1, parameters of another simulator
     and a workload that the machine cannot run (a buffer too small for one pass), naming what
     is short.
     """
+    report = simulate_silently(
+        workload, hardware, simulator, batch, schedule=schedule, parameters=parameters
+    )
+    warn_of_split(workload, report)
+    return report
+
+
+def simulate_silently(
+    workload: Workload,
+    hardware: Hardware = presets["vitcod"],
+    simulator: str = "vitcod",
+    batch: int = 1,
+    *,
+    schedule: Schedule = DEFAULT,
+    parameters: Any = None,
+) -> Report:
+    """As `simulate`, without its warning and the time that takes: for many runs in a row."""
     entry, batch = simulator_named(simulator), check_batch(batch)
     if not isinstance(workload, Workload):
         raise ValueError(f"workload must be a Workload, got {workload!r}")
     if not isinstance(hardware, Hardware):
         raise ValueError(f"hardware must be a Hardware, got {hardware!r}")
     return entry(workload, hardware, batch, schedule, parameters)
+
+
+def warn_of_split(workload: Workload, report: Report) -> None:
+    """A UserWarning where the ``report`` of ``workload`` shows more than 1 % more cycles of
+    attention than the machine takes without global keys: under which rule, and what to give.
+    Silent for the schedule's "best", which chooses by the cycles of each head."""
+    entry, schedule = simulator_named(report.simulator), report.schedule
+    split = any(head.global_keys for op in report.attention for head in op.heads)
+    if not entry.splits or not split or schedule.global_threshold == "best":
+        return
+    left, cycles = without_parts(workload, entry.without), report.attention_cycles
+    each = [op.cycles for op in report.attention]
+    alone = cycles_unsplit(left, report.hardware, schedule, report.batch, each)
+    if alone is None:
+        return
+    rules = ", ".join(kept_by(rule) for rule in report.global_thresholds or (None,))
+    warnings.warn(
+        f"on {report.simulator} global keys ({rules}) cost time: attention takes {cycles:,} "
+        f"cycles, {cycles / alone - 1:.1%} more than the {alone:,} it takes without them; give "
+        'Schedule(global_threshold="best"), which `sievit simulate` and `sievit compare` take as '
+        '--set global_threshold=best, or polarize the masks by "none" (--global-threshold none)',
+        stacklevel=3,
+    )
 
 
 MOST_IMAGES = 2**20

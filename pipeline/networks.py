@@ -12,6 +12,7 @@ from torch import nn
 
 from ..accel import Hardware, Report, presets, simulate
 from ..accel.kernels import deform_core
+from ..accel.simulate import simulate_silently
 from ..ae import latent_heads_for
 from ..models import create, create_for, prefix_tokens, trace
 from ..models.families.dcn import DeformSampling
@@ -35,7 +36,8 @@ def attention_cycles(
     def cost(mask: AttentionMask) -> float:
         polarized = polarize(mask, global_threshold)
         sparse = workload.with_polarized(polarized, [None] * len(polarized))
-        return float(simulate(sparse, hardware, simulator="vitcod_no_codec").attention_cycles)
+        report = simulate_silently(sparse, hardware, simulator="vitcod_no_codec")
+        return float(report.attention_cycles)
 
     return cost
 

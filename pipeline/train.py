@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -267,7 +268,9 @@ class _Training:
     def _checkpointing(self, stage: str) -> Checkpointing | None:
         if self.folder is None:
             return None
-        usual = {f.name: (f.default,) for f in fields(self.settings) if f.name in NEWER}
+        usual: dict[str, tuple[Any, ...]] = {
+            f.name: (f.default,) for f in fields(self.settings) if f.name in NEWER
+        }
         # How a mask is polarized changes nothing of the training, so a training that was
         # begun under the earlier default is resumed under today's.
         usual["global_threshold"] += (PUBLISHED_GLOBAL_THRESHOLD,)

@@ -22,7 +22,7 @@ from ..accel.explore.grid import Configuration, configured
 from ..accel.hardware import Hardware, apart, presets
 from ..accel.report.report import Report
 from ..accel.schedule import DEFAULT, Schedule
-from ..accel.simulate import simulate
+from ..accel.simulate import simulate_silently
 from ..workload import PUBLISHED_GLOBAL_THRESHOLD, Attention, Workload
 
 SHARED = {
@@ -255,7 +255,7 @@ def climb(
     """
     start = Configuration(*apart(hardware, schedule))
     attention = replace(workload, ops=workload.attention)
-    first = simulate(attention, hardware, "released").attention_cycles
+    first = simulate_silently(attention, hardware, "released").attention_cycles
     rungs = [Rung("the released script", "formulas", {}, first)]
     rungs += _fault_rungs(attention, hardware, _bytes_beside(attention, start))
     rungs += _engine_rungs(workload, start)
@@ -317,12 +317,12 @@ def _engine_rungs(workload: Workload, start: Configuration) -> Iterator[Rung]:
 
 
 def _attention_cycles(workload: Workload, machine: Configuration) -> int:
-    return simulate(workload, machine.hardware, schedule=machine.schedule).attention_cycles
+    return simulate_silently(workload, machine.hardware, schedule=machine.schedule).attention_cycles
 
 
 def _bytes_beside(attention: Workload, machine: Configuration) -> dict[str, int]:
     """Bytes of index and output that the machine moves, by operation."""
-    report: Report = simulate(attention, machine.hardware, schedule=machine.schedule)
+    report: Report = simulate_silently(attention, machine.hardware, schedule=machine.schedule)
     return {
         op.name: sum(
             row.total_bytes

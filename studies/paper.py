@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..accel import Hardware, Report, Schedule, presets, simulate
+from ..accel import Hardware, Report, Schedule, presets
 from ..accel.report.roofline import Measured
+from ..accel.simulate import simulate_silently
 from ..ae import latent_heads_for
 from ..models import create, prefix_tokens, trace
 from ..models.running import image_size_of
@@ -134,16 +135,17 @@ def _simulated(cases: Sequence[Case], hardware: Hardware, progress: Progress) ->
     dense: dict[str, Report] = {}  # masks make no difference to it
     for index, case in enumerate(cases):
         progress("simulating the paper's models", index / len(cases))
-        reports = {name: simulate(case.workload, hardware, name) for name in SIMULATORS}
+        reports = {name: simulate_silently(case.workload, hardware, name) for name in SIMULATORS}
         if case.model not in dense:
-            dense[case.model] = simulate(case.workload, hardware, "vitcod_dense")
+            dense[case.model] = simulate_silently(case.workload, hardware, "vitcod_dense")
         reports["vitcod_dense"] = dense[case.model]
         own = {
-            name: simulate(case.workload, hardware, name, schedule=OWN) for name in OWN_SIMULATORS
+            name: simulate_silently(case.workload, hardware, name, schedule=OWN)
+            for name in OWN_SIMULATORS
         }
         released, refusal = None, ""
         try:
-            released = simulate(case.workload, hardware, "released")
+            released = simulate_silently(case.workload, hardware, "released")
         except ValueError as error:
             refusal = str(error)
         yield Run(case, reports, own, released, refusal)

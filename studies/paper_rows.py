@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from ..accel import Hardware, Report, simulate
+from ..accel import Hardware, Report
 from ..accel.report.energy import PROFILES, area, energy
 from ..accel.report.roofline import DEVICES, MEASURED, Device, Measured, Modelled, roofline, speedup
 from ..accel.report.silicon import macs_words, uses_codec
+from ..accel.simulate import simulate_silently
 from ..workload import Attention, HeadCodec, Workload
 from .published import HEADLINES, Published
 
@@ -166,7 +167,7 @@ def _copies_row(
     share = replace(hardware, dram_bytes_per_s=int(device.memory_bytes_per_s / copies))
     others = [roofline(run.case.workload, device, batch=copies) for run in runs]
     factors = [
-        speedup(simulate(run.case.workload, share), other).factor * copies
+        speedup(simulate_silently(run.case.workload, share), other).factor * copies
         for run, other in zip(runs, others, strict=True)
     ]
     text = (
@@ -268,7 +269,7 @@ def _movement_rows(runs: Sequence[Run], hardware: Hardware) -> Iterator[Row]:
     cut = [_in_blocks(run.case.workload) for run in runs]
     blocks = []
     if any(op.codec and op.codec.groups > 1 for workload in cut for op in workload.attention):
-        blocks = [simulate(workload, hardware) for workload in cut]
+        blocks = [simulate_silently(workload, hardware) for workload in cut]
     for key, simulator, name in (
         ("movement_plain", "vitcod_no_codec", "no codec"),
         ("movement_codec", "vitcod", "codec of one block"),
@@ -325,7 +326,7 @@ def _script_shares(runs: Sequence[Run], hardware: Hardware, codec: bool) -> floa
         if run.released is None:
             continue
         workload = run.case.workload if codec else _with_codecs(run.case.workload, lambda op: None)
-        details = simulate(workload, hardware, "released").attention[0].details
+        details = simulate_silently(workload, hardware, "released").attention[0].details
         loading, decoding, computing = (
             float(details[name]) for name in ("preloading", "processing", "computation")
         )

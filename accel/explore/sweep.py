@@ -25,7 +25,7 @@ from ...workload import Attention, Workload, polarize_head
 from ..hardware import Hardware, apart, as_dict, presets
 from ..report.energy import PROFILES, EnergyProfile, area, energy
 from ..schedule import DEFAULT, Schedule
-from ..simulate import check_batch, simulate
+from ..simulate import check_batch, simulate_silently
 from ..simulators.registry import simulator_named
 from .fingerprint import code_fingerprint, fingerprint
 from .grid import Changes, Configuration, configured
@@ -353,7 +353,7 @@ def _outcome(workload: Workload, machine: Configuration, settings: _Settings) ->
 def _figures(workload: Workload, machine: Configuration, settings: _Settings) -> dict[str, Any]:
     simulator, batch, profile = settings
     hardware, schedule, own = machine
-    report = simulate(
+    report = simulate_silently(
         workload, hardware, simulator, batch, schedule=schedule, parameters=own.get(simulator)
     )
     spent, size = energy(report, profile), area(hardware, profile)
@@ -379,4 +379,4 @@ def _figures(workload: Workload, machine: Configuration, settings: _Settings) ->
 def _compile() -> None:
     """Compile here, once and announced, before workers each find the cache empty."""
     mask = polarize_head(np.eye(4, dtype=bool), 1)
-    simulate(Workload("tiny", (Attention("tiny", 1, 4, 4, 8, 8, masks=(mask,)),)))
+    simulate_silently(Workload("tiny", (Attention("tiny", 1, 4, 4, 8, 8, masks=(mask,)),)))

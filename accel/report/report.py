@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ...workload import GlobalThreshold
 from ..hardware import Hardware, as_dict
 from ..schedule import DEFAULT, Schedule
 
@@ -44,6 +45,8 @@ class HeadCost:
     stalls        MAC-line cycles by what lines did ("busy") or waited for
     scores        computed, the pruned entries of a dense block included
     dram_bytes    read and written; what heads share is split evenly
+    global_threshold  the rule that chose the ``global_keys``; None for attention without a
+                  mask and for masks that no rule made
     """
 
     head: int
@@ -54,6 +57,7 @@ class HeadCost:
     scores: int
     kept_scores: int
     dram_bytes: int
+    global_threshold: GlobalThreshold | None = None
 
     def __post_init__(self) -> None:
         _check_phases(f"head {self.head}", self.phases, self.cycles)
@@ -128,6 +132,13 @@ class Report:
     def attention(self) -> tuple[OpCost, ...]:
         """The attention operations alone."""
         return tuple(op for op in self.ops if op.kind == "attention")
+
+    @property
+    def global_thresholds(self) -> tuple[GlobalThreshold, ...]:
+        """The rules by which keys were made global, each once, in the order of the heads: one,
+        or several where the schedule chose for each head. () where no engine was stepped."""
+        rules = (head.global_threshold for op in self.attention for head in op.heads)
+        return tuple(dict.fromkeys(rule for rule in rules if rule is not None))
 
     @property
     def cycles(self) -> int:
@@ -211,6 +222,7 @@ class Report:
             **own,
             "batch": self.batch,
             "unknown": list(self.unknown),
+            "global_thresholds": list(self.global_thresholds),
             "network": self._totals(attention_only=False),
             "attention": self._totals(attention_only=True),
             "ops": [_op_dict(op) for op in self.ops],

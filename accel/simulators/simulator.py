@@ -65,10 +65,21 @@ class Simulator:
 
         Raises ValueError for parameters of another simulator, and what the simulator raises.
         """
-        schedule, used = schedule_of(hardware, schedule), self.checked(parameters)
+        schedule, used = self.scheduled(schedule_of(hardware, schedule)), self.checked(parameters)
         left = without_parts(workload, self.without)
         made = tuple(self.costs(left, hardware, schedule, batch, used))
         return self.report(workload, hardware, batch, schedule, parameters, made)
+
+    def scheduled(self, schedule: Schedule) -> Schedule:
+        """``schedule``, which makes no key global where the simulator leaves that out."""
+        if "reorder" not in self.without or schedule.global_threshold is None:
+            return schedule
+        return replace(schedule, global_threshold="none")
+
+    @property
+    def splits(self) -> bool:
+        """Whether global keys go to an engine of their own, stepped cycle by cycle."""
+        return self.stepped and not {"masks", "reorder"} & set(self.without)
 
     def report(
         self,
@@ -107,7 +118,7 @@ def without_parts(workload: Workload, parts: Iterable[str]) -> Workload:
             return op
         kept = None if "masks" in parts else op.masks
         if kept is not None and "reorder" in parts:
-            made = {id(m): polarize_head(m.dense(), m.queries) for m in kept}
+            made = {id(m): polarize_head(m.dense(), "none") for m in kept}
             kept = tuple(made[id(m)] for m in kept)
         return replace(op, masks=kept, codec=None if "codec" in parts else op.codec)
 

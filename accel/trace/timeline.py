@@ -22,7 +22,7 @@ from ...workload import Workload
 from ..hardware import Hardware
 from ..report.report import OpCost, Report
 from ..schedule import DEFAULT, Schedule
-from ..simulate import simulate
+from ..simulate import simulate, warn_of_split
 from ..simulators.registry import simulator_named
 from ..simulators.simulator import without_parts
 from ..vitcod.assign import DENSE_ROUND
@@ -141,7 +141,8 @@ def record(
     schedule: Schedule = DEFAULT,
     parameters: Any = None,
 ) -> Timeline:
-    """Simulate, and keep when everything happened. Arguments and errors as `simulate`'s."""
+    """Simulate, and keep when everything happened. Arguments, errors and the warning are those
+    of `simulate`."""
     entry, used = simulator_named(simulator), {"schedule": schedule, "parameters": parameters}
     if not entry.stepped:
         report = simulate(workload, hardware, simulator, batch, **used)
@@ -154,6 +155,7 @@ def record(
         start += op.cycles
     costs = tuple(op for _, op, _ in made)
     report = entry.report(workload, hardware, batch, empty.schedule, parameters, costs)
+    warn_of_split(workload, report)
     return Timeline(report, _slices(made))
 
 

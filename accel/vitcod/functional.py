@@ -20,6 +20,7 @@ from ..schedule import DEFAULT, Schedule
 from .executor import ProgramExecutor
 from .run import run_attention
 from .simulate import cost_of
+from .threshold import with_thresholds
 
 __all__ = ["CodecWeights", "FunctionalResult", "coded_operands", "simulate_attention"]
 
@@ -119,6 +120,7 @@ def simulate_attention(
     q, k, v = (x if isinstance(x, Quantized) else quantize(x, arithmetic) for x in (q, k, v))
     shape = codecs[0].shape if codecs else None
     op = _op(q, k, v, masks, shape, bias)
+    op = with_thresholds(op, hardware, schedule, on_chip_bytes)
     sides = coded_operands(q, k, codecs, arithmetic) if codecs else (Side(q), Side(k))
     q_operands, k_operands = sides[0].operands, sides[1].operands
     if score_shift is None:

@@ -30,7 +30,7 @@ def operations(
     An attention call is mapped when its first product is reached: what stays on chip between
     them is not stored by the one, nor loaded by the other.
     """
-    calls, ops = _Calls(workload.ops, hardware, schedule, batch), workload.ops
+    calls, ops = Calls(workload.ops, hardware, schedule, batch), workload.ops
     costs = network_costs(
         ops, hardware, batch, schedule, lambda index: calls.at(index)[0], calls.results
     )
@@ -38,7 +38,7 @@ def operations(
         yield cost, calls.at(index)[1] if isinstance(ops[index], Attention) else None
 
 
-class _Calls:
+class Calls:
     """The attention calls of a network, each stepped once; equal dense ones together."""
 
     def __init__(
@@ -55,7 +55,7 @@ class _Calls:
         room = room_bytes(self.ops, index, self.hardware, self.batch, self.schedule)
         key = (replace(op, name=""), room) if op.masks is None else index
         if key not in self.made:
-            op = with_thresholds(op, self.hardware, self.schedule)
+            op = with_thresholds(op, self.hardware, self.schedule, room)
             run = run_attention(op, self.hardware, self.batch, self.schedule, room)
             self.made[key] = cost_of(run, self.batch), run
         cost, run = self.made[key]
@@ -73,4 +73,5 @@ def attention_cost(
     op: Attention, hardware: Hardware, batch: int = 1, schedule: Schedule = DEFAULT
 ) -> OpCost:
     """One attention call, all its windows and images, stepped cycle by cycle."""
+    op = with_thresholds(op, hardware, schedule)
     return cost_of(run_attention(op, hardware, batch, schedule), batch)

@@ -124,6 +124,7 @@ def head_costs(run: AttentionRun) -> tuple[HeadCost, ...]:
             scores=int(pattern.row_scores.sum()) * run.instances,
             kept_scores=(op.masks[head].kept if op.masks else whole) * run.instances,
             dram_bytes=int(moved[head]),
+            global_threshold=op.masks[head].global_threshold if op.masks else None,
         )
         for head, pattern in enumerate(run.mapping.patterns)
     )

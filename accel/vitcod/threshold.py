@@ -29,8 +29,13 @@ CHOSEN = LruCache(2**20)
 """Threshold of a head, by its mask, the hardware and the schedule."""
 
 
-def with_thresholds(op: Attention, hardware: Hardware, schedule: Schedule) -> Attention:
-    """``op`` with its masks polarized by ``schedule.global_threshold``; None leaves them."""
+def with_thresholds(
+    op: Attention, hardware: Hardware, schedule: Schedule, on_chip_bytes: int = 0
+) -> Attention:
+    """``op`` with its masks polarized by ``schedule.global_threshold``; None leaves them.
+
+    ``on_chip_bytes`` of Q, K and V may be on chip when the call begins, as for `run_attention`.
+    """
     threshold = schedule.global_threshold
     if op.masks is None or threshold is None:
         return op
@@ -39,7 +44,11 @@ def with_thresholds(op: Attention, hardware: Hardware, schedule: Schedule) -> At
     own = _polarized(op, [_best(op, mask, hardware, schedule) for mask in op.masks])
     alike = [_polarized(op, (threshold,) * op.heads) for threshold in ("none", 0.5)]
     plain = replace(schedule, global_threshold=None)
-    return min((*alike, own), key=lambda tried: run_attention(tried, hardware, 1, plain).cycles)
+
+    def cycles(tried: Attention) -> int:
+        return run_attention(tried, hardware, 1, plain, on_chip_bytes).cycles
+
+    return min((*alike, own), key=cycles)
 
 
 def _polarized(op: Attention, thresholds: Sequence[GlobalThreshold]) -> Attention:
@@ -52,7 +61,8 @@ def repolarized(mask: PolarizedMask, threshold: GlobalThreshold) -> PolarizedMas
 
     def make() -> PolarizedMask:
         made = polarize_head(mask.dense(), threshold)
-        return mask if made == mask else made
+        same = made == mask and made.global_threshold == mask.global_threshold
+        return mask if same else made
 
     return POLARIZED.get((mask.digest, threshold), make, _held_bytes)
 

@@ -19,6 +19,7 @@ from ...accel.report.silicon import codec_note, cut_words, equal_words, machines
 from ...accel.report.speedups import speedups
 from ...accel.schedule import DEFAULT
 from ...accel.simulators.registry import SIMULATORS
+from ...workload.masks import kept_by
 from .layout import titled
 
 PRODUCTS = ("sddmm", "spmm")
@@ -100,6 +101,7 @@ def simulation_table(reports: Mapping[str, Report]) -> RenderableType:
         f"MACs at work: {machines_words(reports)}",
         *codec_note(reports),
     ]
+    notes += _global_notes(reports)
     return Group(table, *map(Text, [*notes, *_unknown_note(first)]))
 
 
@@ -119,6 +121,8 @@ def _single(report: Report) -> RenderableType:
             f"{report.dram_bytes() / 1e3:,.0f} kB from and to DRAM"
         )
         bottleneck = f"attention {report.bottleneck()}, {bottleneck}"
+    if report.global_thresholds:
+        rows["polarized"] = _global_words(report)
     rows["bottleneck"] = bottleneck
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold")
@@ -126,6 +130,25 @@ def _single(report: Report) -> RenderableType:
     for name, text in rows.items():
         grid.add_row(name, text)
     return Group(grid, *map(Text, _unknown_note(report)))
+
+
+def _global_words(report: Report) -> str:
+    """How many keys are global, and by which rule."""
+    counts = [head.global_keys for op in report.attention for head in op.heads]
+    rules = report.global_thresholds
+    rule = kept_by(rules[0])
+    if len(rules) > 1:
+        rule = f"a threshold for each head, of {', '.join(sorted(map(str, rules)))}"
+    return f"{sum(counts) / len(counts):.1f} global keys a head ({rule})"
+
+
+def _global_notes(reports: Mapping[str, Report]) -> list[str]:
+    """Of the machines that have any, those with the same together."""
+    found: dict[str, list[str]] = {}
+    for name, report in reports.items():
+        if report.global_thresholds not in ((), ("none",)):
+            found.setdefault(_global_words(report), []).append(name)
+    return [f"Polarized, {', '.join(names)}: {words}." for words, names in found.items()]
 
 
 def _unknown_note(report: Report) -> list[str]:

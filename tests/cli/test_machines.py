@@ -32,7 +32,7 @@ def test_simulate_in_every_detail(mask_file, tmp_path):
                2, "--heads", "--json", out, "--trace", trace, "--plots", tmp_path / "plots",
                "--profile", "horowitz-28nm")  # fmt: skip
     assert done.exit_code == 0, done.output
-    lines = done.output.splitlines()
+    lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert "…" not in done.output  # nothing is cut off
     for words in (
@@ -78,6 +78,28 @@ def test_the_table_of_lines_sums_to_their_time(mask_file):
     assert sum(shares) == pytest.approx(100, abs=0.05 * len(shares) + 0.1)
 
 
+def test_global_keys_that_cost_time_are_warned_of_and_the_rule_is_said(mask_file):
+    machine = ("--mask", mask_file, *SMALL)
+    for command in (("simulate", "--model", "deit_tiny"), ("compare", "deit_tiny")):
+        done = run(*command, *machine, "--simulator", "vitcod", "--global-threshold", "0.05")
+        assert done.exit_code == 0
+        words = " ".join(done.output.split())
+        assert (
+            "warning: on vitcod global keys (kept by more than 0.05 of the queries) cost" in words
+        )
+        assert 'give Schedule(global_threshold="best")' in words
+        assert "global keys a head (kept by more than 0.05 of the queries)" in words
+        done = run(*command, *machine, "--simulator", "vitcod", "--set", "global_threshold=best")
+        assert done.exit_code == 0
+        assert "warning" not in done.output
+        assert "global_threshold best" in " ".join(done.output.split())
+    three = run("compare", "deit_tiny", *machine, *("--simulator", "vitcod_no_codec"),
+                *("--simulator", "vitcod_plain"), *("--simulator", "vitcod"))  # fmt: skip
+    words = " ".join(three.output.split())
+    assert "Polarized, vitcod_no_codec, vitcod: " in words
+    assert words.count("Polarized") == 1
+
+
 def test_closed_forms_say_that_they_have_no_heads_or_stalls(mask_file):
     done = run("simulate", "--model", "deit_tiny", "--mask", mask_file, *SMALL, "--heads",
                "--simulator", "sanger", "--simulator", "systolic")  # fmt: skip
@@ -92,7 +114,7 @@ def test_compare_says_what_speedups_are_against(mask_file, tmp_path):
     done = run("compare", "deit_tiny", "--mask", mask_file, *SMALL, "--batch", 2, "--json", out,
                "--plots", tmp_path / "plots", "--against", "spatten")  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert max(map(len, done.output.splitlines())) <= 80
+    assert max(map(len, done.stdout.splitlines())) <= 80
     assert "Faster: than spatten at batch 2, both simulated." in " ".join(done.output.split())
     assert "the mask given; codec 3 -> 2 heads." in " ".join(done.output.split())
     stored = figures(out)
@@ -209,7 +231,7 @@ def test_quiet_prints_nothing_and_writes_the_file(mask_file, tmp_path):
     out = tmp_path / "report.json"
     done = run("compare", "deit_tiny", "--mask", mask_file, *SMALL, "--json", out, "--quiet",
                "--simulator", "vitcod")  # fmt: skip
-    assert (done.exit_code, done.output.strip()) == (0, "")
+    assert (done.exit_code, done.stdout.strip()) == (0, "")
     workload, _ = sparse_workload("deit_tiny", AttentionMask.load(mask_file), image_size=64)
     expected = simulate(workload, presets["vitcod"]).attention_cycles
     assert figures(out)["machines"]["vitcod"]["attention"]["cycles"] == expected

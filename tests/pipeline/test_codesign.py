@@ -262,6 +262,13 @@ def test_a_run_within_a_budget_has_the_mask_that_the_budget_makes():
     assert result.mask.global_threshold == 8  # the settings' own
 
 
+def test_global_keys_that_cost_time_are_warned_of(tmp_path):
+    quick = replace(SMALL, codec=False, recovery_steps=0, measure=False, int8=False)
+    low = replace(quick, image_size=96, sparsity=0.9, global_threshold=2)
+    with pytest.warns(UserWarning, match=r"on vitcod global keys \(kept by more than 2 queries\)"):
+        codesign(network(image_size=96), photos(), settings=low)
+
+
 @pytest.mark.parametrize("lines", [64, 32])
 def test_cycles_are_counted_on_the_hardware_with_keys_that_every_query_keeps(lines):
     model, hardware = network(image_size=96), replace(presets["vitcod"], lines=lines)

@@ -24,7 +24,7 @@ def test_resume_computes_only_what_is_missing(tmp_path, monkeypatch):
     simulated = []
     module = sys.modules["sievit.accel.explore.sweep"]
     monkeypatch.setattr(
-        module, "simulate", lambda *a, **k: simulated.append(a) or simulate(*a, **k)
+        module, "simulate_silently", lambda *a, **k: simulated.append(a) or simulate(*a, **k)
     )
     found = explore(
         {"renamed": tiny_workload()},
@@ -79,7 +79,7 @@ def test_an_error_that_is_no_verdict_is_tried_again(tmp_path, monkeypatch):
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["sievit.accel.explore.sweep"], "simulate", full)
+        patch.setattr(sys.modules["sievit.accel.explore.sweep"], "simulate_silently", full)
         found = explore({"a": tiny_workload()}, GRID[:1], results=path, base=SMALL, jobs=1)
     assert found.points[0].error == "MemoryError: no room"
     found = explore({"a": tiny_workload()}, GRID[:1], results=path, base=SMALL, jobs=1)

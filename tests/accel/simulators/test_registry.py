@@ -47,6 +47,18 @@ def test_every_entry_runs_and_says_what_it_is(name):
             setattr(entry.parameters, item.name, 1)
 
 
+@pytest.mark.parametrize("name", ["vitcod_plain", "vitcod_no_reorder"])
+@pytest.mark.parametrize("threshold", [0.2, "all", "best"])
+def test_no_threshold_makes_a_key_global_where_reordering_is_left_out(name, threshold):
+    schedule = Schedule(global_threshold=threshold)
+    made = simulate(workload(), VITCOD, name, schedule=schedule)
+    assert {head.global_keys for head in made.attention[0].heads} == {0}
+    assert made.global_thresholds == ("none",)
+    assert made.schedule.global_threshold == "none"
+    assert made.ops == simulate(workload(), VITCOD, name).ops
+    assert record(workload(), VITCOD, name, schedule=schedule).report == made
+
+
 @pytest.mark.parametrize("name", SIMULATORS)
 def test_parameters_of_another_are_refused(name):
     other = Spatten() if name != "spatten" else Sanger()
