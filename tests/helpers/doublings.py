@@ -99,6 +99,5 @@ def doublings(seed: int, count: int, objective: str):
 if __name__ == "__main__":
     found = list(doublings(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))
     worse = sorted((one for one in found if one[0] > 1.03), reverse=True)
-    print(f"{len(worse)} of {len(found)} more than 3 % worse")
-    for ratio, name in worse:
-        print(f"{ratio:.3f} {name}")
+    lines = [f"{len(worse)} of {len(found)} more than 3 % worse"]
+    sys.stdout.write("\n".join([*lines, *(f"{ratio:.3f} {name}" for ratio, name in worse)]) + "\n")
