@@ -1,4 +1,7 @@
-"""Calls of one token, heads that keep nothing, machines without latency: no simulator breaks."""
+"""Calls of one token, heads that keep nothing, machines without latency: no simulator breaks.
+
+The released script refuses such calls: its own tests say how.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +46,9 @@ def small_machine(rng: random.Random) -> Hardware:
     )
 
 
-@pytest.mark.parametrize("name", SIMULATORS)
+@pytest.mark.parametrize("name", [name for name in SIMULATORS if name != "released"])
 def test_no_small_call_breaks_a_simulator(name):
-    rng, ran = random.Random(name), 0
+    rng = random.Random(name)
     for _ in range(60):
         workload, hardware = small_network(rng), small_machine(rng)
         schedule = Schedule(
@@ -55,14 +58,7 @@ def test_no_small_call_breaks_a_simulator(name):
             on_chip=rng.choice(ON_CHIP),
             global_threshold=rng.choice([None, None, "best", "none"]),
         )
-        batch = 1 if name == "released" else rng.choice([1, 2])
-        try:
-            report = simulate(workload, hardware, name, batch, schedule=schedule)
-        except ValueError as refusal:
-            if name != "released" or "the released script" not in str(refusal):
-                raise  # only the script's own formulas have calls that they cannot express
-            continue
-        ran += 1
+        batch = rng.choice([1, 2])
+        report = simulate(workload, hardware, name, batch, schedule=schedule)
         assert report.cycles > 0
         assert all(count >= 0 for op in report.ops for count in op.phases.values())
-    assert ran > 10
