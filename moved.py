@@ -19,7 +19,7 @@ Made = TypeVar("Made", bound=Callable[..., Any])
 
 MODULES = {
     "sievit.accel.assign": "sievit.accel.vitcod.assign",
-    "sievit.accel.carried": "sievit.accel.vitcod.executor",
+    "sievit.accel.carried": "sievit.accel.vitcod.numbers.executor",
     "sievit.accel.comparison": "sievit.accel.report.speedups",
     "sievit.accel.compiled": "sievit.accel.jit",
     "sievit.accel.configurations": "sievit.accel.explore.grid",
@@ -33,7 +33,7 @@ MODULES = {
     "sievit.accel.engine": "sievit.accel.vitcod.core.engine",
     "sievit.accel.estimate": "sievit.accel.vitcod.estimate",
     "sievit.accel.front_plots": "sievit.accel.explore.plots",
-    "sievit.accel.functional": "sievit.accel.vitcod.functional",
+    "sievit.accel.functional": "sievit.accel.vitcod.numbers.functional",
     "sievit.accel.integers": "sievit.accel.integer_attention",
     "sievit.accel.journal": "sievit.accel.explore.results_file",
     "sievit.accel.labels": "sievit.accel.explore.labels",
@@ -174,7 +174,7 @@ NAMES: dict[str, dict[str, str]] = {
         "cascade": f"{_SIMULATORS}.cascade.cascade",
     },
     "sievit.accel.simulators.systolic": _SYSTOLIC,
-    "sievit.accel.vitcod.executor": {"CarriedRun": "ProgramExecutor"},
+    "sievit.accel.vitcod.numbers.executor": {"CarriedRun": "ProgramExecutor"},
     "sievit.accel.vitcod.mapper": {
         "codec_side_bytes": "sievit.accel.vitcod.mapping.codec_side_bytes"
     },

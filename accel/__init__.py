@@ -23,7 +23,12 @@ from .schedule import Schedule, UserMapping
 from .simulate import compare, simulate
 from .trace.perfetto import write_trace
 from .trace.timeline import Timeline, record
-from .vitcod.functional import CodecWeights, FunctionalResult, arithmetic_of, simulate_attention
+from .vitcod.numbers.functional import (
+    CodecWeights,
+    FunctionalResult,
+    arithmetic_of,
+    simulate_attention,
+)
 
 __all__ = [
     "PROFILES",

@@ -115,9 +115,9 @@ class AttentionMask:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AttentionMask:
         """Read an ``.npz`` of `save`, or ViTCoD's ``.npy``: bool [layers, heads, n, n],
-        stored there inverted (True = pruned). Never unpickles. A file that says nothing of
-        global keys was written for a count of 50, `PUBLISHED_GLOBAL_THRESHOLD`: ViTCoD's own,
-        and those of `save` in versions whose masks had no other rule."""
+        stored there inverted (True = pruned). Never unpickles. An ``.npz`` that says nothing
+        of global keys is of a version whose masks had no other rule than a count of 50; an
+        ``.npy`` holds kept entries alone, and has the default rule."""
         suffix = Path(path).suffix
         if suffix not in (".npz", ".npy"):
             raise ValueError(f"a mask file ends in .npz or .npy, got {str(path)!r}")
@@ -154,7 +154,7 @@ def _read_vitcod(file) -> tuple[tuple[np.ndarray, ...], GlobalThreshold]:
             "ViTCoD's .npy is bool [layers, heads, n, n], "
             f"this one is {pruned.dtype} {list(pruned.shape)}"
         )
-    return tuple(~pruned), PUBLISHED_GLOBAL_THRESHOLD
+    return tuple(~pruned), GLOBAL_THRESHOLD
 
 
 @dataclass(frozen=True, eq=False)

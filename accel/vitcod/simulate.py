@@ -16,7 +16,8 @@ from ..products import PLAIN, Results, network_costs
 from ..report.report import OpCost
 from ..schedule import DEFAULT, Schedule
 from .cost import cost_of
-from .projection import projected
+from .estimate import kept_bytes
+from .mapping import Mapping, codec_side_bytes
 from .run import run_attention
 from .stepped import AttentionRun
 from .threshold import with_thresholds
@@ -75,3 +76,32 @@ def attention_cost(
     """One attention call, all its windows and images, stepped cycle by cycle."""
     op = with_thresholds(op, hardware, schedule)
     return cost_of(run_attention(op, hardware, batch, schedule), batch)
+
+
+def kept_of(mapping: Mapping, sides: str) -> int:
+    """Bytes of ``sides`` of Q, K and V that are on chip when the call begins, as DRAM would
+    hold them."""
+    return sum(size for side, size in zip("qkv", kept_bytes(mapping), strict=True) if side in sides)
+
+
+def projected(op: Gemm | Conv, sides: str, run: AttentionRun, batch: int) -> Results:
+    """Of a product that makes ``sides`` for a call: what stays on chip is not stored, and with a
+    codec the encoder lets Q and K leave the chip compressed."""
+    attention, codec, hardware = run.op, run.op.codec, run.hardware
+    kept = kept_of(run.mapping, sides)
+    saved, macs, weights = kept // hardware.operand_bytes, 0, 0
+    coded = [side for side in sides if side in "qk"] if codec else []
+    if codec and coded:
+        if not hardware.encoder_macs:
+            raise ValueError(
+                f"{op.name} makes {', '.join(coded)} of a codec, and hardware {hardware.name!r} "
+                "has encoder_macs 0: take the codec from the workload, or give the machine an "
+                "encoder"
+            )
+        tokens = {"q": attention.queries, "k": attention.keys}
+        vectors = attention.windows * batch * sum(tokens[side] for side in coded)
+        saved += vectors * attention.key_dim * (codec.heads - codec.latent_heads)
+        macs = codec.macs(vectors, attention.key_dim)
+        weights = len(coded) * codec_side_bytes(attention, hardware, decoder=False)
+    saved = min(saved, op.elements_written * batch)
+    return Results(saved, kept, macs, weights)

@@ -9,7 +9,7 @@ import torch
 from sievit.accel import simulate_attention
 from sievit.accel.arithmetic import quantize
 from sievit.accel.kernels.int8 import Int8Scales, int8_attention
-from sievit.accel.vitcod.functional import coded_operands
+from sievit.accel.vitcod.numbers.functional import coded_operands
 from sievit.ae import QKCodec
 from sievit.pipeline import Attachments, codec_weights
 from sievit.workload import HeadCodec

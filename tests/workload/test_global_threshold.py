@@ -40,21 +40,27 @@ def test_files_keep_the_threshold(threshold, tmp_path):
         assert type(found.global_threshold) is type(threshold)
 
 
-def test_files_that_name_no_threshold_mean_the_published_count(tmp_path):
-    """As `save` wrote them before masks remembered a rule, and as ViTCoD's script writes them."""
+def test_older_files_that_name_no_threshold_mean_the_published_count(tmp_path):
+    """As `save` wrote them before masks remembered a rule."""
     layer = mask(tokens=120).keep[0]
     bits = np.packbits(layer, axis=None)
     np.savez_compressed(tmp_path / "old.npz", shapes=np.array([layer.shape]), bits0=bits)
-    np.save(tmp_path / "vitcod.npy", ~layer[None])
-    for name in ("old.npz", "vitcod.npy"):
-        found = AttentionMask.load(tmp_path / name)
-        assert found == mask(tokens=120)
-        assert found.global_threshold == 50
-        assert type(found.global_threshold) is int
-        assert heads(polarize(found)) == heads(polarize(mask(tokens=120), 50))
-        found.save(tmp_path / "again.npz")
-        assert AttentionMask.load(tmp_path / "again.npz").global_threshold == 50
+    found = AttentionMask.load(tmp_path / "old.npz")
+    assert found == mask(tokens=120)
+    assert found.global_threshold == 50
+    assert type(found.global_threshold) is int
+    assert heads(polarize(found)) == heads(polarize(mask(tokens=120), 50))
+    found.save(tmp_path / "again.npz")
+    assert AttentionMask.load(tmp_path / "again.npz").global_threshold == 50
     assert heads(polarize(mask(tokens=120))) != heads(polarize(mask(tokens=120), 50))
+
+
+def test_kept_entries_alone_take_the_default(tmp_path):
+    """As ViTCoD's script writes them."""
+    np.save(tmp_path / "vitcod.npy", ~mask(tokens=120).keep[0][None])
+    found = AttentionMask.load(tmp_path / "vitcod.npy")
+    assert found == mask(tokens=120)
+    assert found.global_threshold == 0.5
 
 
 @pytest.mark.parametrize(("settings", "meant"), [({}, 50), ({"min_kept": 0.3}, 0.3)])

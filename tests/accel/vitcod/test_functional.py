@@ -28,9 +28,9 @@ from sievit.accel.schedule import (
     UserMapping,
 )
 from sievit.accel.vitcod.builder import build
-from sievit.accel.vitcod.executor import ProgramExecutor
-from sievit.accel.vitcod.functional import CodecWeights, arithmetic_of, coded_operands
 from sievit.accel.vitcod.mapper import candidates, choose
+from sievit.accel.vitcod.numbers.executor import ProgramExecutor
+from sievit.accel.vitcod.numbers.functional import CodecWeights, arithmetic_of, coded_operands
 from sievit.accel.vitcod.program import LATENT, K
 from sievit.workload import Attention, AttentionMask, HeadCodec, polarize_head
 

@@ -20,12 +20,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..arithmetic import HeadMap
-from ..integer_attention import ScoreRules, integer_softmax
-from .assign import DENSE_ROUND
-from .mapping import Mapping
-from .pattern import SDDMM
-from .program import LATENT, K, Program, Q, V
+from ...arithmetic import HeadMap
+from ...integer_attention import ScoreRules, integer_softmax
+from ..assign import DENSE_ROUND
+from ..mapping import Mapping
+from ..pattern import SDDMM
+from ..program import LATENT, K, Program, Q, V
 
 
 class _Chunk:

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...workload import Attention, HeadCodec, PolarizedMask
-from ..arithmetic import Arithmetic, HeadMap, Quantized, quantize, quantize_head_map, scale_for
-from ..hardware import Hardware, presets
-from ..integer_attention import checked_rules, fixed_bias, score_shift_for
-from ..report.report import OpCost
-from ..schedule import DEFAULT, Schedule
+from ....workload import Attention, HeadCodec, PolarizedMask
+from ...arithmetic import Arithmetic, HeadMap, Quantized, quantize, quantize_head_map, scale_for
+from ...hardware import Hardware, presets
+from ...integer_attention import checked_rules, fixed_bias, score_shift_for
+from ...report.report import OpCost
+from ...schedule import DEFAULT, Schedule
+from ..run import run_attention
+from ..simulate import cost_of
+from ..threshold import with_thresholds
 from .executor import ProgramExecutor
-from .run import run_attention
-from .simulate import cost_of
-from .threshold import with_thresholds
 
 __all__ = ["CodecWeights", "FunctionalResult", "coded_operands", "simulate_attention"]
 
