@@ -225,7 +225,7 @@ def _ideals(hardware: Hardware, policy: str) -> tuple[tuple[str, dict[str, Any]]
             "softmax takes time",
             {"softmax_lanes": 2**20, "softmax_latency_cycles": 0},
         ),
-        ("the decoder has its MACs", {"decoder_macs": 2**30}),
+        ("the decoder has its MACs", {"decoder_macs": 2**20}),
         ("the DRAM answers after its latency", {"dram_latency_cycles": 0}),
         (
             "pipeline and reconfiguration take cycles",

@@ -154,7 +154,7 @@ def dram(op, tensor):
 @pytest.mark.parametrize("name", ["one for all", "three", "q, then k and v", "k and v, then q"])
 def test_what_stays_on_chip_is_neither_stored_nor_loaded(name, codec, latents, batch):
     """Byte by byte: what the products do not store is what attention does not load. Of this
-    small call all of the first image stays, but latents on their way to the decoder."""
+    small call all of every image stays, but latents on their way to the decoder."""
     products, _ = PROJECTIONS[name]
     ops = (*products, replace(ATTENTION, heads=4, key_dim=8, value_dim=8, codec=codec))
     kept, loaded = (
@@ -168,11 +168,11 @@ def test_what_stays_on_chip_is_neither_stored_nor_loaded(name, codec, latents, b
     stored = [sum(dram(op, "output")[1] for op in report.ops[:-1]) for report in (kept, loaded)]
     saved = attention[1] - attention[0]
     assert stored[1] - stored[0] == saved
-    values = 40 * 32
+    values = batch * 40 * 32
     if codec is None:
         assert saved == 3 * values
     elif latents == "resident":
-        assert saved == 2 * 40 * 2 * 8 + values
+        assert saved == batch * 2 * 40 * 2 * 8 + values
     else:
         assert saved == values
     assert [op.macs for op in kept.ops] == [op.macs for op in loaded.ops]

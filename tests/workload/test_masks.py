@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from sievit.sparsify import polarize
-from sievit.workload import AttentionMask, PolarizedMask, polarize_head
+from sievit.workload import (
+    PUBLISHED_GLOBAL_THRESHOLD,
+    AttentionMask,
+    PolarizedMask,
+    polarize_head,
+)
 
 quick = settings(derandomize=True, deadline=None, max_examples=60)
 heads = st.tuples(st.integers(1, 24), st.integers(1, 24)).flatmap(lambda s: arrays(np.bool_, s))
@@ -77,7 +82,7 @@ def test_published_masks_give_the_published_global_tokens(golden):
     mask = AttentionMask.load(golden("vitcod-deit-tiny-masks/info_0.95.npy"))
     published = np.load(golden("vitcod-deit-tiny-masks/global_token_info_0.95.npy"))
     assert mask.kept == 74_399
-    polarized = polarize(mask)
+    polarized = polarize(mask, PUBLISHED_GLOBAL_THRESHOLD)
     assert [[h.num_global for h in layer] for layer in polarized] == published.tolist()
     for layer, keep in zip(polarized, mask.keep, strict=True):
         assert np.array_equal(np.stack([h.dense() for h in layer]), keep)

@@ -77,7 +77,9 @@ def most_cycles(program: Program, mapping: Mapping) -> int:
     scores, rows = int(program.row_scores.sum()), len(program.row_scores)
     lines = scores * (words + 8) + rows * mapping.value_words * hardware.lines
     tokens = program.tokens(Q) + program.tokens(K)
-    decoder = tokens * (mapping.decode_macs // mapping.decoder_rate + 1)
+    decoder = 0
+    if mapping.op.codec is not None:
+        decoder = tokens * (mapping.decode_macs // mapping.decoder_rate + 1)
     waits = len(program.stages) + len(program.transfers)
     return waits * latency + memory + lines + decoder
 

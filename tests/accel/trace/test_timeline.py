@@ -221,11 +221,12 @@ def test_counters_integrate_to_the_bytes(timelines):
 
 @pytest.mark.parametrize("latents", ["fill", "resident"])
 @pytest.mark.parametrize("lists", [True, False])
-def test_resident_latents_kept_chunks_and_lists_have_their_slices(latents, lists):
+@pytest.mark.parametrize("images", [2, 12])
+def test_resident_latents_kept_chunks_and_lists_have_their_slices(images, latents, lists):
     """Each head decoded, DRAM bytes and busy lines as reported; what is on chip has no slice."""
     hardware = replace(SMALL, sorted_lists=lists, other_buffer_bytes=8192)
     schedule = Schedule(latents=latents)
-    found = record(workload(), hardware, batch=2, schedule=schedule)
+    found = record(workload(), hardware, batch=images, schedule=schedule)
     expected = defaultdict(int)
     for row in found.report.traffic(attention_only=True):
         if row.level == "dram":
@@ -235,12 +236,12 @@ def test_resident_latents_kept_chunks_and_lists_have_their_slices(latents, lists
         slices = [piece for piece in mine if " head " in piece.name]  # of no dense product
         assert sum(piece.work for piece in slices) == expected[tensor]
         assert all(piece.work for piece in slices)
-    assert (expected["latent Q and K"] > 0) == (latents == "resident")
-    assert expected["V"] < 2 * 2 * 4 * 40 * 16  # of both calls: the first heads stayed
+    assert (expected["latent Q and K"] > 0) == (latents == "resident" and images == 12)
+    assert expected["V"] < 2 * images * 4 * 40 * 16  # of both calls: the first heads stayed
     lines = found.work("denser lines") + found.work("sparser lines")
     assert lines == found.report.stalls()["busy"]
     decoded = found.work("decoder Q") + found.work("decoder K")
-    assert decoded == 2 * 2 * 4 * 2 * 16 * (40 + 40)  # calls, images, heads, latents, dim, tokens
+    assert decoded == 2 * images * 4 * 2 * 16 * (40 + 40)  # calls, images, heads, latents, dim, tokens
 
 
 def test_batches_and_bad_arguments():
