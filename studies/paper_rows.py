@@ -8,72 +8,25 @@ them ("_mean").
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from statistics import fmean
-from typing import Any
 
 from ..accel import Hardware, Report
 from ..accel.report.energy import PROFILES, area, energy
 from ..accel.report.roofline import DEVICES, MEASURED, Device, Measured, Modelled, roofline, speedup
 from ..accel.report.silicon import macs_words, uses_codec
 from ..accel.simulate import simulate_silently
-from ..workload import Attention, HeadCodec, Workload
-from .published import HEADLINES, Published
+from .paper_case import OWN_SCHEDULE, Case, Row, Run, over
+from .paper_movement import movement_rows
+from .published import HEADLINES
+
+__all__ = ["Case", "Row", "Run", "rows"]
 
 PROFILE_NAMES = ("aladdin-28nm", "horowitz-28nm-lop")
 """The default of `energy`, and the lowest at the node of ViTCoD's chip."""
 
 LOGGED_MODEL = "deit_tiny"
 """The published logs are of a ViT-Tiny with 196 tokens, this model without its class token."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model with masks and codecs, at the sparsity that was asked for."""
-
-    model: str
-    sparsity: float
-    workload: Workload
-
-
-@dataclass(frozen=True)
-class Run:
-    """A case on every simulator; ``released`` None, and why, where the script refuses it.
-
-    reports  by the default schedule, by simulator
-    own      by ViTCoD's own schedule (`Schedule.published`), by simulator
-    """
-
-    case: Case
-    reports: Mapping[str, Report]
-    own: Mapping[str, Report]
-    released: Report | None
-    refusal: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """A published figure beside ours.
-
-    released   the released script's value for the same cases; None where it has none
-    basis      "simulated", "modelled", "measured here", "measured log" or "profile"
-    against    what ours is measured against, its batch included
-    over       models and sparsities of the mean; "" where they do not matter
-    why        one sentence: why ours and the published figure differ
-    """
-
-    figure: Published
-    released: float | None
-    ours: float
-    basis: str
-    against: str
-    over: str
-    why: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        plain = asdict(self)
-        return plain.pop("figure") | plain
 
 
 def rows(runs: Sequence[Run], hardware: Hardware, timed: Mapping[str, Measured]) -> tuple[Row, ...]:
@@ -90,19 +43,10 @@ def rows(runs: Sequence[Run], hardware: Hardware, timed: Mapping[str, Measured])
         made += _idea_rows(suffix, chosen)
     for group in ("cpu", "edge"):
         made += _processor_rows(f"{group}_network", parts["90"], hardware, timed)
-    made += _movement_rows(parts["90"], hardware)
+    made += movement_rows(parts["90"], hardware)
     made += _energy_rows(parts["90"], hardware)
     order = list(HEADLINES)
     return tuple(sorted(made, key=lambda row: order.index(row.figure.key)))
-
-
-def _over(runs: Sequence[Run]) -> str:
-    """How a mean is named: over which models, at which sparsities."""
-    models = list(dict.fromkeys(run.case.model for run in runs))
-    shares = sorted({run.case.sparsity for run in runs})
-    over = models[0] if len(models) == 1 else f"mean of {len(models)} models"
-    at = " ".join(f"{share * 100:.3g}%" for share in shares)
-    return f"{over}, {at}"
 
 
 # Processors: a CPU, an edge GPU, a GPU.
@@ -144,7 +88,7 @@ def _processor_rows(
             fmean(mine),
             others[0].basis,
             others[0].label,
-            _over(chosen),
+            over(chosen),
             why,
         )
 
@@ -175,10 +119,8 @@ def _copies_row(
         f"{device.memory_bytes_per_s / 1e9:.4g} GB/s for all"
     )
     why = WHY_PROCESSOR["copies"]
-    return Row(HEADLINES[key], None, fmean(factors), "modelled", text, _over(runs), why)
+    return Row(HEADLINES[key], None, fmean(factors), "modelled", text, over(runs), why)
 
-
-OWN_SCHEDULE = "ViTCoD's own schedule"
 
 # Machines of equal MACs, and the paper's two ideas.
 
@@ -219,7 +161,7 @@ def _machine_rows(suffix: str, runs: Sequence[Run]) -> Iterator[Row]:
                 fmean(_factor(run, name, own) for run in runs),
                 "simulated",
                 text,
-                _over(runs),
+                over(runs),
                 WHY_MACHINE[name],
             )
         yield Row(
@@ -230,7 +172,7 @@ def _machine_rows(suffix: str, runs: Sequence[Run]) -> Iterator[Row]:
             ),
             "simulated",
             f"{name} at equal MACs, bandwidth and clock, batch 1; both by {OWN_SCHEDULE}",
-            _over(runs),
+            over(runs),
             WHY_MACHINE[name],
         )
 
@@ -246,113 +188,9 @@ def _idea_rows(suffix: str, runs: Sequence[Run]) -> Iterator[Row]:
             fmean(_factor(run, slower) for run in runs),
             "simulated",
             f"{what}, batch 1",
-            _over(runs),
+            over(runs),
             WHY_IDEA[name],
         )
-
-
-# Data movement.
-
-WAITS = ("load", "decode", "store")
-WHY_MOVEMENT = {
-    "published": "Nothing stays on chip and plain queries come again for each tile of keys, as "
-    "the paper has it; where 53 KB do not hold all heads decoded, latents come more than once.",
-    "unhidden": "If loads hid behind nothing: what a better schedule keeps on chip it does not "
-    "load, so that little is left for a codec to save.",
-    "waited": "Loads run beside computing here, so that little of the time is spent on them.",
-}
-
-
-def _movement_rows(runs: Sequence[Run], hardware: Hardware) -> Iterator[Row]:
-    """Readings of a share of latency, without codec and with it, by ViTCoD's own schedule and by
-    the default one; and with a codec in blocks of few heads."""
-    cut = [_in_blocks(run.case.workload) for run in runs]
-    blocks = []
-    if any(op.codec and op.codec.groups > 1 for workload in cut for op in workload.attention):
-        blocks = [simulate_silently(workload, hardware) for workload in cut]
-    for key, simulator, name in (
-        ("movement_plain", "vitcod_no_codec", "no codec"),
-        ("movement_codec", "vitcod", "codec of one block"),
-    ):
-        script = _script_shares(runs, hardware, codec=key == "movement_codec")
-        own = [run.own[simulator] for run in runs]
-        yield from _shares(key, f"{name}, {OWN_SCHEDULE}", own, runs, script, "published")
-        reports = [run.reports[simulator] for run in runs]
-        yield from _shares(key, name, reports, runs, None, "unhidden")
-    if blocks:
-        yield from _shares(
-            "movement_codec", "codec in small blocks", blocks, runs, None, "unhidden"
-        )
-
-
-def _shares(
-    key: str, name: str, reports: Sequence[Report], runs: Sequence[Run], script: float | None,
-    why: str,
-) -> Iterator[Row]:  # fmt: skip
-    figure, over = HEADLINES[key], _over(runs)
-    moved = fmean(report.dram_bytes() for report in reports) / 1e3
-    for text, share, reason, released in (
-        (f"{name}, {moved:,.0f} kB: DRAM at work over latency, batch 1", _at_work, why, script),
-        (f"{name}: DRAM over DRAM + MAC line cycles, batch 1", _unhidden, why, None),
-        (
-            f"{name}: cycles in which the array waits for loads, decoding or stores, batch 1",
-            _waited,
-            "waited",
-            None,
-        ),
-    ):
-        ours = fmean(map(share, reports))
-        yield Row(figure, released, ours, "simulated", text, over, WHY_MOVEMENT[reason])
-
-
-def _at_work(report: Report) -> float:
-    return sum(op.busy.get("DRAM", 0) for op in report.attention) / report.attention_cycles
-
-
-def _unhidden(report: Report) -> float:
-    busy = [sum(op.busy.get(name, 0) for op in report.attention) for name in ("DRAM", "MAC lines")]
-    return busy[0] / sum(busy)
-
-
-def _waited(report: Report) -> float:
-    phases = report.phases()
-    return sum(phases.get(name, 0) for name in WAITS) / report.attention_cycles
-
-
-def _script_shares(runs: Sequence[Run], hardware: Hardware, codec: bool) -> float | None:
-    """Preloading over all that the script counts; without a codec nothing is decoded."""
-    shares = []
-    for run in runs:
-        if run.released is None:
-            continue
-        workload = run.case.workload if codec else _with_codecs(run.case.workload, lambda op: None)
-        details = simulate_silently(workload, hardware, "released").attention[0].details
-        loading, decoding, computing = (
-            float(details[name]) for name in ("preloading", "processing", "computation")
-        )
-        shares.append(loading / (loading + (decoding if codec else 0) + computing))
-    return fmean(shares) if shares else None
-
-
-def _in_blocks(workload: Workload) -> Workload:
-    """The codecs of ``workload`` in as many blocks as heads and latent heads allow."""
-
-    def blocks(op: Attention) -> HeadCodec | None:
-        if op.codec is None:
-            return None
-        most = max(
-            n
-            for n in range(1, op.codec.latent_heads + 1)
-            if op.heads % n == 0 and op.codec.latent_heads % n == 0
-        )
-        return replace(op.codec, groups=most)
-
-    return _with_codecs(workload, blocks)
-
-
-def _with_codecs(workload: Workload, codec: Callable[[Attention], HeadCodec | None]) -> Workload:
-    masks = [op.masks for op in workload.attention]
-    return workload.with_polarized(masks, [codec(op) for op in workload.attention])
 
 
 # Energy, area and power.
@@ -381,7 +219,7 @@ def _energy_rows(runs: Sequence[Run], hardware: Hardware) -> Iterator[Row]:
                 for run in runs
             )
             text = f"sanger at {_macs(runs, own)}, attention, batch 1, profile {name}{note}"
-            yield _energy_row("energy_sanger", ratio, text, _over(runs))
+            yield _energy_row("energy_sanger", ratio, text, over(runs))
         space = area(hardware, profile)
         text = (
             f"{hardware.sram_bytes // 1024} KB of RAM, {macs_words(hardware)}, profile {name}; "
@@ -390,7 +228,7 @@ def _energy_rows(runs: Sequence[Run], hardware: Hardware) -> Iterator[Row]:
         yield _energy_row("area", space.total_mm2, text, "")
         milliwatts = fmean(_chip_milliwatts(run.reports["vitcod"], name) for run in runs)
         text = f"attention at {hardware.clock_hz / 1e6:.4g} MHz, batch 1, profile {name}"
-        yield _energy_row("power", milliwatts, text, _over(runs))
+        yield _energy_row("power", milliwatts, text, over(runs))
 
 
 def _energy_row(key: str, value: float, against: str, over: str) -> Row:

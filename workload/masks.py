@@ -190,6 +190,9 @@ class PolarizedMask:
             raise ValueError(f"global_keep must be bool, got {keep.dtype} {list(keep.shape)}")
         keep.setflags(write=False)
         object.__setattr__(self, "global_keep", keep)
+        if self.global_threshold is not None:
+            rule = check_global_threshold(self.global_threshold)
+            object.__setattr__(self, "global_threshold", rule)
         _check_polarized(self)
 
     def __eq__(self, other: object) -> bool:

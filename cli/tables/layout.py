@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -18,3 +19,13 @@ def titled(title: str, **layout: Any) -> Table:
         pad_edge=False,
         **layout,
     )
+
+
+def worded_table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
+    """Columns of words, then columns of figures."""
+    table = titled(title, collapse_padding=True)
+    for heading in left:
+        table.add_column(heading, no_wrap=True)
+    for heading in right:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table

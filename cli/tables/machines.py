@@ -6,7 +6,7 @@ Percentages of lines and cycles are of attention alone unless a heading says "ne
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 
 from rich.console import Group, RenderableType
@@ -20,23 +20,11 @@ from ...accel.report.speedups import speedups
 from ...accel.schedule import DEFAULT
 from ...accel.simulators.registry import SIMULATORS
 from ...workload.masks import kept_by
-from .layout import titled
+from .layout import worded_table
+from .resources import energy_table, line_table, movement_table, resource_table
 
 PRODUCTS = ("sddmm", "spmm")
 """Phases that have a column of their own; the rest of a layer's cycles are waits and extras."""
-
-BAR = 24
-"""Characters of a full bar."""
-
-
-def _table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
-    """Columns of words, then columns of figures."""
-    table = titled(title, collapse_padding=True)
-    for heading in left:
-        table.add_column(heading, no_wrap=True)
-    for heading in right:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
 
 
 def machine_line(report: Report, macs: str | None = None) -> str:
@@ -74,7 +62,7 @@ def simulation_table(reports: Mapping[str, Report]) -> RenderableType:
     if len(reports) == 1:
         return _single(first)
     headings = ("attention\ncycles", "attention\nfaster", "DRAM\nkB", "MACs\nin use")
-    table = _table(
+    table = worded_table(
         f"Simulated on {machine_line(first, _shared_macs(reports))}",
         ["machine"],
         [*headings, "network\nms", "network\nfaster"],
@@ -158,7 +146,7 @@ def _unknown_note(report: Report) -> list[str]:
 
 def layer_table(report: Report) -> RenderableType:
     """Attention, layer by layer."""
-    table = _table(
+    table = worded_table(
         f"Attention by layer on {report.simulator}",
         ["layer"],
         ["cycles", "SDDMM", "SpMM", "waits,\nextras", "MACs\nin use", "DRAM\nkB", "busiest"],
@@ -184,7 +172,7 @@ def head_table(report: Report) -> RenderableType:
     if not any(op.heads for op in report.attention):
         return Text(f"{report.simulator} has closed forms for whole layers: no table of heads.")
     headings = ("cycles", "SDDMM", "SpMM", "global\nkeys", "scores", "kept")
-    table = _table(
+    table = worded_table(
         f"Attention by head on {report.simulator}", ["layer", "head"], [*headings, "lines wait for"]
     )
     for number, op in enumerate(report.attention):
@@ -220,7 +208,7 @@ SHORT = {
 
 def operation_table(report: Report) -> RenderableType:
     """The whole network: operations whose names differ in numbers alone are one row."""
-    table = _table(
+    table = worded_table(
         f"Whole network on {report.simulator}",
         ["operation"],
         ["count", "cycles", "share", "DRAM\nkB", "busiest"],
@@ -258,105 +246,6 @@ def _fused_words(report: Report) -> list[Text]:
     ]
 
 
-def line_table(report: Report) -> RenderableType:
-    """What the MAC lines do and wait for in attention."""
-    stalls, lines = report.stalls(), report.hardware.lines
-    if not stalls:
-        return Text(f"{report.simulator} has closed forms: no stalls of its MAC lines are known.")
-    whole = report.attention_cycles * lines
-    rest = whole - sum(stalls.values())
-    waits = {name: value for name, value in stalls.items() if name != "busy"}
-    waits["the last stores of a layer"] = rest
-    rows = [("at work", stalls.get("busy", 0))]
-    longest = sorted(waits.items(), key=lambda item: -item[1])
-    rows += [(f"waits for: {name}", value) for name, value in longest if value]
-    table = _table(
-        f"Where the time of the {lines} MAC lines goes (attention on {report.simulator})",
-        ["a line ..."],
-        ["of its time", ""],
-    )
-    table.columns[-1].justify = "left"
-    for name, value in rows:
-        share = f"{value / whole:.1%}" if value > whole / 2000 else "< 0.1%"
-        table.add_row(name, share, "█" * round(BAR * value / whole))
-    return Group(table, Text(_bottleneck(report, longest, whole)))
-
-
-def _bottleneck(report: Report, longest: list[tuple[str, int]], whole: int) -> str:
-    most = ", ".join(f"{name} {value / whole:.0%}" for name, value in longest[:3])
-    return (
-        f"Bottleneck of attention: {report.bottleneck()} of the cycles at work. "
-        f"What the lines wait for longest: {most}."
-    )
-
-
-def resource_table(report: Report) -> RenderableType:
-    """How long each resource works."""
-    table = _table(
-        f"Resources at work on {report.simulator}",
-        ["share of the cycles"],
-        ["attention", "network"],
-    )
-    parts = report.busy_shares(), report.busy_shares(attention_only=False)
-    for name in sorted(filter(parts[1].get, parts[1]), key=lambda name: -parts[1][name]):
-        table.add_row(name, *(f"{part[name]:.1%}" if name in part else "-" for part in parts))
-    return Group(table, Text("Resources overlap: their shares do not sum to 100 %."))
-
-
-def movement_table(report: Report, attention_only: bool = True) -> RenderableType:
-    """Bytes by tensor and level, read and written."""
-    part = "attention" if attention_only else "the whole network"
-    headings = ("DRAM\nread", "DRAM\nwritten", "buffers\nread", "buffers\nwritten", "lines\ntake")
-    table = _table(f"Data movement of {part} on {report.simulator}, kB", ["tensor"], headings)
-    rows: dict[str, dict[str, tuple[int, int]]] = {}
-    for row in report.traffic(attention_only):
-        rows.setdefault(row.tensor, {})[row.level] = (row.read_bytes, row.written_bytes)
-    total = [0] * 5
-    for tensor, levels in rows.items():
-        figures = [size for level in LEVELS for size in levels.get(level, (0, 0))][:5]
-        total = [a + b for a, b in zip(total, figures, strict=True)]
-        if any(figures):
-            table.add_row(tensor, *map(_kilobytes, figures))
-    table.add_section()
-    table.add_row("all", *map(_kilobytes, total))
-    return table
-
-
-def _kilobytes(size: int) -> str:
-    return f"{size / 1e3:,.1f}" if size else "-"
-
-
-def energy_table(spent: Energy, space: Area) -> RenderableType:
-    """Microjoules by component, milliwatts, square millimetres: with their profile's name."""
-    table = _table(
-        f"Energy on {spent.simulator}, profile '{spent.profile}'",
-        ["component"],
-        ["attention\nuJ", "share", "network\nuJ", "share"],
-    )
-    parts = [spent.components_pj(only) for only in (True, False)]
-    totals = [spent.total_pj(only) for only in (True, False)]
-    for name in dict.fromkeys([*parts[0], *parts[1]]):
-        table.add_row(name, *_energy_cells([part.get(name, 0.0) for part in parts], totals))
-    table.add_section()
-    table.add_row("all", *_energy_cells(totals, totals))
-    power = " and ".join(f"{spent.mean_milliwatts(only):,.0f} mW" for only in (True, False))
-    notes = [
-        f"Mean power {power} (attention, network), DRAM included.",
-        f"Area {space.words}.",
-        f"Not in the energy: {'; '.join(spent.not_charged)}.",
-        f"Not in the area: {'; '.join(space.not_charged)}.",
-    ]
-    return Group(table, *map(Text, notes))
-
-
-def _energy_cells(values: list[float], totals: list[float]) -> list[str]:
-    return [
-        cell
-        for value, total in zip(values, totals, strict=True)
-        for cell in (f"{value / 1e6:,.2f}", f"{value / total:.0%}" if total else "-")
-    ]
-
-
 def machine_tables(report: Report, spent: Energy, space: Area, heads: bool) -> RenderableType:
     """Everything of one machine, attention first where the network has it."""
     parts: list[RenderableType] = []
@@ -374,7 +263,7 @@ def comparison_tables(
 ) -> RenderableType:
     """Machines side by side: speed, then bytes and energy."""
     spent = next(iter(energies.values()))
-    table = _table(
+    table = worded_table(
         f"Attention's data movement and energy, profile '{spent.profile}'",
         ["machine"],
         ["DRAM\nkB", "buffers\nkB", "lines\nkB", "attention\nuJ", "network\nuJ"],

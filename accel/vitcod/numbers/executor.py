@@ -90,9 +90,9 @@ class ProgramExecutor:
             begun[product] = number + 1
         return found, last
 
-    def _names(self, stage: np.void) -> np.ndarray:
+    def _names(self, unit: int) -> np.ndarray:
         """The head's key at each place that the tiles of the stage's unit count by."""
-        _, head, rows = self.places[int(stage["unit"])]
+        _, head, rows = self.places[unit]
         keys = self.mapping.work_of(head, rows).keys
         return np.arange(self.op.keys) if keys is None else keys
 
@@ -147,7 +147,7 @@ class ProgramExecutor:
         """A chunk comes from DRAM or from the decoder, or the projection has left it."""
         stage = self.program.stages[transfer["need"]]
         image, head, rows = self.places[int(stage["unit"])]
-        tokens = self._names(stage)[self.keys[int(transfer["need"])]]
+        tokens = self._names(int(stage["unit"]))[self.keys[int(transfer["need"])]]
         if channel == Q:
             queries = np.arange(self.op.queries)
             tokens = queries if self.mapping.whole_queries else queries[rows]
@@ -237,9 +237,9 @@ class ProgramExecutor:
         _, head, rows = self.places[int(stage["unit"])]
         q = self._tile(Q, stage, int(stage["operand_token"]), rows)
         k = self._tile(K, stage, int(stage["vector_token"]), keys)
-        names = self._names(stage)
+        names = self._names(int(stage["unit"]))
         for vector, operands, sparser in self._pieces(stage, unit):
-            key = names[keys.start + vector]
+            key = int(names[keys.start + vector])
             if unit.written[operands, key].any():
                 raise RuntimeError(f"{self.op.name}: a score of head {head} is made twice")
             score = self.rules.score(q[operands] @ k[vector], head)
@@ -276,7 +276,7 @@ class ProgramExecutor:
     def _values(self, stage: np.void, unit: _Unit, keys: slice) -> None:
         """SpMM: a line holds an output row, which is added to the output buffer."""
         v = self._tile(V, stage, int(stage["operand_token"]), keys)
-        names = self._names(stage)
+        names = self._names(int(stage["unit"]))
         for vector, operands, _ in self._pieces(stage, unit):
             if not unit.ready[vector]:
                 raise RuntimeError(f"{self.op.name}: a row is weighed before its softmax")

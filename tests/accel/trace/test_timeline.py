@@ -241,7 +241,9 @@ def test_resident_latents_kept_chunks_and_lists_have_their_slices(images, latent
     lines = found.work("denser lines") + found.work("sparser lines")
     assert lines == found.report.stalls()["busy"]
     decoded = found.work("decoder Q") + found.work("decoder K")
-    assert decoded == 2 * images * 4 * 2 * 16 * (40 + 40)  # calls, images, heads, latents, dim, tokens
+    assert decoded == 2 * images * 4 * 2 * 16 * (
+        40 + 40
+    )  # calls, images, heads, latents, dim, tokens
 
 
 def test_batches_and_bad_arguments():
