@@ -98,7 +98,7 @@ def case_of_mask(model: str, mask: AttentionMask, image_size: int | None = None)
 
 def _case(name: str, workload: Workload, mask: AttentionMask, sparsity: float) -> Case:
     codecs = [_codec(op, name.startswith("levit")) for op in workload.attention]
-    workload = replace(workload.with_attention(mask, codecs, GLOBAL_SHARE), name=name)
+    workload = replace(workload.with_attention(mask, codecs), name=name)
     return Case(name, sparsity, workload)
 
 
