@@ -107,7 +107,7 @@ GlobalKeys = Annotated[
         "--global-threshold",
         help="A key is global when more queries keep it: a share of them such as 0.5, a count "
         "(ViTCoD: 50 of 197), 'all' for keys that every query keeps, or 'none'. "
-        "Default: the mask's own, which is 50 for ViTCoD's .npy.",
+        "Default: the mask's own, which is 0.5 unless it was made with another.",
     ),
 ]
 MaskFile = Annotated[

@@ -84,13 +84,18 @@ def simulation_table(reports: Mapping[str, Report]) -> RenderableType:
     busiest = "; ".join(f"{name} {report.bottleneck()}" for name, report in reports.items())
     notes = [
         f"Faster: than {base} at batch {first.batch}, both simulated. DRAM and MACs in use: "
-        "attention alone. Network: every operation of the batch, none fused.",
+        f"attention alone. Network: every operation of the batch, {_fusion_words(first)}.",
         f"Busiest in attention: {busiest}.",
         f"MACs at work: {machines_words(reports)}",
         *codec_note(reports),
     ]
     notes += _global_notes(reports)
     return Group(table, *map(Text, [*notes, *_unknown_note(first)]))
+
+
+def _fusion_words(report: Report) -> str:
+    fused = (report.schedule or DEFAULT).vector_fusion == "fused"
+    return "vector operations fused to products" if fused else "none fused"
 
 
 def _single(report: Report) -> RenderableType:
