@@ -2,9 +2,9 @@
 
 They never give a figure of a report: `mapping` orders its candidates by them, and the
 engine steps what is taken. On the 12 layers of the DeiT-Tiny mask at 95 %, with and without
-codec, on six machines, the first of them took 0.2 to 4.2 % more cycles than the fastest of
-all candidates, and the fastest of the first four 0 to 0.8 %
-(`Schedule.mappings_stepped`), for three to four times the time to simulate.
+codec, on six machines, the first of them took 0.1 to 6.0 % more cycles than the fastest of
+all candidates, the faster of the first two, which are stepped by default, 1.9 % at most, and
+the fastest of the first four 0.4 % (`Schedule.mappings_stepped`).
 
 Choices that rounding forces: tiles of queries (keys) have equal sizes but for the last, their
 number is the least that the buffers allow, or two or three times that; heads of a pass divide
